@@ -33,7 +33,7 @@ def nearest(word: str,  # what the person wrote
             known,      # iterable of the words that exist
            ) -> str:    # ", did you mean 'x'?" or "" when nothing is near
     "The end of an error sentence that names the nearest known word"
-    hit = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    hit = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=.5)
     return f", did you mean '{hit[0]}'?" if hit else ''
 
 # %% ../nbs/00_core.ipynb #columns
@@ -135,9 +135,11 @@ def canonical_finding(word: str  # as the source writes it: flat, slash-separate
                      ):          # a path of `FINDINGS`, or NaN when the source did not state one
     "One word of a source -> the canonical finding; an unknown word is an error, a missing one stays unknown"
     if pd.isna(word) or _squash(word) in NOT_STATED: return np.nan
-    w = _squash(word).replace(' /', '/').replace('/ ', '/')
-    if w in _BY_WORD: return _BY_WORD[w]
-    raise VocabularyError(f"unknown finding '{word}'{nearest(w, _BY_WORD)} (add it to covid_cxr.core.FINDING_WORDS if it is right)")
+    w = _squash(word)
+    tight = w.replace(' /', '/').replace('/ ', '/')
+    for known in (w, tight):
+        if known in _BY_WORD: return _BY_WORD[known]
+    raise VocabularyError(f"unknown finding '{word}'{nearest(tight, _BY_WORD)} (add it to covid_cxr.core.FINDING_WORDS if it is right)")
 
 # %% ../nbs/00_core.ipynb #canonical-findings
 def _canonical_column(words, one, what, cure):
@@ -155,7 +157,7 @@ def canonical_findings(words,     # (n,) findings as the source writes them
                        also=None  # {word: canonical finding} that a person adds for their own data
                       ) -> pd.Series: # (n,) canonical findings, NaN where not stated
     "A column of findings -> canonical; every unknown word is listed with its count"
-    extra = {_squash(k): v for k, v in (also or {}).items()}
+    extra = {_squash(k): canonical_finding(v) for k, v in (also or {}).items()}
     one = lambda w: extra[_squash(w)] if _squash(w) in extra else canonical_finding(w)
     return _canonical_column(words, one, 'finding', "correct the file, or pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)")
 

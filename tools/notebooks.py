@@ -27,8 +27,14 @@ def run(path, save=True):
     here = os.getcwd()
     os.chdir(path.parent)
     try: CaptureShell(path.parent).run_all(nb, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or _skipped(c))
+    except Exception:
+        bad = next((c.id for c in nb.cells if any(o.get('output_type') == 'error' for o in c.get('outputs', []))), 'unknown')
+        print(f'{path.name}: cell {bad} failed', file=sys.stderr)
+        raise
     finally: os.chdir(here)
     if save:
+        for c in nb.cells:                          # warnings name paths of this machine; what a reader should see is printed
+            if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
         write_nb(nb, path)
         from nbdev.clean import nbdev_clean
         nbdev_clean(str(path))

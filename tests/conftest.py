@@ -1,0 +1,33 @@
+"""Shared parts of the tests: the real data (where present), a command line in a process of its own, one finished phantom run."""
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / 'shared' / 'data'
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='real radiographs not present at ../shared/data')
+MAIN = 'from covid_cxr.cli import main; raise SystemExit(main())'
+SMALL = ['--set', 'data.phantom_patients=40', '--set', 'training.bs=8', '--set', 'training.lr_find_it=40', '--set', 'evaluation.n_boot=200', '--size', '64', '--device', 'cpu']
+
+
+def cli(*args, **kw):
+    "covid-cxr in a fresh process; returns the finished process with its text"
+    return subprocess.run([sys.executable, '-c', MAIN, *map(str, args)], capture_output=True, text=True, cwd=kw.pop('cwd', ROOT), timeout=kw.pop('timeout', 300), **kw)
+
+
+def python(code, *args):
+    "A few lines of Python in a fresh process; they must succeed"
+    p = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return p.stdout
+
+
+@pytest.fixture(scope='session')
+def phantom_run(tmp_path_factory):
+    "One finished run of the demo recipe, small: three rounds in all, with lr_find"
+    out = tmp_path_factory.mktemp('run') / 'demo'
+    p = cli('demo', '--out', out, *SMALL, '--set', 'training.rounds=[{epochs = 1, lr = 0.001}, {epochs = 2}]')
+    assert p.returncode == 0, p.stderr[-2000:]
+    (out / 'stdout.txt').write_text(p.stdout)
+    return out

@@ -1,0 +1,222 @@
+"""The main job across processes: train, kill, resume, export, predict, refuse."""
+import json, os, random, re, resource, shutil, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest
+from conftest import MAIN, ROOT, SMALL, cli, python
+
+ROUNDS = ['--set', 'training.rounds=[{epochs = 1, lr = 0.001}, {epochs = 2}]']
+
+
+def test_the_demo_says_where_everything_is(phantom_run):
+    text = (phantom_run / 'stdout.txt').read_text()
+    for what in ('export.pkl', 'predictions.csv', 'plots', 'bundle', 'SYNTHETIC', 'prediction: ', 'source only'): assert what in text, what
+    assert re.search(r'auc [01]\.\d{3}  \[[01]\.\d{3}, [01]\.\d{3}\]', text), 'a metric with its interval'
+    for name in ('recipe.toml', 'run.json', 'table.csv', 'reconciliation.txt', 'history.csv', 'lr_find.csv', 'predictions.csv', 'evaluation.json', 'summary.txt', 'export.pkl',
+                 'bundle/bundle.json', 'bundle/weights.safetensors', 'plots/confusion.png', 'plots/roc.png', 'plots/history.png'): assert (phantom_run / name).stat().st_size > 0, name
+
+
+def test_nobody_is_on_two_sides(phantom_run):
+    t = pd.read_csv(phantom_run / 'table.csv', low_memory=False)
+    used = t[t.excluded.isna()]
+    assert (used.groupby('group').split.nunique() == 1).all() and (used.groupby('patient').split.nunique() == 1).all()
+    assert len(used) + t.excluded.notna().sum() == len(t)
+    pred = pd.read_csv(phantom_run / 'predictions.csv')
+    assert list(pred.columns[:8]) == ['path', 'patient', 'group', 'split', 'label', 'predicted', 'prob_other', 'prob_covid']
+    assert sorted(pred.path) == sorted(used.path) and np.allclose(pred.prob_other + pred.prob_covid, 1)
+
+
+def test_evaluation_json_follows_from_predictions_csv(phantom_run):
+    from sklearn.metrics import accuracy_score, roc_auc_score
+    e = json.loads((phantom_run / 'evaluation.json').read_text())
+    pred = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"')
+    values = e['test']['estimates']
+    y = pred.label == 'covid'
+    assert values['auc']['value'] == pytest.approx(roc_auc_score(y, pred.prob_covid))
+    assert values['accuracy']['value'] == pytest.approx(accuracy_score(y, pred.prob_covid >= e['operating_point']['threshold']))
+    assert values['auc']['low'] <= values['auc']['value'] <= values['auc']['high']
+    again = cli('evaluate', phantom_run, '--n-boot', '200')
+    assert again.returncode == 0 and f"{values['auc']['value']:.3f}" in again.stdout, again.stderr
+
+
+def test_fresh_processes_predict_what_the_learner_did(phantom_run, tmp_path):
+    "The bundle through the command line, and the pickle through fastai, both in processes of their own"
+    pred = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"').reset_index(drop=True)
+    p = cli('predict', phantom_run, *pred.path, '--csv', tmp_path / 'out.csv')
+    assert p.returncode == 0, p.stderr
+    got = pd.read_csv(tmp_path / 'out.csv')
+    assert list(got.path) == list(pred.path) and list(got.predicted) == list(pred.predicted)
+    assert (got[['prob_other', 'prob_covid']] - pred[['prob_other', 'prob_covid']]).abs().max().max() < 1e-5
+    (tmp_path / 'paths.json').write_text(json.dumps(list(pred.path)))
+    python('import json, sys, warnings\nwarnings.simplefilter("ignore")\nimport numpy as np\nfrom fastai.learner import load_learner\n'
+           'learn = load_learner(sys.argv[1])\npaths = json.load(open(sys.argv[2]))\n'
+           'with learn.no_bar(): probs, _ = learn.get_preds(dl=learn.dls.test_dl(paths))\nnp.save(sys.argv[3], probs.numpy())\n'
+           'with learn.no_bar(): label, _, one = learn.predict(paths[0])\nassert str(label) in learn.dls.vocab and abs(float(one[1] - probs[0][1])) < 1e-5',
+           phantom_run / 'export.pkl', tmp_path / 'paths.json', tmp_path / 'probs.npy')
+    assert np.abs(np.load(tmp_path / 'probs.npy') - pred[['prob_other', 'prob_covid']].to_numpy()).max() < 1e-5
+
+
+def test_one_file_many_files_and_a_folder_agree(phantom_run, tmp_path):
+    from covid_cxr.predict import load_predictor
+    files = pd.read_csv(phantom_run / 'predictions.csv').path[:5]
+    for i, f in enumerate(files): shutil.copy(f, tmp_path / f'{i}{os.path.splitext(f)[1]}')
+    predictor = load_predictor(phantom_run)
+    folder = predictor.predict(tmp_path, bs=2)
+    assert [os.path.basename(p.path)[0] for p in folder] == list('01234')
+    for one, p in zip(files, folder): assert predictor.predict(one).probabilities == pytest.approx(p.probabilities, abs=1e-6)
+
+
+def _start(out): return subprocess.Popen([sys.executable, '-c', MAIN, 'train', 'demo', '--out', out, *SMALL, *ROUNDS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(phantom_run, tmp_path):
+    "SIGKILL while preparing, after the first epoch, at a random moment, and at the end; then let it finish"
+    out, chance, kills = tmp_path / 'run', random.Random(5), 0
+    moments = [lambda: (out / 'run.json').exists(), lambda: (out / 'checkpoints/last.pt').exists(), lambda: (out / 'checkpoints/history.csv').exists() and len(pd.read_csv(out / 'checkpoints/history.csv')) >= 2,
+               lambda: (out / 'predictions.csv').exists()]
+    for reached in moments:
+        p, end = _start(out), time.time() + 120
+        while p.poll() is None and not reached() and time.time() < end: time.sleep(.02)
+        time.sleep(chance.random() * .5)
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.wait()
+    assert kills >= 3
+    p = _start(out)
+    assert p.wait() == 0, p.stderr.read().decode()[-2000:]
+    assert not [f for f in out.rglob('.*') if f.name != '.lock' and 'cache' not in f.parts], 'half-written files are left'
+    a, b = (pd.read_csv(f / 'history.csv').drop(columns='seconds') for f in (phantom_run, out))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    a, b = (pd.read_csv(f / 'predictions.csv').filter(like='prob_') for f in (phantom_run, out))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first, end = _start(tmp_path / 'run'), time.time() + 60
+    try:
+        while not (tmp_path / 'run' / '.lock').exists() and time.time() < end: time.sleep(.05)
+        time.sleep(.3)
+        second = cli('train', 'demo', '--out', tmp_path / 'run', *SMALL, *ROUNDS)
+        assert second.returncode == 1 and 'another process is working' in second.stderr
+    finally: first.kill(); first.wait()
+
+
+HEADER = 'patientid,finding,view,modality,filename,folder\n'
+
+
+def _tree(tmp_path, text, **files):
+    root = tmp_path / 'data' / 'covid-chestxray-dataset'
+    (root / 'images').mkdir(parents=True)
+    (root / 'metadata.csv').write_text(text)
+    for name, content in files.items(): (root / 'images' / name.replace('_', '.')).write_bytes(content)
+    return tmp_path / 'data'
+
+
+def _recipe(tmp_path, extra=''):
+    f = tmp_path / 'mine.toml'
+    f.write_text('name = "mine"\ntask = "covid_vs_other"\n[data]\nduplicates = "none"\n[[data.sources]]\nname = "covid_chestxray"\nroot = "covid-chestxray-dataset"\n'
+                 '[image]\nsize = 64\n[model]\narch = "resnet18"\nweights = "none"\n[training]\nbs = 2\n' + extra)
+    return f
+
+
+def _png(seed=0):
+    import io
+    from PIL import Image
+    from covid_cxr.phantom import make_phantom
+    b = io.BytesIO()
+    Image.fromarray(make_phantom(seed=seed, size=64).image).save(b, 'png')
+    return b.getvalue()
+
+
+def _many(bad=None):
+    "A CSV and its pictures, ten patients, one of the files replaced"
+    files = {f'f{i}_png': _png(i) for i in range(10)}
+    if bad is not None: files['f3_png'] = bad
+    rows = ''.join(f"{i},{'COVID-19' if i % 2 else 'No Finding'},PA,X-ray,f{i}.png,images\n" for i in range(10))
+    return HEADER + rows, files
+
+
+@pytest.fixture
+def here(capsys):
+    "covid-cxr in this process, which is much faster; the result looks like a finished process"
+    from covid_cxr.cli import main
+    def call(*args):
+        code = main(list(map(str, args)))
+        text = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, text.out, text.err)
+    return call
+
+
+def _refused(p, *words, out=None):
+    assert p.returncode == 1, (p.returncode, p.stdout, p.stderr[-1500:])
+    lines = [l for l in p.stderr.strip().splitlines() if l.startswith('covid-cxr: ')]
+    assert len(lines) == 1 and 'Traceback' not in p.stderr, p.stderr[-1500:]
+    for w in words: assert w in lines[0], (w, lines[0])
+    if out is not None: assert not out.exists(), f'{out} was left behind: {sorted(out.rglob("*"))[:5]}'
+
+
+def test_refusals_before_training_leave_nothing_behind(tmp_path, here):
+    out, good = tmp_path / 'out', _recipe(tmp_path)
+    def run(recipe, data, *more): return here('train', recipe, '--data', data, '--out', out, *more)
+    _refused(run('covid-2020', tmp_path / 'nowhere', '--weights', 'none'), 'nowhere', out=out)
+    _refused(run(good, _tree(tmp_path / 'a', 'patientid,wrong\n1,2\n')), 'finding', out=out)
+    _refused(run(good, _tree(tmp_path / 'b', HEADER + '1,Covd,PA,X-ray,a.png,images\n', a_png=_png())), "'Covd' (1)", out=out)
+    _refused(run(good, _tree(tmp_path / 'c', HEADER + '1,COVID-19,PA,X-ray,a.png,images\n2,COVID-19,PA,X-ray,b.png,images\n', a_png=_png(), b_png=_png(1))), 'other', out=out)
+    text, files = _many(bad=_png()[:200])
+    _refused(run(good, _tree(tmp_path / 'd', text, **files)), 'f3.png', out=out)
+    bad = tmp_path / 'bad.toml'
+    bad.write_text(good.read_text() + 'epoch = 3\n')
+    _refused(run(bad, tmp_path), "training.epoch", out=out)
+    _refused(run('covid-2020', tmp_path, '--set', 'image.sise=3'), "did you mean 'size'", out=out)
+    _refused(run(tmp_path / 'missing.toml', tmp_path), 'missing.toml', out=out)
+
+
+def test_weights_that_cannot_be_had_name_the_file_and_the_place(tmp_path):
+    "ImageNet weights without a network: which file, where to put it, and how to do without"
+    env = dict(os.environ, TORCH_HOME=str(tmp_path / 'torch'), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    p = cli('train', 'covid-2020', '--data', tmp_path, '--out', tmp_path / 'out', env=env)
+    _refused(p, 'resnet50-11ad3fa6.pth', str(tmp_path / 'torch'), "weights='none'", out=tmp_path / 'out')
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, here):
+    text, files = _many()
+    data, recipe = _tree(tmp_path, text, **files), _recipe(tmp_path)
+    (tmp_path / 'file').write_text('')
+    _refused(here('train', recipe, '--data', data, '--out', tmp_path / 'file' / 'out'), 'cannot write')
+    _refused(here('train', recipe, '--data', data, '--out', tmp_path / 'file'), 'is a file')
+    if os.geteuid():                                                    # the superuser may write everywhere
+        (tmp_path / 'ro').mkdir(mode=0o555)
+        _refused(here('train', recipe, '--data', data, '--out', tmp_path / 'ro' / 'out'), 'cannot write')
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    "No file may grow beyond 2 MB: the first checkpoint cannot be written; what is there stays whole"
+    text, files = _many()
+    data, recipe, out = _tree(tmp_path, text, **files), _recipe(tmp_path, 'rounds = [{epochs = 1, lr = 0.001}]\n'), tmp_path / 'out'
+    def limit(): signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    _refused(cli('train', recipe, '--data', data, '--out', out, preexec_fn=limit), 'cannot write')
+    assert not list(out.rglob('*.pt')) and not (out / 'predictions.csv').exists() and not (out / 'bundle').exists()
+    p = cli('train', recipe, '--data', data, '--out', out)                # with room again, the same command goes on
+    assert p.returncode == 0, p.stderr[-2000:]
+
+
+def test_predict_refuses_by_name(phantom_run, tmp_path, here):
+    (tmp_path / 'bad.png').write_bytes(b'no picture')
+    good = phantom_run / 'new-image.png'
+    _refused(here('predict', phantom_run, good, tmp_path / 'bad.png', '--csv', tmp_path / 'o.csv'), 'bad.png', out=tmp_path / 'o.csv')
+    _refused(here('predict', tmp_path, good), 'no bundle')
+    _refused(here('predict', phantom_run, tmp_path / 'missing.png'), 'missing.png')
+    _refused(here('predict', phantom_run, good, '--csv', tmp_path / 'bad.png' / 'o.csv'), 'cannot write')
+    p = here('predict', phantom_run, good, tmp_path / 'bad.png', '--csv', tmp_path / 'o.csv', '--on-bad', 'decline')
+    assert p.returncode == 0 and pd.read_csv(tmp_path / 'o.csv').declined.notna().tolist() == [False, True]
+
+
+def test_an_exported_bundle_stands_alone(phantom_run, tmp_path, here):
+    assert here('export', phantom_run, '--to', tmp_path / 'model').returncode == 0
+    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'weights.safetensors']
+    p = here('predict', tmp_path / 'model', phantom_run / 'new-image.png')
+    assert p.returncode == 0 and 'covid' in p.stdout and 'SYNTHETIC' in p.stderr and 'Not a medical device' in p.stderr
+    _refused(here('export', phantom_run, '--to', tmp_path / 'model'), 'exists already')
+
+
+def test_version_and_usage():
+    import covid_cxr
+    assert cli('--version').stdout.strip() == f'covid-cxr {covid_cxr.__version__}'
+    assert cli('trane').returncode == 2
