@@ -8,8 +8,8 @@ import math, warnings
 from dataclasses import asdict, dataclass, field
 import numpy as np, pandas as pd
 from scipy import optimize, stats
-from .evaluate import (BINARY, EvaluationError, UndefinedMetric, check_scores, compute_metrics, group_resamples, percentile_interval,
-                                predictive_values, wilson)
+from .evaluate import (BINARY, EvaluationError, UndefinedMetric, _to_plain, check_scores, compute_metrics, group_resamples,
+                                percentile_interval, predictive_values, wilson)
 
 # %% auto #0
 __all__ = ['reliability', 'calibration_error', 'brier_parts', 'Calibration', 'calibration', 'fit_temperature',
@@ -18,7 +18,8 @@ __all__ = ['reliability', 'calibration_error', 'brier_parts', 'Calibration', 'ca
 # %% ../nbs/11c_calibrate.ipynb #reliability
 def _two(y_true, y_prob, groups, classes):
     s = check_scores(y_true, y_prob, groups, classes)
-    if len(s.classes) != 2: raise EvaluationError(f'{len(s.classes)} classes; judge one class against the rest at a time: pass y == class and its probability.')
+    if len(s.classes) != 2:
+        raise EvaluationError(f'{len(s.classes)} classes; judge one class against the rest at a time: pass y == class and its probability.')
     return s
 
 def _bins(score, bins):
@@ -86,7 +87,8 @@ def calibration_error(y_true, y_prob,      # (n,) labels and probabilities
     n = np.bincount(b)
     ece, own = _ece(b, s.score, s.y, n), (np.bincount(b, s.y) / n)[b]
     again, null = (_redrawn(s, b, n, prob, n_sim, rng) for prob in (own, s.score))
-    return dict(ece=ece, ece_debiased=float(np.clip(2 * ece - again.mean(), 0, 1)), null_low=float(np.quantile(null, (1 - level) / 2)), null_high=float(np.quantile(null, (1 + level) / 2)),
+    low, high = np.quantile(null, [(1 - level) / 2, (1 + level) / 2])
+    return dict(ece=ece, ece_debiased=float(np.clip(2 * ece - again.mean(), 0, 1)), null_low=float(low), null_high=float(high),
                 p_null=float((1 + (null >= ece - 1e-12).sum()) / (1 + n_sim)), bins=len(n))
 
 # %% ../nbs/11c_calibrate.ipynb #brier
@@ -99,11 +101,13 @@ def brier_parts(y_true, y_prob,           # (n,) labels and probabilities
     b = _bins(s.score, bins)
     n, mean = np.bincount(b), s.y.mean()
     share, prob = np.bincount(b, s.y) / n, np.bincount(b, s.score) / n
-    out = dict(brier=float(((s.score - s.y) ** 2).mean()), reliability=float(n @ (prob - share) ** 2 / n.sum()), resolution=float(n @ (share - mean) ** 2 / n.sum()), uncertainty=float(mean * (1 - mean)))
+    w = n / n.sum()
+    out = dict(brier=float(((s.score - s.y) ** 2).mean()), reliability=float(w @ (prob - share) ** 2), resolution=float(w @ (share - mean) ** 2),
+               uncertainty=float(mean * (1 - mean)))
     return dict(out, rest=out['brier'] - out['reliability'] + out['resolution'] - out['uncertainty'])
 
 # %% ../nbs/11c_calibrate.ipynb #calibration
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     "How far the probabilities of these images can be believed; (value, low, high) where there is an interval"
     n_images: int; n_groups: int; level: float
@@ -116,17 +120,21 @@ class Calibration:
     def words(self) -> str:
         "The verdict in a sentence"
         if np.isnan(self.error['ece']): return 'no images: nothing is known about calibration.'
-        too = 'no slope can be fitted (the classes are separated, constant, or one is missing)' if np.isnan(self.slope[0]) else 'too sure of itself' if self.slope[2] < 1 else 'not sure enough' if self.slope[1] > 1 else 'slope compatible with 1'
-        where = '' if np.isnan(self.offset[0]) else '; probabilities too low on the whole' if self.offset[1] > 0 else '; probabilities too high on the whole' if self.offset[2] < 0 else ''
-        null = 'more than' if self.error['ece'] > self.error['null_high'] else 'no more than'
-        return f"{too}{where}; calibration error {self.error['ece']:.3f}, {null} a perfect model shows on these patients ({self.error['null_low']:.3f} to {self.error['null_high']:.3f})."
+        (b, b_low, b_high), (a, a_low, a_high), e = self.slope, self.offset, self.error
+        if np.isnan(b): sure = 'no slope can be fitted (the classes are separated, constant, or one is missing)'
+        else: sure = 'too sure of itself' if b_high < 1 else 'not sure enough' if b_low > 1 else 'slope compatible with 1'
+        if not np.isnan(a): sure += '; probabilities too low on the whole' if a_low > 0 else '; probabilities too high on the whole' if a_high < 0 else ''
+        more = 'more than' if e['ece'] > e['null_high'] else 'no more than'
+        return f"{sure}; calibration error {e['ece']:.3f}, {more} a perfect model shows on these patients ({e['null_low']:.3f} to {e['null_high']:.3f})."
     def to_dict(self) -> dict:
-        plain = lambda o: {k: plain(v) for k, v in o.items()} if isinstance(o, dict) else [plain(v) for v in o] if isinstance(o, (tuple, list)) else None if isinstance(o, float) and math.isnan(o) else o
-        return plain(dict({k: v for k, v in vars(self).items() if k != 'curve'}, curve=self.curve.to_dict('list'), words=self.words))
+        "Plain Python that JSON can hold; NaN is None"
+        return _to_plain(dict({k: v for k, v in vars(self).items() if k != 'curve'}, curve=self.curve.to_dict('list'), words=self.words))
     def __str__(self):
         ci = lambda t: f'{t[0]:.3f} [{t[1]:.3f}, {t[2]:.3f}]'
-        return (f'{self.n_images} images, {self.n_groups} groups\nslope  {ci(self.slope)}\noffset {ci(self.offset)}\nECE    {self.error["ece"]:.3f}, debiased {self.error["ece_debiased"]:.3f}, '
-                f'perfect model {self.error["null_low"]:.3f} to {self.error["null_high"]:.3f}\nBrier  {self.brier["brier"]:.3f}\n{self.words}')
+        e = self.error
+        return '\n'.join([f'{self.n_images} images, {self.n_groups} groups', f'slope  {ci(self.slope)}', f'offset {ci(self.offset)}',
+                          f"ECE    {e['ece']:.3f}, debiased {e['ece_debiased']:.3f}, perfect model {e['null_low']:.3f} to {e['null_high']:.3f}",
+                          f"Brier  {self.brier['brier']:.3f}", self.words])
 
 def calibration(y_true, y_prob,       # (n,) labels and probabilities of TEST images
                 groups = None,        # (n,) patient groups
@@ -135,9 +143,11 @@ def calibration(y_true, y_prob,       # (n,) labels and probabilities of TEST im
     "Slope, offset, calibration error with its null, Brier parts and reliability curve"
     s, z = _two(y_true, y_prob, groups, classes), stats.norm.ppf(.5 + level / 2)
     b, se, a, sa = _slope_offset(s)
-    if np.isnan(b): warnings.warn('calibration slope: undefined for one class, constant scores or classes without overlap', UndefinedMetric, stacklevel=2)
-    return Calibration(len(s.y), s.n_groups, level, (b, b - z * se, b + z * se), (a, a - z * sa, a + z * sa), calibration_error(y_true, y_prob, groups, bins, classes, n_sim, seed, level),
-                       brier_parts(y_true, y_prob, bins, classes), reliability(y_true, y_prob, bins, classes, level))
+    if np.isnan(b):
+        warnings.warn('calibration slope: undefined for one class, constant scores or classes without overlap', UndefinedMetric, stacklevel=2)
+    return Calibration(len(s.y), s.n_groups, level, (b, b - z * se, b + z * se), (a, a - z * sa, a + z * sa),
+                       calibration_error(y_true, y_prob, groups, bins, classes, n_sim, seed, level), brier_parts(y_true, y_prob, bins, classes),
+                       reliability(y_true, y_prob, bins, classes, level))
 
 # %% ../nbs/11c_calibrate.ipynb #temperature
 def fit_temperature(logits,           # (n,) of the positive class, or (n, k)
@@ -147,7 +157,8 @@ def fit_temperature(logits,           # (n,) of the positive class, or (n, k)
     "The temperature that makes the log loss of validation images smallest"
     z = np.asarray(logits, float)
     z = np.column_stack([np.zeros(len(z)), z]) if z.ndim == 1 else z
-    if z.ndim != 2 or not np.isfinite(z).all(): raise EvaluationError(f'logits have shape {np.shape(logits)} or are not finite; give (n,) or (n, k) real numbers.')
+    if z.ndim != 2 or not np.isfinite(z).all():
+        raise EvaluationError(f'logits have shape {np.shape(logits)} or are not finite; give (n,) or (n, k) real numbers.')
     k = z.shape[1]
     y = check_scores(y_true, np.full((len(z), k), 1 / k), None, range(k) if classes is None else classes).y
     if len(np.unique(y)) < 2: raise EvaluationError('fit_temperature: the validation images are all of one class or none; a temperature needs both.')
@@ -157,7 +168,9 @@ def fit_temperature(logits,           # (n,) of the positive class, or (n, k)
         return (np.log(np.exp(a - top).sum(1)) + top[:, 0] - a[np.arange(len(a)), y]).mean()
     span = math.log(100)
     best = optimize.minimize_scalar(loss, bounds=(-span, span), method='bounded', options=dict(xatol=1e-6)).x
-    if abs(best) > .99 * span or loss(best) < 1e-9: warnings.warn(f'temperature {math.exp(best):.3g} means nothing: the validation images are separated without error, or carry no signal', UndefinedMetric, stacklevel=2)
+    if abs(best) > .99 * span or loss(best) < 1e-9:
+        warnings.warn(f'temperature {math.exp(best):.3g} means nothing: the validation images are separated without error, or carry no signal',
+                      UndefinedMetric, stacklevel=2)
     return float(math.exp(best))
 
 def apply_temperature(y_prob,           # (n,) or (n, k) probabilities
@@ -235,5 +248,7 @@ def net_benefit(y_true, y_prob,                          # (n,) labels and proba
             return np.where(v == 0, 0, tpr * v) - np.where(v == 1, 0, fpr * (1 - v)) * odds
     model, v = benefit(np.ones((1, len(s.y))))[0], (s.y.mean() if len(s.y) else np.nan) if prevalence is None else prevalence
     out = pd.DataFrame(dict(threshold=t, model=model, low=np.nan, high=np.nan, treat_all=v - (1 - v) * odds, treat_none=0.))
-    if n_boot and len(s.y): out[['low', 'high']] = np.nanquantile(np.concatenate([benefit(w) for w in group_resamples(s, n_boot, seed)]), [(1 - level) / 2, (1 + level) / 2], axis=0).T
+    if n_boot and len(s.y):
+        draws = np.concatenate([benefit(w) for w in group_resamples(s, n_boot, seed)])
+        out[['low', 'high']] = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0).T
     return out

@@ -62,15 +62,16 @@ class Difference:
         if np.isnan(self.p): return f'{self.what}: not estimable'
         sure = self.p < 1 - self.level
         verdict = 'the first is better' if sure and self.low > 0 else 'the second is better' if sure and self.high < 0 else 'not distinguishable'
-        if self.margin is not None: verdict += f"; the first is {'not worse' if self.low > -self.margin else 'not shown to be not worse'} by {self.margin:g} or more"
-        return verdict
+        if self.margin is None: return verdict
+        return f"{verdict}; the first is {'not worse' if self.low > -self.margin else 'not shown to be not worse'} by {self.margin:g} or more"
     def to_dict(self) -> dict: return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dict(asdict(self), words=self.words).items()}
     def __str__(self):
         return (f'{self.what}: {self.first:.3f} against {self.second:.3f}, difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], '
                 f'p = {self.p:.3g} ({self.n_images} images, {self.n_groups} groups): {self.words}' + (f' ({self.note})' if self.note else ''))
 
 def _check_margin(margin):
-    if margin is not None and not 0 < margin < 1: raise EvaluationError(f'margin={margin}; give the largest loss that would not matter, such as .02, written down beforehand.')
+    if margin is not None and not 0 < margin < 1:
+        raise EvaluationError(f'margin={margin}; give the largest loss that would not matter, such as .02, written down beforehand.')
 
 def compare_auc(y_true,           # (n,) labels
                 first, second,    # (n,) probabilities of two models for the same images
@@ -89,7 +90,7 @@ def compare_auc(y_true,           # (n,) labels
     p = 1. if d == 0 and se == 0 else np.nan if se == 0 or se != se else 2 * stats.norm.sf(abs(d) / se)
     pm = None if margin is None else np.nan if not se > 0 else stats.norm.sf((d + margin) / se)
     low, high = (d - z * se, d + z * se) if p == p else (np.nan, np.nan)
-    return Difference('AUC', float(auc[0]), float(auc[1]), float(d), float(low), float(high), level, float(p), len(s.y), s.n_groups, margin, None if pm is None else float(pm))
+    return Difference('AUC', *map(float, (*auc, d, low, high)), level, float(p), len(s.y), s.n_groups, margin, None if pm is None else float(pm))
 
 # %% ../nbs/11b_compare.ipynb #paired-difference
 def paired_difference(y_true, first, second,          # (n,) labels; (n,) probabilities of two models
@@ -113,8 +114,8 @@ def paired_difference(y_true, first, second,          # (n,) labels; (n,) probab
     ok = draws[~np.isnan(draws)]
     p = min(1., 2 * (1 + min((ok <= 0).sum(), (ok >= 0).sum())) / (1 + len(ok))) if low == low else np.nan
     pm = None if margin is None else (1 + (ok <= -margin).sum()) / (1 + len(ok)) if low == low else np.nan
-    return Difference(metric.replace('_', ' '), float(a), float(b), float(a - b), low, high, level, float(p), len(s[0].y), s[0].n_groups, margin, None if pm is None else float(pm),
-                      note='; '.join(filter(None, (note, 'paired bootstrap'))))
+    return Difference(metric.replace('_', ' '), *map(float, (a, b, a - b, low, high)), level, float(p), len(s[0].y), s[0].n_groups, margin,
+                      None if pm is None else float(pm), note='; '.join(filter(None, (note, 'paired bootstrap'))))
 
 # %% ../nbs/11b_compare.ipynb #mcnemar
 def mcnemar_exact(b: int, # images that only the first got right
@@ -151,7 +152,7 @@ def compare_calls(y_true, first, second, # (n,) labels; (n,) called classes of t
     se = math.sqrt(g / (g - 1) * ((stakes - d * sizes) ** 2).sum()) / n if g > 1 else np.nan
     z = stats.norm.ppf(.5 + level / 2)
     only = (right[0] > right[1]).sum(), (right[0] < right[1]).sum()
-    return Difference('accuracy', float(right[0].mean()), float(right[1].mean()), float(d), float(d - z * se), float(d + z * se), level, sign_flip(stakes), n, g,
+    return Difference('accuracy', *map(float, (right[0].mean(), right[1].mean(), d, d - z * se, d + z * se)), level, sign_flip(stakes), n, g,
                       note=f'{only[0]} images only the first got right, {only[1]} only the second')
 
 # %% ../nbs/11b_compare.ipynb #holm
@@ -170,7 +171,8 @@ def mcnemar_power(n: int,             # images (patients, when they have several
                   alpha = .05,        # two-sided
                  ) -> float:          # chance that the exact McNemar test finds it
     "Exact power of McNemar's test"
-    if not 0 < abs(difference) <= discordant <= 1: raise EvaluationError(f'difference={difference}, discordant={discordant}: models can differ by no more than the share of images on which they disagree.')
+    if not 0 < abs(difference) <= discordant <= 1:
+        raise EvaluationError(f'difference={difference}, discordant={discordant}: models can differ by no more than the share of images on which they disagree.')
     d = np.arange(n + 1)
     weight, favour, power = stats.binom.pmf(d, n, discordant), (discordant + difference) / (2 * discordant), 0.
     for k in d[weight > 1e-10]:
@@ -211,7 +213,8 @@ def precision_table(n_pos: int, n_neg: int,    # of the test part: images, or pa
                    ) -> pd.DataFrame:
     "What these counts can say, for a protocol: half-widths of AUC, accuracy, sensitivity and specificity at several true values"
     half = lambda v, n: np.nan if n == 0 else float(np.subtract(*wilson(v * n, n, level)[::-1]) / 2)
-    return pd.DataFrame([dict(true_value=v, auc=auc_half_width(v, n_pos, n_neg, level), accuracy=half(v, n_pos + n_neg), sensitivity=half(v, n_pos), specificity=half(v, n_neg)) for v in values])
+    row = lambda v: dict(true_value=v, auc=auc_half_width(v, n_pos, n_neg, level), accuracy=half(v, n_pos + n_neg), sensitivity=half(v, n_pos), specificity=half(v, n_neg))
+    return pd.DataFrame([row(v) for v in values])
 
 # %% ../nbs/11b_compare.ipynb #subgroups
 def _gap(s, inside):
@@ -250,7 +253,8 @@ def subgroups(y_true, y_prob,       # (n,) labels and probabilities
         values = values.where(values.notna(), 'not recorded').astype(str)
         for v in sorted(values.unique()):
             rows.append(dict(column=column, value=v, **_subgroup_row(s, (values == v).to_numpy(), threshold, least, n_boot=n_boot, seed=seed, level=level)))
-    numbers = ['images', 'groups', 'positive', 'negative', *(m + e for m in ('auc', 'recall', 'specificity') for e in ('', '_low', '_high')), 'auc_gap', 'p']
+    estimates = [m + e for m in ('auc', 'recall', 'specificity') for e in ('', '_low', '_high')]
+    numbers = ['images', 'groups', 'positive', 'negative', *estimates, 'auc_gap', 'p']
     out = pd.DataFrame(rows).reindex(columns=['column', 'value', *numbers, 'note'])
     out.insert(out.columns.get_loc('p') + 1, 'p_holm', holm(out['p'].to_numpy(float)))
     return out
@@ -260,11 +264,13 @@ def worst_gap(table: pd.DataFrame, # from `subgroups`
              ) -> dict:            # column, value, auc, auc_gap, p_holm, alarm
     "The subgroup that lies furthest below the rest, and whether that is more than chance"
     known = table[table['p_holm'].notna()]
-    if not len(known): return dict(column=None, value=None, auc=np.nan, auc_gap=np.nan, p_holm=np.nan, alarm=False, words='no subgroup can be compared with the rest')
+    nothing = dict(column=None, value=None, auc=np.nan, auc_gap=np.nan, p_holm=np.nan, alarm=False, words='no subgroup can be compared with the rest')
+    if not len(known): return nothing
     w = known.loc[known['auc_gap'].idxmin()]
     alarm = bool(w['auc_gap'] < 0 and w['p_holm'] < alpha)
-    words = f"worst subgroup {w['column']} = {w['value']}: AUC {w['auc']:.3f}, {w['auc_gap']:+.3f} to the rest, corrected p = {w['p_holm']:.3g}" + ('' if alarm else ': not more than chance')
-    return dict(column=w['column'], value=w['value'], auc=float(w['auc']), auc_gap=float(w['auc_gap']), p_holm=float(w['p_holm']), alarm=alarm, words=words)
+    words = f"worst subgroup {w['column']} = {w['value']}: AUC {w['auc']:.3f}, {w['auc_gap']:+.3f} to the rest, corrected p = {w['p_holm']:.3g}"
+    return dict(column=w['column'], value=w['value'], auc=float(w['auc']), auc_gap=float(w['auc_gap']), p_holm=float(w['p_holm']), alarm=alarm,
+                words=words + ('' if alarm else ': not more than chance'))
 
 # %% ../nbs/11b_compare.ipynb #published
 def _digits(v): return max(len(str(v).partition('.')[2]), 0)
@@ -280,7 +286,8 @@ def check_published(n_pos: int, n_neg: int,  # images of each class
     keep = np.ones(len(tp), bool)
     for name, value in published.items():
         metric, v = ALIASES.get(name, name), float(value)
-        if metric not in METRICS or METRICS[metric].needs != 'calls': raise EvaluationError(f"'{name}' is no metric of a confusion matrix{nearest(name, [*METRICS, *ALIASES])}")
+        if metric not in METRICS or METRICS[metric].needs != 'calls':
+            raise EvaluationError(f"'{name}' is no metric of a confusion matrix{nearest(name, [*METRICS, *ALIASES])}")
         if not metric.startswith('lr_') and not -1 <= v <= 1: raise EvaluationError(f'{name}={value}; give a share such as .932, not a percentage.')
         m, unit = METRICS[metric], 10. ** -(_digits(value) if decimals is None else decimals)
         x = m.compute(tp, fp, fn, tn) if m.scope == 'two' else m.compute(np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2))

@@ -56,7 +56,9 @@ def _locked(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             h = open(path, 'ab')
-            if fcntl: fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try: fcntl and fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if isinstance(e, BlockingIOError): raise          # any other fault: a file system without locks
             if path.exists() and os.path.samestat(os.fstat(h.fileno()), path.stat()): break
             h.close()                           # its last holder removed the file between our open and our lock
     except BlockingIOError:
@@ -108,7 +110,8 @@ def _http_fault(e, url):
 def _net_fault(reason, url):
     "A fault below HTTP as the exception to raise"
     words = _line(getattr(reason, 'strerror', None) or str(reason) or type(reason).__name__)
-    if getattr(reason, 'errno', None) in _DISK: return DownloadError(f'{_shown(url)} cannot be written to the disk: {words}; free some space and call again.')
+    ours = getattr(reason, 'filename', None) and not url.lower().startswith('file:')      # a fault of a file, not of a connection
+    if ours or getattr(reason, 'errno', None) in _DISK: return DownloadError(f'{_shown(url)} cannot be written to the disk: {words}; free some space or choose another folder, and call again.')
     if url.lower().startswith('file:'): return DownloadError(f'{_shown(url)} cannot be read: {words}; check the path.')
     if isinstance(reason, ssl.SSLCertVerificationError):
         return DownloadError(f'{_shown(url)} has a certificate that cannot be trusted ({words}); check the address, the clock and the proxy.')
@@ -141,7 +144,7 @@ class _Part:
         except (OSError, ValueError): said = {}
         self.said = said if isinstance(said, dict) and said.get('url') == self.key else {}
     @property
-    def size(self): return self.path.stat().st_size if self.path.exists() else 0
+    def size(self): return self.path.stat().st_size if self.path.is_file() else 0
     @property
     def tag(self): return self.said.get('etag') or self.said.get('modified')
     @property
@@ -155,7 +158,8 @@ class _Part:
         self.said = dict(url=self.key, etag=_strong(headers), modified=headers.get('Last-Modified'), total=total)
         write_json(self.note, self.said)
     def drop(self):
-        for p in (self.path, self.note): p.unlink(missing_ok=True)
+        for p in (self.path, self.note):
+            if not p.is_dir(): p.unlink(missing_ok=True)
         self.said = {}
 
 # %% ../nbs/04_download.ipynb #expected
@@ -279,11 +283,12 @@ def fetch(url: str,              # http, https or file address
             if sha256 is not None and dest.is_file() and sha256_file(dest) == sha256.lower(): return dest
             raise DownloadError(f'{dest} is there already and is not known to be this file; delete it, give another name, or pass its sha256.')
         part = _Part(dest, url, sha256 is not None)
-        try: _until_whole(part, url, size, max_bytes, progress, retries, timeout, backoff, max_wait)
-        except BaseException:
+        try:
+            _until_whole(part, url, size, max_bytes, progress, retries, timeout, backoff, max_wait)
+            return _finish(part, dest, url, sha256, size)
+        except OSError as e: raise DownloadError(f'cannot write {dest}: {_line(e.strerror or e)}; choose a folder that you can write to.') from e
+        finally:
             if not part.useful: part.drop()               # what cannot be continued is not kept
-            raise
-        return _finish(part, dest, url, sha256, size)
 
 def _until_whole(part, url, size, max_bytes, progress, retries, timeout, backoff, max_wait):
     "Try after try until all bytes are there"
@@ -346,17 +351,16 @@ _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, gzip.BadG
 
 def _zip_members(path, tally):
     "(name, bytes, is it a folder, function that opens it) of every member of a zip; kinds and declared sizes are checked first"
-    z = zipfile.ZipFile(path)
-    infos = z.infolist()
-    if len(infos) > tally.max_files: raise ArchiveError(f'{path.name} holds {len(infos)} members, more than {tally.max_files}; raise max_files if that is right.')
-    for i in infos:
-        kind = stat.S_IFMT(i.external_attr >> 16)
-        wrong = ('is encrypted' if i.flag_bits & 0x1 else 'is a link' if kind == stat.S_IFLNK else
-                 'is neither a file nor a folder' if kind not in (0, stat.S_IFREG, stat.S_IFDIR) else
-                 'is packed in a way that is not read here' if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else None)
-        if wrong: raise ArchiveError(f'{path.name}: the member {i.filename[:200]!r} {wrong}; get the archive from its publisher.')
-    tally.grow(sum(i.file_size for i in infos))             # a claim, and a ceiling: `_write` refuses a member that is longer than it says
-    with z:
+    with zipfile.ZipFile(path) as z:
+        infos = z.infolist()
+        if len(infos) > tally.max_files: raise ArchiveError(f'{path.name} holds {len(infos)} members, more than {tally.max_files}; raise max_files if that is right.')
+        for i in infos:
+            kind = stat.S_IFMT(i.external_attr >> 16)
+            wrong = ('is encrypted' if i.flag_bits & 0x1 else 'is a link' if kind == stat.S_IFLNK else
+                     'is neither a file nor a folder' if kind not in (0, stat.S_IFREG, stat.S_IFDIR) else
+                     'is packed in a way that is not read here' if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else None)
+            if wrong: raise ArchiveError(f'{path.name}: the member {i.filename[:200]!r} {wrong}; get the archive from its publisher.')
+        tally.grow(sum(i.file_size for i in infos))         # a claim, and a ceiling: `_write` refuses a member that is longer than it says
         for i in infos: yield i.filename, i.file_size, i.is_dir(), lambda i=i: z.open(i)
 
 # %% ../nbs/04_download.ipynb #tar-members
@@ -411,7 +415,7 @@ def _write(src, path, size, name, archive):
 
 def _extract(archive, into, tally, members, strip):
     "Write the members that are wanted below `into`; {path: SHA-256}"
-    files, top, is_tar = {}, None, False
+    files, top = {}, None
     for name, size, is_dir, opener in _members(archive, tally):
         parts = _safe_parts(name, archive.name)
         if not parts: continue
@@ -450,7 +454,7 @@ def unpack(archive,              # zip, tar or tar.gz file
            max_bytes: int = MAX_BYTES, # unpacked bytes beyond which it is refused
            max_files: int = 500_000,   # members beyond which it is refused
            max_ratio: float = 100.,    # unpacked bytes per packed byte beyond which it is refused (from 10 MB on)
-           members=None,         # function of a member's path that says whether it is wanted; None: all are
+           members=None,         # function of a path below dest that says whether it is wanted; None: all are
            strip: bool = False,  # leave out the one folder that everything lies in, as git archives have it
            expects=(),           # paths that must be there afterwards
            ready=None,           # function of {path: SHA-256}, called when all is checked and before the folder moves into place
@@ -667,8 +671,9 @@ def download(source: str,        # a name in `DOWNLOADS`
     if not accept: raise DownloadError(f"{d.name} is fetched only after you have read and accepted its terms ({d.page}): {d.accept.rstrip('.')}; then pass accept=True (--accept).")
     if d.how == 'manual': raise DownloadError(_manual_words(d, folder, say))
     with _locked(dest/f'.{d.folder}.download.lock'):
-        if d.about_bytes: _check_room(dest, 2 * d.about_bytes, f'{d.name} (the archive and what is in it)')
         stage = dest/f'.{d.folder}.kaggle'
+        had = sum(p.stat().st_size for p in stage.glob('*'))
+        if d.about_bytes: _check_room(dest, 2 * d.about_bytes - had, f'{d.name} (its archive and what is in it)')
         archive = _fetch_kaggle(d, stage, progress) if d.how == 'kaggle' else _fetch_url(d, dest, commit, base_url, progress, options)
         say(f'{d.name}: unpacking {archive.name}, {_size(archive.stat().st_size)}')
         ready = lambda files: _write_origin(d, origin, archive, commit, content, files)

@@ -124,7 +124,8 @@ def fingerprints(paths,           # image files; the same path may stand more th
 _K = 16                                                                # waves per side of a hash
 _LOW = np.zeros((_K, _K), bool); _LOW[:8, :8] = True; _LOW[0, 0] = False
 _LOW = _LOW.ravel()                                                    # the 63 coarse ones, by which copies are looked up
-_MIRROR = np.where(np.arange(_K) % 2, -1, 1)[None, :].repeat(_K, 0).ravel()[_LOW].astype(np.float32)
+_MIRROR_ALL = np.where(np.arange(_K) % 2, -1, 1)[None, :].repeat(_K, 0).ravel().astype(np.float32)
+_MIRROR = _MIRROR_ALL[_LOW]
 
 def _local(thumbs, sigma):
     "(n, 64, 64) -> float32, each pixel relative to mean and spread of its surroundings: brightness, contrast and gamma fall out"
@@ -162,14 +163,14 @@ def _waves(u):
     k = np.arange(_K)
     return np.cos(np.pi * (u[:, None] + 1) / 2 * k) * np.where(k == 0, np.sqrt(.5), 1)
 
-def _operator(affine, m=32):
-    "(256, 63): multiplies the hash of a picture into the coarse hash of its cropped or turned copy, without touching a pixel"
+def _operator(affine, whole=False, m=32):
+    "(256, 63 or 256): multiplies the hash of a picture into the hash of its cropped or turned copy, without touching a pixel"
     g = (np.arange(m) + .5) / m * 2 - 1
     y, x = (v.ravel() for v in np.meshgrid(g, g, indexing='ij'))
     u, v = affine[:, :2] @ [x, y] + affine[:, 2:]
     seen = (_waves(v)[:, :, None] * _waves(u)[:, None, :]).reshape(m * m, -1) * ((abs(u) <= 1) & (abs(v) <= 1))[:, None]
     flat = (_waves(y)[:, :, None] * _waves(x)[:, None, :]).reshape(m * m, -1)
-    return (seen.T @ flat[:, _LOW] * (4 / m / m)).astype(np.float32)
+    return (seen.T @ (flat * (np.arange(_K * _K) > 0) if whole else flat[:, _LOW]) * (4 / m / m)).astype(np.float32)
 
 _SIGNED = list(product(range(len(BANK)), (False, True), (1, -1)))                      # (bank entry, mirrored, polarity) of a variant's number
 
@@ -206,7 +207,14 @@ def _scan(q, x, centres, members, begin, worst, k, probes):
             out.append((rows[a], m[b], s[a, b]))
     return tuple(np.concatenate(o) for o in zip(*out))
 
-def _merge(best, found, variant, n, k):
+def _worst(best, n, k, floor):
+    "What a new partner must beat: a query's k-th best score, or the floor while it has fewer"
+    out, count = np.full(n, floor, np.float32), np.bincount(best[0], minlength=n)
+    last = np.cumsum(count)[count >= k] - 1
+    out[count >= k] = best[2][last]
+    return out
+
+def _merge(best, found, variant, k):
     "Keep the k best different partners of each query: (query, partner, score, variant), sorted by query and score"
     q, j, s = found
     new = (q, j, s, np.full(len(q), variant, np.int16))
@@ -220,37 +228,49 @@ def _merge(best, found, variant, n, k):
     rank = np.arange(len(q)) - np.searchsorted(q, q)
     return tuple(a[rank < k] for a in (q, j, s, v))
 
+# %% ../nbs/06_duplicates.ipynb #rerank
+def _rank(best, hashes, keep):
+    "Candidates judged again by all 256 waves; the `keep` best per picture stay, each pair once: a, b, score, variant"
+    a, b, _, v = best
+    whole, score = np.where(np.arange(_K * _K) == 0, 0, hashes), np.zeros(len(a), np.float32)
+    whole = _unit(whole)
+    for number, (entry, mirrored, sign) in enumerate(_SIGNED):
+        if not mirrored and sign == 1: turned = _unit(hashes @ _operator(_affine(*BANK[entry]), whole=True))
+        rows = np.flatnonzero(v == number)
+        for r in np.array_split(rows, 1 + len(rows) // 50_000): score[r] = (turned[a[r]] * (_MIRROR_ALL if mirrored else 1) * sign * whole[b[r]]).sum(1)
+    lo, hi = np.minimum(a, b), np.maximum(a, b)
+    o = np.lexsort((-score, hi, lo))
+    o = o[np.r_[True, (lo[o][1:] != lo[o][:-1]) | (hi[o][1:] != hi[o][:-1])][:len(o)]]           # each pair once, in its better variant
+    side, pair = np.r_[a[o], b[o]], np.r_[o, o]
+    by = np.lexsort((-score[pair], side))
+    rank = np.arange(len(by)) - np.searchsorted(side[by], side[by])
+    o = np.unique(pair[by[rank < keep]])
+    return a[o], b[o], score[o], v[o]
+
 # %% ../nbs/06_duplicates.ipynb #nearest-hashes
-def nearest_hashes(hashes: np.ndarray,    # (n, 256) as `wave_hash` makes them
-                   k: int = 8,            # partners per picture
-                   floor: float = .8,     # least agreement of the coarse hashes
-                   probes: int = 6,       # cells that each query looks into
+def nearest_hashes(hashes: np.ndarray,       # (n, 256) as `wave_hash` makes them
+                   keep: int = 5,            # partners per picture in the end
+                   pool: int = 24,           # partners per picture that are judged again by the whole hash
+                   floor: float = .75,       # least agreement of the coarse hashes
+                   probes: int = 6,          # cells that each query looks into
                    cells: int | None = None, # None: about 2 * sqrt(n); 1 compares everything with everything
                    seed: int = 0,
-                  ) -> tuple:             # arrays a, b, score, variant: b looks like a after variant's change; each pair once
-    "For every picture, in every variant of the bank, its nearest pictures, looked up in cells instead of compared with all"
-    n = len(hashes)
+                  ) -> tuple:                # arrays a, b, score, variant: b looks like a after that variant's change; each pair once
+    "For every picture, in every variant of the bank, the pictures most like it, looked up in cells instead of compared with all"
     alive = np.flatnonzero(np.abs(hashes).sum(1) > 0)
+    best = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int16))
+    if len(alive) < 2: return best
     full = np.asarray(hashes[alive], np.float32)
     x = _unit(full[:, _LOW])
-    centres = _make_cells(x, cells or max(1, int(2 * np.sqrt(len(x)))) if len(x) > 500 else 1, np.random.default_rng(seed)) if len(x) else x
-    members, begin = _runs((x @ centres.T).argmax(1), len(centres)) if len(x) else (None, None)
-    best = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int16))
-    turned = None
+    n_cells = cells or (int(2 * np.sqrt(len(x))) if len(x) > 500 else 1)
+    centres = _make_cells(x, n_cells, np.random.default_rng(seed))
+    members, begin = _runs((x @ centres.T).argmax(1), len(centres))
     for number, (entry, mirrored, sign) in enumerate(_SIGNED):
-        if not len(x): break
         if not mirrored and sign == 1: turned = _unit(full @ _operator(_affine(*BANK[entry])))
-        worst = np.full(len(x), floor, np.float32)
-        last = np.flatnonzero(np.r_[best[0][1:] != best[0][:-1], True][:len(best[0])])
-        full_up = np.bincount(best[0], minlength=len(x)) >= k
-        worst[best[0][last]] = np.where(full_up[best[0][last]], best[2][last], floor)
-        best = _merge(best, _scan(turned * (_MIRROR if mirrored else 1) * np.float32(sign), x, centres, members, begin, worst, k, probes), number, len(x), k)
-    a, b, s, v = best
-    o = np.lexsort((-s, np.maximum(a, b), np.minimum(a, b)))
-    a, b, s, v = a[o], b[o], s[o], v[o]
-    lo, hi = np.minimum(a, b), np.maximum(a, b)
-    once = np.r_[True, (lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])][:len(a)]
-    return alive[a[once]], alive[b[once]], s[once], v[once]
+        worst = _worst(best, len(x), pool, floor)
+        best = _merge(best, _scan(turned * (_MIRROR if mirrored else 1) * np.float32(sign), x, centres, members, begin, worst, pool, probes), number, pool)
+    a, b, score, variant = _rank(best, full, keep)
+    return alive[a], alive[b], score, variant
 
 # %% ../nbs/06_duplicates.ipynb #align-helpers
 def _grid(m):
@@ -309,7 +329,7 @@ def _starts(variants):
     return table[variants], np.array([s for *_, s in _SIGNED], np.float32)[variants][:, None, None]
 
 # %% ../nbs/06_duplicates.ipynb #confirm
-_FIRST = .7       # least agreement at 32 pixels for the second look
+_FIRST = .73      # least agreement at 32 pixels for the second look
 
 def _views(thumbs, sigma, size):
     "(n, 64, 64) -> locally normalised (n, size, size) float16, in blocks"
@@ -328,7 +348,7 @@ def _first_look(thumbs, a, b, variants):
         o = slice(s, s + 512)
         i, j = at[:len(a)][o], at[len(a):][o]
         A, sign = _starts(variants[o])
-        affine[o] = A = _align(broad[j].astype(np.float32), broad[i] * sign, A, 3)
+        affine[o] = A = _align(broad[j].astype(np.float32), broad[i] * sign, A, 2)
         score[o] = _agreement(fine[j].astype(np.float32), fine[i] * sign, A)[0]
     return score, affine
 

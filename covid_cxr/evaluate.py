@@ -12,8 +12,8 @@ from scipy import stats
 from .core import CxrError, nearest, sha256_text
 
 # %% auto #0
-__all__ = ['BINARY', 'METRICS', 'ALIASES', 'MACRO', 'GOALS', 'EvaluationError', 'UndefinedMetric', 'UnmetGoal', 'Scores',
-           'check_scores', 'wilson', 'power_words', 'Metric', 'rank_sums', 'auc_and_ap', 'compute_metrics',
+__all__ = ['BINARY', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GOALS', 'EvaluationError', 'UndefinedMetric', 'UnmetGoal',
+           'Scores', 'check_scores', 'wilson', 'power_words', 'Metric', 'rank_sums', 'auc_and_ap', 'compute_metrics',
            'group_resamples', 'Estimate', 'percentile_interval', 'Evaluation', 'describe', 'evaluate', 'design_effect',
            'OperatingPoint', 'parse_goal', 'choose_threshold', 'oracle_gap']
 
@@ -30,7 +30,8 @@ def _check_labels(y_true, classes):
     y = np.asarray(y_true, dtype=object).reshape(-1) if np.ndim(y_true) != 1 else np.asarray(y_true, dtype=object)
     if np.ndim(y_true) != 1 and np.size(y_true): raise EvaluationError(f'y_true has shape {np.shape(y_true)}; give one label per image, shape (n,).')
     missing = int(pd.isna(y).sum())
-    if missing: raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out before judging, a missing label is not a negative.')
+    if missing:
+        raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out before judging, a missing label is not a negative.')
     index = {c: i for i, c in enumerate(classes)}
     values = pd.unique(y)
     if not set(values) <= set(index):
@@ -51,12 +52,14 @@ def _check_probs(y_prob, n, classes):
         raise EvaluationError(f"y_prob has shape {np.shape(y_prob)} and there are {k} classes ({', '.join(map(str, classes))}); give (n, {k})" + (' or (n,)' * (k == 2)) + '.')
     if len(p) != n: raise EvaluationError(f'{n} labels but {len(p)} rows of probabilities; give one of each per image.')
     bad = ~np.isfinite(p).all(1)
-    if bad.any(): raise EvaluationError(f'{bad.sum()} of {n} rows of y_prob are NaN or infinite (first: row {bad.argmax()}); find out why the model gave no number.')
-    out = ((p < 0) | (p > 1)).any(1)
-    if out.any(): raise EvaluationError(f'row {out.argmax()} of y_prob holds {p[out.argmax()].max():.4g}, outside 0..1; give probabilities, not logits.')
+    if bad.any():
+        raise EvaluationError(f'{bad.sum()} of {n} rows of y_prob are NaN or infinite (first: row {bad.argmax()}); find out why the model gave no number.')
+    out = ((p < -1e-6) | (p > 1 + 1e-6)).any(1)                        # a softmax in single precision may end at 1.0000001
+    if out.any():
+        raise EvaluationError(f'row {out.argmax()} of y_prob holds {p[out.argmax(), -1]:.4g}, outside 0..1; give probabilities, not logits.')
     off = abs(p.sum(1) - 1) > .01
     if off.any(): raise EvaluationError(f'row {off.argmax()} of y_prob sums to {p[off.argmax()].sum():.4g}; the probabilities of one image sum to 1.')
-    return p
+    return p.clip(0, 1)
 
 # %% ../nbs/11_evaluate.ipynb #check-scores
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def check_scores(y_true,           # (n,) class names, or 0..k-1
         return Scores(y, p, g, classes, False)
     groups = pd.Series(np.asarray(groups, dtype=object))
     if len(groups) != len(y): raise EvaluationError(f'{len(y)} labels but {len(groups)} groups; give one of each per image.')
-    if groups.isna().any(): raise EvaluationError(f'{int(groups.isna().sum())} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None and say so.')
+    if groups.isna().any():
+        raise EvaluationError(f'{int(groups.isna().sum())} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None and say so.')
     return Scores(y, p, np.unique(groups.astype(str), return_inverse=True)[1].reshape(-1), classes, True)
 
 # %% ../nbs/11_evaluate.ipynb #wilson
@@ -272,6 +276,27 @@ def percentile_interval(draws,       # (b,) resamples of one number; NaN where i
     low, high = np.quantile(ok, (1 - level) / 2, method='lower'), np.quantile(ok, (1 + level) / 2, method='higher')
     return float(low), float(high), '' if len(ok) == len(draws) else f'undefined in {len(draws) - len(ok)} of {len(draws)} resamples'
 
+SHARES = {   # metric -> which images are counted, and which of them are right
+    'accuracy':            lambda y, called, i: (y >= 0, y == called),
+    'recall':              lambda y, called, i: (y == i, called == i),
+    'false_negative_rate': lambda y, called, i: (y == i, called == i),
+    'specificity':         lambda y, called, i: (y != i, called != i),
+    'false_positive_rate': lambda y, called, i: (y != i, called != i),
+    'precision':           lambda y, called, i: (called == i, y == i),
+    'npv':                 lambda y, called, i: (called != i, y != i),
+}
+
+def _share_interval(metric, value, draws, s, calls, i, level):
+    "Wilson interval of a share at its effective number of patients, if fewer than ten groups err (or are right); else None"
+    counted, right = SHARES[metric](s.y, calls, i)
+    groups = lambda mask: len(np.unique(s.group[mask]))
+    if min(groups(counted & right), groups(counted & ~right)) >= 10: return None
+    ok = draws[~np.isnan(draws)]
+    spread = ok.var() if len(ok) else 0.
+    n = value * (1 - value) / spread if spread > 0 and 0 < value < 1 else groups(counted)
+    low, high = wilson(value * n, n, level)
+    return float(low), float(high), f'few errors: Wilson interval for {n:.0f} effective patients' if s.grouped else 'few errors: Wilson interval'
+
 def _corners(metric, i, conf, groups, level):
     "Interval of a metric of calls when the resamples have no spread: its range over Wilson's box of recall and specificity"
     tp, fp, fn, tn = _counts(np.asarray(conf, float), i)
@@ -280,17 +305,20 @@ def _corners(metric, i, conf, groups, level):
     for a in wilson(tp / P * groups[0], groups[0], level):
         for b in wilson(tn / N * groups[1], groups[1], level):
             c = (P * a, N * (1 - b), P * (1 - a), N * b)
-            values.append(METRICS[metric].compute(*c) if METRICS[metric].scope == 'two' else METRICS[metric].compute(np.array([[c[3], c[1]], [c[2], c[0]]])))
+            d = METRICS[metric]
+            values.append(d.compute(*c) if d.scope == 'two' else d.compute(np.array([[c[3], c[1]], [c[2], c[0]]])))
     return float(np.nanmin(values)), float(np.nanmax(values))
 
-def _interval(name, value, draws, s, conf, level):
+def _interval(name, value, draws, s, calls, conf, level):
     "(low, high, note) of one metric"
     metric, _, cls = name.partition(':')
     if np.isnan(value): return np.nan, np.nan, ''
     if metric == 'prevalence': return np.nan, np.nan, 'as collected, so without an interval'
+    i, of = s.classes.index(cls) if cls else len(s.classes) - 1, s.group_class()
+    share = _share_interval(metric, value, draws, s, calls, i, level) if metric in SHARES else None
+    if share: return share
     low, high, note = percentile_interval(draws, level)
     if low < high or np.isnan(low): return low, high, note
-    i, of = s.classes.index(cls) if cls else len(s.classes) - 1, s.group_class()
     groups = int((of == i).sum()), int((of != i).sum())
     whole = not cls and len(s.classes) > 2
     if min(groups) and not whole and METRICS[metric].needs == 'calls':
@@ -337,7 +365,7 @@ def _curve(pos, neg, bands, level):
     return {k: np.round(v, 5) for k, v in out.items()}
 
 # %% ../nbs/11_evaluate.ipynb #evaluation
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     "Every metric with its interval, the confusion matrix and the curves of one set of images"
     classes: tuple            # names; the last one is positive
@@ -350,6 +378,8 @@ class Evaluation:
     confusion: list           # k x k counts, rows actual, columns called
     estimates: dict           # name -> `Estimate`
     curves: dict = field(default_factory=dict, repr=False)   # class -> arrays for the ROC and precision-recall plots
+
+    def __eq__(self, other): return isinstance(other, Evaluation) and self.to_dict() == other.to_dict()
 
     def __getitem__(self, metric) -> Estimate:
         name, _, cls = str(metric).partition(':')
@@ -389,10 +419,11 @@ def _number(v): return 'undefined' if np.isnan(v) else f'{v:.3f}'
 def describe(e: Evaluation) -> str:
     "An evaluation as text that fits a terminal"
     per = ', '.join(f'{n} {c}' for c, n in e.images_per_class.items())
-    unit = f'{e.n_groups} patient groups' if e.grouped else 'no patient groups given: every image counts as a patient, so intervals are too narrow if patients have several'
+    alone = 'no patient groups given: every image counts as a patient, so intervals are too narrow if patients have several'
+    unit = f'{e.n_groups} patient groups' if e.grouped else alone
     lines = [f'{e.n_images} images ({per}); {unit}',
              f"called '{e.classes[-1]}' at {e.threshold:.4g} and above" if e.threshold is not None else 'called: the class with the highest probability',
-             f'{100 * e.level:g} % intervals: {e.n_boot} resamples of ' + ('groups' if e.grouped else 'images') if e.n_boot else 'no intervals were asked for', '']
+             f"{100 * e.level:g} % intervals: {e.n_boot} resamples of {'groups' if e.grouped else 'images'}" if e.n_boot else 'no intervals were asked for', '']
     width = max(map(len, e.estimates)) + 2
     for m, r in e.estimates.items():
         ci = '' if np.isnan(r.low) else f'[{r.low:.3f}, {r.high:.3f}]'
@@ -412,6 +443,18 @@ def _in_order(s):
     i = np.lexsort((*s.p.T, s.y, s.group))
     return Scores(s.y[i], s.p[i], s.group[i], s.classes, s.grouped)
 
+def _check_request(threshold, n_boot, level):
+    if not (isinstance(threshold, (int, float, np.number)) and 0 <= threshold <= 1): raise EvaluationError(f'threshold={threshold!r}; give a number from 0 to 1.')
+    if n_boot != 0 and n_boot < 100: raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2000 is usual).')
+    if not 0 < level < 1: raise EvaluationError(f'level={level}; give a share between 0 and 1, such as .95.')
+
+def _warn_undefined(est):
+    "One warning for all undefined metrics, grouped by reason"
+    by_reason = {}
+    for m, e in est.items():
+        if np.isnan(e.value): by_reason.setdefault(e.note, []).append(m)
+    if by_reason: warnings.warn('; '.join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()), UndefinedMetric, stacklevel=3)
+
 def _denominator(name, s, conf):
     "Images that a metric is a share of"
     metric, _, cls = name.partition(':')
@@ -427,7 +470,8 @@ def _reason(name, s, conf):
     if absent: return f"no image of class {', '.join(absent)}"
     metric, _, cls = name.partition(':')
     tp, fp, fn, tn = _counts(np.asarray(conf), s.classes.index(cls) if cls else len(s.classes) - 1)
-    return {'precision': 'nothing was called positive', 'npv': 'nothing was called negative'}.get(metric, 'every image got the same call' if 0 in (tp + fp, tn + fn) else 'a class was never called')
+    known = {'precision': 'nothing was called positive', 'npv': 'nothing was called negative'}
+    return known.get(metric, 'every image got the same call' if 0 in (tp + fp, tn + fn) else 'a class was never called')
 
 def _bootstrap(s, calls, n_boot, seed):
     "{metric: (n_boot,)} and {class: (n_boot, 2, 101)} of the resamples"
@@ -444,10 +488,10 @@ def _few(s):
     few = [f'{n} group{"s" * (n != 1)} of {c}' for c, n in sizes.items() if 0 < n < 5]
     return f"only {' and '.join(few)}: the interval says little" if few else ''
 
-def _estimate(name, value, draws, s, conf, level):
+def _estimate(name, value, draws, s, calls, conf, level):
     "One `Estimate`, with its interval and everything a reader must know"
     few = _few(s)
-    low, high, note = _interval(name, value, draws[name], s, conf, level) if draws else (np.nan, np.nan, '')
+    low, high, note = _interval(name, value, draws[name], s, calls, conf, level) if draws else (np.nan, np.nan, '')
     if np.isnan(value): note = 'undefined: ' + _reason(name, s, conf)
     elif np.isinf(value): note = 'no finite value: ' + ('no false positive' if name.startswith('lr_pos') else 'no true negative')
     elif few and not np.isnan(low): note = '; '.join(filter(None, (note, few)))
@@ -465,9 +509,7 @@ def evaluate(y_true,             # (n,) class names, or 0..k-1
             ) -> Evaluation:
     "Every metric that these labels and probabilities allow, each with its interval over patients"
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
-    if not (isinstance(threshold, (int, float, np.number)) and 0 <= threshold <= 1): raise EvaluationError(f'threshold={threshold!r}; give a number from 0 to 1.')
-    if n_boot != 0 and n_boot < 100: raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2000 is usual).')
-    if not 0 < level < 1: raise EvaluationError(f'level={level}; give a share between 0 and 1, such as .95.')
+    _check_request(threshold, n_boot, level)
     k, of = len(s.classes), s.group_class()
     calls = (s.score >= threshold).astype(np.int64) if k == 2 else s.p.argmax(1)
     conf = np.bincount(s.y * k + calls, minlength=k * k).reshape(k, k)
@@ -475,11 +517,10 @@ def evaluate(y_true,             # (n,) class names, or 0..k-1
     values = compute_metrics(s, calls, np.ones((1, len(s.y))), lambda i, pos, neg: ranks.update({s.classes[i]: (pos[0], neg[0])}))
     draws, bands = _bootstrap(s, calls, n_boot, seed)
     order = [m for d in METRICS for m in values if m.partition(':')[0] in (d, f'{d}_macro')]
-    est = {m: _estimate(m, values[m][0], draws, s, conf, level) for m in order}
-    undefined = {m: e.note for m, e in est.items() if np.isnan(e.value)}
-    if undefined: warnings.warn('; '.join(f"{', '.join(m for m in undefined if undefined[m] == r)}: {r}" for r in dict.fromkeys(undefined.values())), UndefinedMetric, stacklevel=2)
-    return Evaluation(s.classes, float(threshold) if k == 2 else None, float(level), int(n_boot), int(seed), len(s.y), s.n_groups, s.grouped,
-                      {c: int((s.y == i).sum()) for i, c in enumerate(s.classes)}, {c: int((of == i).sum()) for i, c in enumerate(s.classes)},
+    est = {m: _estimate(m, values[m][0], draws, s, calls, conf, level) for m in order}
+    _warn_undefined(est)
+    per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}
+    return Evaluation(s.classes, float(threshold) if k == 2 else None, float(level), int(n_boot), int(seed), len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(of),
                       conf.tolist(), est, {str(c): _curve(*ranks[c], bands.get(c, []), level) for c in ranks})
 
 # %% ../nbs/11_evaluate.ipynb #design-effect
@@ -521,11 +562,13 @@ class OperatingPoint:
         "The same point from `to_dict`; refused when somebody changed it in between"
         numbers = {k: np.nan if v is None else v for k, v in d.items() if k != 'hash'}
         p = cls(**numbers)
-        if d.get('hash', p.hash) != p.hash: raise EvaluationError(f"the operating point with hash {d['hash']} was altered (it now hashes to {p.hash}); choose it again on the validation part.")
+        if d.get('hash', p.hash) != p.hash:
+            raise EvaluationError(f"the operating point with hash {d['hash']} was altered (it now hashes to {p.hash}); choose it again on the validation part.")
         return p
     def __str__(self):
-        return (f"threshold {self.threshold:.4f} for {self.goal}{'' if self.met else ' (NOT reached)'}, from {self.n_positive + self.n_negative} images "
-                f"({self.n_positive} positive): sensitivity {self.sensitivity:.3f}, specificity {self.specificity:.3f} [{self.hash}]{'; ' + self.note if self.note else ''}")
+        reached = '' if self.met else ' (NOT reached)'
+        return (f'threshold {self.threshold:.4f} for {self.goal}{reached}, from {self.n_positive + self.n_negative} images ({self.n_positive} positive): '
+                f'sensitivity {self.sensitivity:.3f}, specificity {self.specificity:.3f} [{self.hash}]' + (f'; {self.note}' if self.note else ''))
 
 # %% ../nbs/11_evaluate.ipynb #parse-goal
 GOALS = ('youden', 'f1', 'accuracy', 'sensitivity>=0.95', 'specificity>=0.9', 'ppv>=0.5@0.05', 'npv>=0.99@0.05', 'fixed=0.5')
@@ -537,7 +580,8 @@ def parse_goal(goal: str) -> tuple: # (kind, number, prevalence); None where the
     try: kind, numbers = next(filter(None, (m[1], m[2], m[4], m[7]))), [float(v) for v in (m[3], m[5], m[8], m[6]) if v]
     except (TypeError, ValueError):
         raise EvaluationError(f"unknown goal '{goal}'{nearest(text, GOALS)} (write one of {', '.join(GOALS)}, with numbers of your own)") from None
-    if any(not 0 <= v <= 1 for v in numbers) or (m[4] and not 0 < numbers[1] < 1): raise EvaluationError(f"goal '{goal}': numbers are shares between 0 and 1, not percentages.")
+    if any(not 0 <= v <= 1 for v in numbers) or (m[4] and not 0 < numbers[1] < 1):
+        raise EvaluationError(f"goal '{goal}': numbers are shares between 0 and 1, not percentages.")
     return (dict(recall='sensitivity').get(kind, kind), *(numbers + [None, None])[:2])
 
 # %% ../nbs/11_evaluate.ipynb #candidates
@@ -574,7 +618,8 @@ def choose_threshold(y_true,            # (n,) labels of the VALIDATION images
                     ) -> OperatingPoint:
     "The threshold that serves a goal best on validation images, to be frozen"
     s, (kind, number, prevalence) = check_scores(y_true, y_prob, None, classes), parse_goal(goal)
-    if len(s.classes) != 2: raise EvaluationError(f'choose_threshold: {len(s.classes)} classes have no single threshold; the class with the highest probability is called.')
+    if len(s.classes) != 2:
+        raise EvaluationError(f'choose_threshold: {len(s.classes)} classes have no single threshold; the class with the highest probability is called.')
     if len(np.unique(s.y)) < 2:
         only = f"only '{s.classes[s.y[0]]}'" if len(s.y) else 'no images'
         raise EvaluationError(f'choose_threshold: the validation part holds {only}; a threshold needs both classes, so give validation more patients.')
@@ -587,9 +632,10 @@ def choose_threshold(y_true,            # (n,) labels of the VALIDATION images
         best = np.lexsort((t, -c[0], -np.round(gain, 12)))[0]
     tp, fp, fn, tn = (float(np.ravel(v)[best]) for v in c)
     note = 'calls every image positive' if fn + tn == 0 else 'calls no image positive' if tp + fp == 0 else ''
-    if not met: warnings.warn(f"goal '{goal}' is reached by no threshold on these {len(s.y)} images; the nearest one was taken", UnmetGoal, stacklevel=2)
-    m = {k: float(METRICS[k].compute(tp, fp, fn, tn)) for k in ('recall', 'specificity', 'precision', 'f1')}
-    return OperatingPoint(float(t[best]), str(goal), met, m['recall'], m['specificity'], m['precision'], m['f1'], (tp + tn) / len(s.y), int(tp + fn), int(fp + tn), note)
+    if not met:
+        warnings.warn(f"goal '{goal}' is reached by no threshold on these {len(s.y)} images; the nearest one was taken", UnmetGoal, stacklevel=2)
+    m = [float(METRICS[k].compute(tp, fp, fn, tn)) for k in ('recall', 'specificity', 'precision', 'f1')]
+    return OperatingPoint(float(t[best]), str(goal), met, *m, (tp + tn) / len(s.y), int(tp + fn), int(fp + tn), note)
 
 # %% ../nbs/11_evaluate.ipynb #oracle-gap
 def oracle_gap(y_true,           # (n,) labels of the TEST images
@@ -599,7 +645,8 @@ def oracle_gap(y_true,           # (n,) labels of the TEST images
               ) -> dict:         # frozen, oracle, gap: accuracy and balanced accuracy; oracle_threshold
     "How much better the best test threshold would look than the frozen one: for the report, never for use"
     s = check_scores(y_true, y_prob, None, classes)
-    if len(s.classes) != 2 or not len(s.y): raise EvaluationError(f'oracle_gap: {len(s.y)} images of {len(s.classes)} classes; it needs images of two classes.')
+    if len(s.classes) != 2 or not len(s.y):
+        raise EvaluationError(f'oracle_gap: {len(s.y)} images of {len(s.classes)} classes; it needs images of two classes.')
     t, c = _candidates(s)
     frozen = _counts(np.bincount(s.y * 2 + (s.score >= threshold), minlength=4).reshape(2, 2), 1)
     accuracy = lambda c: (c[0] + c[3]) / len(s.y)

@@ -39,16 +39,20 @@ def _check_size(w: int, h: int) -> None:
     if max(w, h) > MAX_ASPECT * min(w, h): raise _Refused(f'it has {w} x {h} pixels and no side may be more than {MAX_ASPECT} times the other; this is not one film: crop it or leave it out')
 
 # %% ../nbs/01_images.ipynb #naming
+def _said(error) -> str:
+    "Another library's error in one line"
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+
 @contextmanager
 def _naming(path):
     "Turn every failure inside the block into an ImageError that names the file"
     try: yield
     except ImageError: raise
-    except _Refused as e: raise ImageError(f'cannot use image {path}: {e}.') from None
+    except _Refused as e: raise ImageError(f"cannot use image {path}: {' '.join(str(e).split())}.") from None
     except FileNotFoundError: raise ImageError(f'cannot use image {path}: there is no such file; check the path.') from None
     except PermissionError: raise ImageError(f'cannot use image {path}: you may not read it; change its permissions.') from None
     except Exception as e:
-        raise ImageError(f'cannot use image {path}: it cannot be decoded ({type(e).__name__}: {str(e)[:200]}); the file is damaged or not supported: fetch it again or leave it out.') from e
+        raise ImageError(f'cannot use image {path}: it cannot be decoded ({_said(e)}); the file is damaged or not supported: fetch it again or leave it out.') from e
 
 def _as_path(path) -> str:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path): raise ImageError(f'cannot use image {path!r}: this is not a path; give the name of a file.')
@@ -120,8 +124,10 @@ def _grey(im) -> np.ndarray:
     if im.mode == 'CMYK' or im.mode == 'YCbCr': im = im.convert('RGB')
     if 'transparency' in im.info or im.mode in ('RGBa', 'La', 'PA'): im = im.convert('RGBA')
     if im.mode not in ('RGBA', 'LA'): return np.asarray(im.convert('L'))
+    grey, alpha = im.getchannel(0) if im.mode == 'LA' else im.convert('L'), im.getchannel('A')
+    if alpha.histogram()[255] == im.size[0] * im.size[1]: return np.asarray(grey)      # nothing is transparent
     out = Image.new('L', im.size)
-    out.paste(im.getchannel(0) if im.mode == 'LA' else im.convert('L'), mask=im.getchannel('A'))
+    out.paste(grey, mask=alpha)
     return np.asarray(out)
 
 # %% ../nbs/01_images.ipynb #jpeg-parts
@@ -151,7 +157,7 @@ _MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
 
 def _jpeg_end(data: bytes, parts: dict) -> int:
     "Where the end marker stands; a JPEG without one, or whose last scans are missing, was cut short"
-    if not parts['several']: at, end, done = 0, data.find(b'\xff\xd9', parts['scan']), None
+    if not parts['several']: end, done = data.find(b'\xff\xd9', parts['scan']), None
     else:
         at, end, done, scans = parts['sos'], -1, set(), 0
         while m := _MARKER.search(data, at):
@@ -195,10 +201,17 @@ def _decode_jpeg(data: bytes, rule=None):
 
 # %% ../nbs/01_images.ipynb #png
 _PNG_KEEP = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND')
+_PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
+
+def _png_lines(w, h, bits, interlaced):
+    "Bytes of all lines, each with its filter byte, as the compressed data must hold them"
+    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)] if interlaced else [(0, 1, 0, 1)]
+    sizes = [(-(-(w - x) // dx), -(-(h - y) // dy)) for y, dy, x, dx in passes]
+    return sum(ph * (1 + (pw * bits + 7) // 8) for pw, ph in sizes if pw > 0 and ph > 0)
 
 def _png_parts(data: bytes) -> dict:
     "Walk the chunks: verified bytes for the decoder, width, height and EXIF block"
-    keep, out, at, name = [data[:8]], dict(exif=b''), 8, b''
+    keep, out, at, name, palette = [data[:8]], dict(exif=b''), 8, b'', False
     while name != b'IEND':
         if at + 12 > len(data): raise _Refused('it is a truncated PNG (no end chunk); fetch it again')
         n, name = struct.unpack_from('>I4s', data, at)
@@ -210,18 +223,33 @@ def _png_parts(data: bytes) -> dict:
             keep.append(memoryview(data)[at:at + 12 + n])
         elif name[:1].isupper(): raise _Refused(f"it is a PNG with the unknown part {name.decode('latin-1')!r}; save it again as an ordinary PNG")
         if name == b'IHDR':
-            out['w'], out['h'] = struct.unpack_from('>II', data, at + 8)
-            _check_size(out['w'], out['h'])
+            w, h, depth, colour, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, at + 8)
+            _check_size(w, h)
+            out['lines'] = _png_lines(w, h, depth * _PNG_CHANNELS.get(colour, 1), interlaced)
+        if name == b'PLTE': palette = True
         if name == b'acTL' and n >= 4 and struct.unpack_from('>I', data, at + 8)[0] > 1: raise _Refused('it is an animated PNG; save the one film that is meant')
         if name == b'eXIf': out['exif'] = data[at + 8:at + 8 + n]
         at += 12 + n
+    if colour == 3 and not palette: raise _Refused('it is a PNG whose palette is missing; fetch it again')
     return dict(out, clean=b''.join(keep))
+
+def _png_missing(clean: bytes, lines: int) -> bool:
+    "Do the data hold fewer bytes than the picture needs? They are unpacked piece by piece and thrown away"
+    at, unpack, n = 8, zlib.decompressobj(), 0
+    while at < len(clean):
+        size, name = struct.unpack_from('>I4s', clean, at)
+        piece = clean[at + 8:at + 8 + size] if name == b'IDAT' else b''
+        while piece and n < lines: n, piece = n + len(unpack.decompress(piece, 1 << 20)), unpack.unconsumed_tail
+        at += 12 + size
+    return n < lines
 
 def _grey_png(data: bytes):
     "(h, w) pixels as stored, and their orientation"
     parts = _png_parts(data)
     im = PngImageFile(io.BytesIO(parts['clean']))
     im.load()
+    last = np.asarray(im.crop((0, im.size[1] - 2, *im.size)))
+    if not last.reshape(2, -1).any(axis=1).all() and _png_missing(parts['clean'], parts['lines']): raise _Refused('it is a truncated PNG (its data end before its picture); fetch it again')
     return _grey(im), _orientation(parts['exif'])
 
 # %% ../nbs/01_images.ipynb #others
@@ -251,12 +279,12 @@ def _decode_other(data: bytes, kind: str) -> np.ndarray:
         _check_size(*im.size)
         if getattr(im, 'is_animated', False): raise _Refused(f'it is a {kind} of several pictures; save the one film that is meant')
         tags = getattr(im, 'tag_v2', {}) if kind == 'TIFF' else {}
-        turn = tags.get(0x0112, 1) if kind == 'TIFF' else _orientation(im.info.get('exif') or b'')
+        turn = 1 if kind == 'TIFF' else _orientation(im.info.get('exif') or b'')       # PIL turns a TIFF itself
         bits, white_is_zero = tags.get(258, (8,)), tags.get(262) == 0
         im.load()
         a = _grey(im)
     if white_is_zero and a.dtype == np.uint16: a = np.uint16((1 << int(bits[0])) - 1) - a      # PIL inverts only 8 bits and fewer
-    return _upright(a, turn if turn in range(1, 9) else 1)
+    return _upright(a, turn)
 
 # %% ../nbs/01_images.ipynb #dicom
 _DICOM_TAGS = ['Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'PlanarConfiguration', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit',
@@ -288,25 +316,65 @@ def _dicom_pixels(ds, syntax) -> np.ndarray:
     except Exception as e:
         plugin = next((p for s, p in sorted(_DICOM_PLUGINS.items(), key=lambda kv: -len(kv[0])) if syntax.startswith(s)), None)
         if plugin and isinstance(e, (RuntimeError, NotImplementedError)):
-            raise _Refused(f'its DICOM compression {syntax} could not be decoded ({str(e)[:160]}); pip install {plugin}, or write it uncompressed') from e
+            raise _Refused(f'its DICOM compression {syntax} could not be decoded ({_said(e)}); pip install {plugin}, or write it uncompressed') from e
         raise
 
+# %% ../nbs/01_images.ipynb #dicom-table
+def _first(v):
+    "First of one or several values as a float; None when there is none"
+    if v is None or v == '': return None
+    return float(v) if isinstance(v, (int, float, str)) or not hasattr(v, '__len__') else float(v[0]) if len(v) else None
+
+def _dicom_table(item):
+    "A DICOM lookup table -> its entries, the number that the first entry stands for, its depth in bits"
+    n, start, bits = (int(v) for v in item.LUTDescriptor)
+    n, data = n or 65536, item.LUTData
+    data = np.frombuffer(data, '<u2') if isinstance(data, bytes) else np.array(data, dtype=np.uint16)
+    if bits <= 8 and len(data) < n: data = data.view(np.uint8)          # two entries to a word
+    if len(data) < n: raise _Refused('its DICOM lookup table is shorter than it says; the file is damaged: fetch it again')
+    return data[:n].astype(float), start, bits
+
+def _look_up(x, item):
+    data, start, bits = _dicom_table(item)
+    return data[np.clip(np.rint(x) - start, 0, len(data) - 1).astype(int)], bits
+
+def _window(x, center, width, function):
+    "Brightness 0 to 1 through a window: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3"
+    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID') or not (width >= 1 if function == 'LINEAR' else width > 0):
+        raise _Refused(f'its DICOM window {function} of width {width:g} means nothing; correct or remove WindowWidth and VOILUTFunction')
+    if function == 'SIGMOID': return 1 / (1 + np.exp(np.clip(-4 * (x - center) / width, -700, 700)))
+    if function == 'LINEAR_EXACT': return np.clip((x - center) / width + .5, 0, 1)
+    return (x > center - .5).astype(float) if width == 1 else np.clip((x - (center - .5)) / (width - 1) + .5, 0, 1)
+
+def _brightness(ds, stored: np.ndarray) -> np.ndarray:
+    "(n,) stored numbers in rising order, all that can occur -> (n,) brightness, 0 black, 1 white"
+    if ds.get('ModalityLUTSequence'): x, _ = _look_up(stored, ds.ModalityLUTSequence[0])
+    else:
+        slope, intercept = _first(ds.get('RescaleSlope')), _first(ds.get('RescaleIntercept'))
+        x = stored * (1. if slope is None else slope) + (intercept or 0.)
+    center, width = _first(ds.get('WindowCenter')), _first(ds.get('WindowWidth'))
+    if ds.get('VOILUTSequence'): unit, bits = _look_up(x, ds.VOILUTSequence[0]); unit = unit / ((1 << bits) - 1)
+    elif center is not None and width is not None: unit = _window(x, center, width, str(ds.get('VOILUTFunction') or 'LINEAR'))
+    elif x.max() > x.min(): unit = (x - x.min()) / (x.max() - x.min())
+    else: raise _Refused('its DICOM rescale maps every number to one; correct RescaleSlope')
+    return 1 - unit if ds.PhotometricInterpretation == 'MONOCHROME1' else unit
+
+# %% ../nbs/01_images.ipynb #dicom-decode
 def _decode_dicom(path) -> np.ndarray:
     "(h, w) uint8 for up to 8 stored bits, else uint16 over the full range; black is 0"
     with _quiet():
         ds, syntax = _read_dicom(path)
-        kind, stored = ds.get('PhotometricInterpretation', ''), _dicom_pixels(ds, syntax)
-        if stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype == np.uint8 and kind != 'PALETTE COLOR': return np.asarray(Image.fromarray(stored).convert('L'))
-        if stored.ndim != 2 or kind not in ('MONOCHROME1', 'MONOCHROME2'): raise _Refused(f'it is a DICOM of kind {kind!r} and shape {stored.shape}, not a grey film; save it as PNG')
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+        kind, a = ds.get('PhotometricInterpretation', ''), _dicom_pixels(ds, syntax)
+        if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8 and kind != 'PALETTE COLOR': return np.asarray(Image.fromarray(a).convert('L'))
+        if a.ndim != 2 or kind not in ('MONOCHROME1', 'MONOCHROME2') or a.dtype.itemsize > 2:
+            raise _Refused(f'it is a DICOM of kind {kind!r}, shape {a.shape} and {a.dtype}, not a grey film of up to 16 bits; save it as PNG')
         bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation)
-        ends = np.array([-(1 << bits - 1), (1 << bits - 1) - 1] if signed else [0, (1 << bits) - 1], stored.dtype)
-        lo, hi = sorted(apply_modality_lut(ends, ds).astype(float).tolist())
-        shown = apply_voi_lut(apply_modality_lut(stored, ds), ds).astype(float)
-        if ds.get('VOILUTSequence'): lo, hi = 0., 2. ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1
-    unit = np.clip((shown - lo) / (hi - lo if hi > lo else 1), 0, 1)
-    if kind == 'MONOCHROME1': unit = 1 - unit
-    return (unit * 255 + .5).astype(np.uint8) if bits <= 8 else (unit * 65535 + .5).astype(np.uint16)
+        if not 1 <= bits <= 16: raise _Refused(f'its DICOM header says {bits} bits stored; the file is damaged: fetch it again')
+        low = -(1 << bits - 1) if signed else 0
+        unit = _brightness(ds, np.arange(low, low + (1 << bits), dtype=float))
+    table = (unit * 255 + .5).astype(np.uint8) if bits <= 8 else (unit * 65535 + .5).astype(np.uint16)
+    a = a.astype(np.int32) & (1 << bits) - 1                            # bits above the stored ones may hold an overlay
+    return table[a if not signed else (a ^ 1 << bits - 1)]              # two's complement -> place in the table
 
 # %% ../nbs/01_images.ipynb #read-grey
 def _decode(path, rule=None):
@@ -455,24 +523,32 @@ def load_image(path,             # any file that `read_grey` reads
         return np.asarray(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale))
 
 # %% ../nbs/01_images.ipynb #facts
+_PNG_MODES = {0: 'L', 2: 'RGB', 3: 'P', 4: 'LA', 6: 'RGBA'}
+
+def _facts(path, kind, head):
+    "(mode, width, height, depth) of the header"
+    if kind == 'DICOM':
+        ds, _ = _read_dicom(path, stop_before_pixels=True)
+        return str(ds.get('PhotometricInterpretation', '')), int(ds.Columns), int(ds.Rows), int(ds.get('BitsStored', 0))
+    if kind == 'PNG':
+        w, h, depth, colour = struct.unpack_from('>IIBB', head, 16)
+        return {(1, 0): '1', (16, 0): 'I;16'}.get((depth, colour), _PNG_MODES.get(colour, '?')), w, h, depth
+    if kind == 'JPEG':
+        try: parts = _jpeg_parts(head)
+        except _Refused: parts = _jpeg_parts(Path(path).read_bytes())          # a long preface: a profile, a preview
+        return {1: 'L', 3: 'RGB', 4: 'CMYK'}.get(parts['layers'], '?'), parts['w'], parts['h'], parts['depth']
+    if kind == 'WEBP': _check_size(*_webp_size(head))
+    with open(path, 'rb') as f:
+        im = _OTHERS[kind](f)
+        return im.mode, *im.size, int(im.tag_v2.get(258, (1,))[0]) if kind == 'TIFF' else 1 if im.mode == '1' else 8
+
 def file_facts(path) -> dict: # format, mode, width, height (as stored, before orientation), depth (bits per channel), bytes
     "What a file says of itself in its header; cheap"
     path = _as_path(path)
     with _naming(path):
         n = _check_file(path)
-        with open(path, 'rb') as f: kind = _kind(head := f.read(4096))
-        with _quiet():
-            if kind == 'DICOM':
-                ds, _ = _read_dicom(path, stop_before_pixels=True)
-                mode, w, h, depth = str(ds.get('PhotometricInterpretation', '')), int(ds.Columns), int(ds.Rows), int(ds.get('BitsStored', 0))
-            else:
-                if kind == 'WEBP': _check_size(*_webp_size(head))
-                with open(path, 'rb') as f:
-                    im = dict(_OTHERS, JPEG=JpegImageFile, PNG=PngImageFile)[kind](f)
-                    mode, (w, h), depth = im.mode, im.size, _depth(im, kind, head)
+        with open(path, 'rb') as f: kind = _kind(head := f.read(1 << 16))
+        if kind in ('PNG', 'JPEG'): mode, w, h, depth = _facts(path, kind, head)
+        else:
+            with _quiet(): mode, w, h, depth = _facts(path, kind, head)
         return dict(format=kind, mode=mode, width=w, height=h, depth=depth, bytes=n)
-
-def _depth(im, kind, head):
-    if kind == 'PNG': return head[24]
-    if kind == 'TIFF': return int(im.tag_v2.get(258, (1,))[0])
-    return 1 if im.mode == '1' else 8

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from .core import CxrError, RunError, VocabularyError, nearest, write_json, write_text
 
 # %% auto #0
-__all__ = ['PATTERNS', 'Phantom', 'make_phantom']
+__all__ = ['PATTERNS', 'SCHEMAS', 'FAULTS', 'FAMILY', 'Phantom', 'make_phantom', 'make_other_view', 'write_covid_tree',
+           'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'phantom_family', 'write_phantom_folder']
 
 # %% ../nbs/02_phantom.ipynb #small-shapes
 _REACH = 1.3     # canvases cover body coordinates from -_REACH to _REACH; the film shows about -1 to 1
@@ -92,9 +93,13 @@ def _ribs(a, xa, y, cage, dome):
     return a['rib_dense'] * out * np.clip((cage * 1.015 - xa) / .012, 0, 1) * np.clip((dome + .35 - y) / .3, 0, 1)
 
 def _clavicles(a, xa, y):
+    out = np.zeros_like(xa)
+    rows = slice(*np.searchsorted(y[:, 0], [a['clavicle_y'] - .35, a['clavicle_y'] + .1]))      # a third of the film, for speed
+    xa, y = xa[rows], y[rows]
     q = (xa - .08) / .8
     line = a['clavicle_y'] - a['clavicle_rise'] * q + a['clavicle_bend'] * np.sin(2 * np.pi * q)
-    return .13 * _bone(y - line, .034 - .010 * q, .010) * _step((xa - .07) / .03) * _step((.94 - xa) / .09)
+    out[rows] = .13 * _bone(y - line, .034 - .010 * q, .010) * _step((xa - .07) / .03) * _step((.94 - xa) / .09)
+    return out
 
 def _spine_and_trachea(a, x, y):
     side = np.abs(x - a['bend'] * np.cos(2 * y))
@@ -124,7 +129,7 @@ def _vessels(a, r, m):
             up = -1.35 + 2.75 * k / 8 + .12 * next(noise)
             root = a['hilum_y'] - .025 * side + .03 * next(noise)
             grow(side * (a['middle'] + .05), root, up if side > 0 else math.pi - up, .034 if k > 2 else .026, 7)
-    return image.filter(ImageFilter.GaussianBlur(m / 330))
+    return image.filter(ImageFilter.GaussianBlur(m / 330)) if m > 256 else image      # small films are shrunk from 192, which smooths enough
 
 def _shoulders(a, m):
     "Shoulder blades and upper arms, turned out of the lungs by a patient-specific amount"
@@ -139,13 +144,13 @@ def _shoulders(a, m):
 
 @lru_cache(maxsize=64)
 def _tissue(seed, patient, child, n):
-    "What lies in the lungs (vessels, soft texture) and outside them (shoulders), as two (n,n) float images"
+    "What lies in the lungs (vessels, soft texture) and outside them (shoulders), as float canvases"
     a, r = _anatomy(seed, patient, child), _rng(seed, 2, patient)
-    shrink = lambda image: np.asarray(image.resize((n, n), Image.Resampling.BOX), np.float32) / 255
-    lung = .15 * shrink(_vessels(a, r, max(n, 256)))
+    shade = lambda image: np.asarray(image, np.float32) / 255
+    lung = .15 * shade(_vessels(a, r, max(n, 192)).resize((n, n), Image.Resampling.BOX))
     for weight, cells in ((.012, 12), (.010, 28), (.008, 64), (.006, 150)):
         if cells <= n: lung += weight * _smooth_noise(r, n, cells)
-    return Image.fromarray(lung), Image.fromarray(.13 * shrink(_shoulders(a, max(n, 256))))
+    return Image.fromarray(lung), Image.fromarray(.13 * shade(_shoulders(a, max(n // 2, 64))))
 
 # %% ../nbs/02_phantom.ipynb #opacities
 PATTERNS = ('peripheral', 'lobar', 'perihilar')     # how planted opacities are distributed
@@ -164,7 +169,7 @@ def _patches(pattern, r):
     return side, r.uniform(.60, .95, k), .08 + .9 * r.beta(3, 1.6, k), r.uniform(.07, .17, k), r.uniform(.6, 1, k)
 
 @lru_cache(maxsize=512)
-def _opacities(seed, patient, child, pattern, n=128):
+def _opacities(seed, patient, child, pattern, n=96):
     "Share 0..1 of the air that a patient's disease replaces at full strength, fluffy, in body coordinates"
     a, r = _anatomy(seed, patient, child), _rng(seed, 3, patient)
     g = np.linspace(-_REACH, _REACH, n, dtype=np.float32)
@@ -234,13 +239,14 @@ class Phantom(NamedTuple):
     lesion_mask: np.ndarray  # (h,w) bool, the core of the planted opacities; all False when nothing is planted
     lung_mask: np.ndarray    # (h,w) bool, lung fields without heart and mediastinum
 
-def _check_film(ids, size, lesion, pattern, aspect):
+def _check_film(ids, size, lesion=0, pattern=PATTERNS[0], aspect=1, wobble=1):
     for name, v in ids.items():
         if not isinstance(v, (int, np.integer)) or v < 0: raise CxrError(f'{name}={v!r} names no phantom; give a whole number from 0 on.')
     if not isinstance(size, (int, np.integer)) or size < 32: raise CxrError(f'size={size!r} is too small for a chest; give a whole number of pixels, 32 or more.')
     if not 0 <= lesion <= 1: raise CxrError(f'lesion={lesion!r} is no share of replaced air; give a number from 0 (clear lungs) to 1 (white).')
     if pattern not in PATTERNS: raise VocabularyError(f"unknown pattern '{pattern}'{nearest(pattern, PATTERNS)} (known: {', '.join(PATTERNS)})")
     if not .5 <= aspect <= 2: raise CxrError(f'aspect={aspect!r} is no chest film; give width / height from 0.5 to 2.')
+    if not 0 <= wobble <= 1: raise CxrError(f'wobble={wobble!r} is out of range; give a number from 0 (all films alike) to 1.')
 
 def make_phantom(seed: int,          # names a population of patients; 0 or more
                  patient: int = 0,   # who: the same patient has the same anatomy in every film
@@ -249,23 +255,526 @@ def make_phantom(seed: int,          # names a population of patients; 0 or more
                  lesion: float = 0., # share of air that opacities replace at their core: 0 clear lungs, .1 subtle, .3 plain, .8 dense
                  pattern: str = 'peripheral', # one of `PATTERNS`
                  aspect: float = 1., # width / height
-                 child: bool = False # the proportions of a small child
+                 child: bool = False, # the proportions of a small child
+                 wobble: float = 1.  # how much pose, breath and exposure differ from film to film of a patient; 0 not at all
                 ) -> Phantom:        # image, lesion_mask, lung_mask
     "A synthetic chest film with its lesion and lung masks, the same for the same arguments"
-    _check_film(dict(seed=seed, patient=patient, image=image), size, lesion, pattern, aspect)
+    _check_film(dict(seed=seed, patient=patient, image=image), size, lesion, pattern, aspect, wobble)
     seed, patient, image, child = int(seed), int(patient), int(image), bool(child)
     r = _rng(seed, 4, patient, image)
-    u = lambda lo, hi: float(r.uniform(lo, hi))
+    u = lambda mid, reach: mid + wobble * float(r.uniform(-reach, reach))
     h, w = int(size), round(size * aspect)
-    pose = u(-.06, .06), u(-.06, .06), u(.94, 1.06), u(-.04, .04)
+    pose = u(0, .06), u(0, .06), u(1, .06), u(0, .04)
     a = _anatomy(seed, patient, child)
-    a = {**a, 'base_y': a['base_y'] + u(-.06, .06)}
+    a = {**a, 'base_y': u(a['base_y'], .06)}
     y = ((np.arange(h, dtype=np.float32)[:, None] + .5) * (2 / h) - 1 - pose[1]) / pose[2]
     x = ((np.arange(w, dtype=np.float32)[None] + .5) * (2 / h) - w / h - pose[0]) / pose[2] - pose[3] * y
     tissue, shoulders = (_view_of(c, pose, h, w) for c in _tissue(seed, patient, child, h))
-    strength = lesion * u(.85, 1.15)
+    strength = lesion * u(1, .15)
     opacity = strength * _view_of(_opacities(seed, patient, child, pattern), pose, h, w) if lesion else np.float32(0)
     total, lungs = _attenuation(a, x, y, tissue, shoulders, opacity)
-    low, high, gamma, grain = u(.06, .18), u(1.22, 1.48), u(.75, 1.05), u(.006, .016) * min(1, math.sqrt(h / 256))
+    low, high, gamma, grain = u(.12, .06), u(1.35, .13), u(.9, .15), u(.011, .005) * min(1, math.sqrt(h / 256))
     grey = np.clip((total + grain * r.standard_normal((h, w), dtype=np.float32) - low) / (high - low), 0, 1)**gamma
     return Phantom(_stamp((8 + 240 * grey).astype(np.uint8)), lungs & (opacity > .3 * strength) if lesion else np.zeros_like(lungs), lungs)
+
+# %% ../nbs/02_phantom.ipynb #other-view
+def _lateral(a, r, x, y):
+    "From the side: breastbone at the left, spine at the right, one lung over the other, heart in front"
+    front, back = -.58 + .22 * (y - .1)**2, .54 + .10 * np.cos(1.5 * y)
+    skin = front - .12 - .06 * _bump((y - .2) / .4) + .3 * np.clip(-.5 - y, 0, 1)
+    body = _dome((x - skin) / .8) * _dome((.98 - .1 * y * y - x) / .5)
+    dome = a['base_y'] + .45 * np.clip(x + .05, -.6, 1)**2
+    air = _dome((x - front) / .3) * _dome((back - x) / .3) * _dome((dome - y) / .2) * _dome((y - a['apex_y'] - .7 * (x - .05)**2) / .3)
+    heart = _dome((1 - ((x + .20) / .34)**2 - ((y - a['base_y'] + .18) / .30)**2) / .6)
+    beat = (y + .1 * x) / .135
+    spine = _step((.10 - np.abs(x - .62 + .06 * np.cos(2 * y))) / .04) * (.28 + .12 * np.cos(2 * np.pi * beat))
+    ribs = .05 * _step(np.cos(2 * np.pi * (y - .5 * x) / a['rib_step']) - .2) * (air > 0)
+    return body - .55 * air * (1 - .7 * heart) + spine + ribs
+
+def _slice(a, r, x, y):
+    "A CT slice: the body as an ellipse in black air, lungs, spine and heart inside"
+    inside = lambda cx, cy, rx, ry: np.clip((1 - ((x - cx) / rx)**2 - ((y - cy) / ry)**2) * 8, 0, 1)
+    body, heart = inside(0, .05, .92, .66), inside(.10, -.10, .30, .30)
+    lungs = np.maximum(inside(-.44, .04, .34, .48), inside(.46, .06, .33, .47)) * (1 - heart)
+    spine = inside(0, .45, .15, .15)
+    return .75 * body - .62 * lungs * (1 - spine) + .08 * heart + .35 * spine + .3 * (body - inside(0, .05, .86, .60)) * (np.cos(9 * np.arctan2(y, x)) > .4)
+
+def make_other_view(kind: str,       # 'lateral' or 'ct'
+                    seed: int, patient: int = 0, image: int = 0, size: int = 512
+                   ) -> np.ndarray:  # (size,size) uint8
+    "A picture that is no frontal chest film: a lateral view or a CT slice, with the same plate in the corner"
+    kinds = dict(lateral=_lateral, ct=_slice)
+    if kind not in kinds: raise VocabularyError(f"unknown kind '{kind}'{nearest(kind, kinds)} (known: {', '.join(kinds)})")
+    _check_film(dict(seed=seed, patient=patient, image=image), size)
+    a, r = _anatomy(int(seed), int(patient), False), _rng(int(seed), 5, int(patient), int(image))
+    g = (np.arange(size, dtype=np.float32) + .5) * (2 / size) - 1
+    scale, dx, dy = r.uniform(.95, 1.1), *r.uniform(-.05, .05, 2)
+    total = kinds[kind](a, r, (g[None] - float(dx)) / float(scale), (g[:, None] - float(dy)) / float(scale))
+    total = total + .03 * _smooth_noise(r, size, 24) * (total > .05) + .012 * r.standard_normal((size, size), dtype=np.float32)
+    return _stamp((8 + 240 * np.clip(total / 1.15, 0, 1)).astype(np.uint8))
+
+# %% ../nbs/02_phantom.ipynb #open-tree
+_NOTICE = 'Synthetic phantoms made by covid_cxr.phantom. No picture here shows a person; no number measured on them speaks about people.\n'
+
+def _is_phantom_tree(folder): return (folder / 'SYNTHETIC.txt').is_file() and (folder / 'SYNTHETIC.txt').read_text(encoding='utf-8', errors='replace').startswith(_NOTICE[:18])
+
+def _open_tree(folder, old=()):
+    "An empty folder marked as synthetic; `old` parts of an earlier phantom tree are removed, anything else is refused"
+    folder = Path(folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not _is_phantom_tree(folder):
+            raise RunError(f'{folder} holds files that are not phantoms; name a new or empty folder for synthetic data.')
+        for name in old:
+            if (folder / name).is_dir(): shutil.rmtree(folder / name)
+            else: (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise RunError(f'cannot write {folder}: {e.strerror}; choose a folder that you can write to.') from e
+    write_text(folder / 'SYNTHETIC.txt', _NOTICE)
+    return folder
+
+# %% ../nbs/02_phantom.ipynb #save-film
+_FORMATS = (('jpg', 'JPEG', 'RGB'), ('png', 'PNG', 'L'), ('jpeg', 'PNG', 'RGB'), ('png', 'PNG', 'RGBA'), ('png', 'PNG', 'P'), ('png', 'PNG', 'I;16'),
+            ('jpg', 'PNG', 'L'), ('PNG', 'PNG', 'RGBA'), ('JPG', 'JPEG', 'L'), ('jpeg', 'JPEG', 'L'), ('jpeg', 'JPEG', 'RGB'), ('png', 'PNG', 'RGB'))
+_FORMAT_SHARE = np.array([.22, .10, .01, .09, .01, .01, .01, .01, .01, .24, .14, .15])     # roughly as in the real collection
+
+def _save_film(image, path, kind='JPEG', mode='L', quality=85):
+    "Write a grey (h,w) uint8 array under this name, in this format and mode"
+    if mode == 'I;16': im = Image.fromarray(image.astype(np.uint16) * 257)
+    elif mode == 'P': im = Image.fromarray(image).convert('RGB').quantize(256)
+    else: im = Image.fromarray(image).convert(mode)
+    try: im.save(path, kind, **(dict(quality=int(quality)) if kind == 'JPEG' else dict(compress_level=1)))
+    except OSError as e: raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder.') from e
+
+# %% ../nbs/02_phantom.ipynb #covid-words
+_COLUMNS_03 = 'Patientid,offset,sex,age,finding,survival,view,date,location,filename,doi, url,license,clinical notes,other notes'.split(',')
+_COLUMNS_06 = ('patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,in_icu,needed_supplemental_O2,extubated,temperature,pO2_saturation,'
+               'leukocyte_count,neutrophil_count,lymphocyte_count,view,modality,date,location,folder,filename,doi,url,license,clinical_notes,other_notes,').split(',')
+SCHEMAS = {'2020-03': _COLUMNS_03, '2020-06': _COLUMNS_06, 'final': [*_COLUMNS_06[:5], 'RT_PCR_positive', *_COLUMNS_06[5:]]}
+
+_FINAL_WORDS = {'COVID-19': 'Pneumonia/Viral/COVID-19', 'COVID-19, ARDS': 'Pneumonia/Viral/COVID-19', 'SARS': 'Pneumonia/Viral/SARS',
+                'Influenza': 'Pneumonia/Viral/Influenza', 'Herpes': 'Pneumonia/Viral/Herpes ', 'Streptococcus': 'Pneumonia/Bacterial/Streptococcus',
+                'Klebsiella': 'Pneumonia/Bacterial/Klebsiella', 'Mycoplasma Bacterial Pneumonia': 'Pneumonia/Bacterial/Mycoplasma',
+                'Pneumocystis': 'Pneumonia/Fungal/Pneumocystis', 'Lipoid': 'Pneumonia/Lipoid'}
+_DISEASES = (('COVID-19', .46, 'peripheral'), ('COVID-19, ARDS', .04, 'peripheral'), ('No Finding', .30, None), ('Streptococcus', .06, 'lobar'),
+             ('Klebsiella', .03, 'lobar'), ('Mycoplasma Bacterial Pneumonia', .02, 'lobar'), ('Pneumocystis', .04, 'perihilar'), ('SARS', .03, 'perihilar'),
+             ('Influenza', .02, 'perihilar'))
+_HOSTS = {True: ('sirm', 'hospital-images', 'radiopaedia', 'journal'), False: ('radiopaedia', 'eurorad', 'radiopaedia', 'journal')}   # COVID or not
+_LICENCES = ('', 'CC BY-NC-SA', 'CC BY-NC-SA 4.0', 'CC BY 3.0', 'CC BY-NC-ND', 'Apache 2.0', ' ', 'listed as authorized for everyone')
+_NOTES = ('', 'Fever, cough and malaise for five days.', 'Says "never ill before", was admitted, and recovered.', 'Film on admission;\nsecond film follows.')
+
+# %% ../nbs/02_phantom.ipynb #covid-patient
+def _strength(r, lesion):
+    "How dense the opacities of one patient are: around `lesion`, and barely visible in every fifth"
+    return float(np.clip(lesion * (r.uniform(.1, .35) if r.random() < .2 else r.uniform(.6, 1.4)), 0, 1))
+
+def _covid_patient(r, number, finding, pattern, lesion):
+    "What the films of one patient have in common"
+    covid = finding.startswith('COVID')
+    age = '' if r.random() < .2 else str(int(r.integers(20, 90)))
+    host = _HOSTS[covid][int(r.integers(4))]
+    icu = lambda: str(r.choice(['', '', 'Y', 'N', 'Not visible', '?']))
+    return dict(number=number, pattern=pattern or PATTERNS[0], lesion=_strength(r, lesion) if pattern else 0.,
+                row=dict(patientid=str(number + 2) if number % 17 != 16 else f'{number + 1}b', sex=str(r.choice(['M', 'M', 'F', 'F', ''])), age=age, finding=finding,
+                         survival=str(r.choice(['', '', 'Y', 'N'])), intubated=icu(), went_icu=icu(), in_icu=icu(), modality='X-ray', folder='images',
+                         temperature=str(r.choice(['', '', '', '38.5', '37.8'])), date=str(r.choice(['', '2020', 'March 10, 2020', '3/3/2020', '2016'])),
+                         location=str(r.choice(['', 'Phantom City', 'Hôpital des Fantômes, Phantom City, Nowhere'])), doi=f'10.0000/phantom.{number}' if number % 3 == 0 else '',
+                         url=f'https://{host}.example/case/{number}', license=str(r.choice(_LICENCES)), clinical_notes=_NOTES[number % 4],
+                         RT_PCR_positive=str(r.choice(['Y', 'Y', 'Unclear', ''])) if covid else ''))
+
+def _film_stem(r, number, k):
+    return (f'phantom-{number}-day{3 * k}', f'{16000 + number}_{k + 1}_1', f'10.0000-slash-j.phantom.{number:04d}-{"abcdef"[k]}',
+            '-'.join(f'{v:08X}' for v in r.integers(0, 2**32, 2)))[number % 4]
+
+def _plan_covid(r, n_patients, lesion):
+    "Patients and films: [(patient, film number, row, format)]"
+    names, shares, patterns = zip(*_DISEASES)
+    plan, n_pa = [], 0
+    for number in range(n_patients):
+        d = int(r.choice(len(names), p=shares)) if number > 3 else (0, 2, 0, 3)[number]     # the first four are sure to be COVID, clear, COVID, lobar
+        p = _covid_patient(r, number, names[d], patterns[d], lesion)
+        own_view, days = str(r.choice(['PA', 'AP Supine', 'AP'], p=[.72, .15, .13])) if number > 3 else 'PA', 0
+        for k in range(1 + min(3, int(r.geometric(.55)) - 1) if number != 0 else 3):
+            row = {**p['row'], 'offset': '' if r.random() < .2 else str(days), 'view': 'L' if k and r.random() < .15 else own_view}
+            f = n_pa if row['view'] == 'PA' and n_pa < len(_FORMATS) else int(r.choice(len(_FORMATS), p=_FORMAT_SHARE))
+            n_pa, days = n_pa + (row['view'] == 'PA'), days + int(r.integers(1, 6))
+            row['filename'] = f'{_film_stem(r, number, k)}.{_FORMATS[f][0]}'
+            plan.append((p, k, row, f))
+    return plan
+
+# %% ../nbs/02_phantom.ipynb #covid-quirks
+_QUIRKS = (     # finding, pattern, view, what differs in the row, stem of the file
+    ('todo', 'peripheral', 'PA', {}, 'todo-1'), ('todo', None, 'PA', {}, 'todo-2'), ('', None, 'PA', {}, 'blank-finding'),
+    ('No finding ', None, 'PA', {}, 'drift-1'), ('COVID-19 ', 'peripheral', 'PA', {}, 'drift-2'), ('Herpes', 'perihilar', 'PA', {}, 'herpes'),
+    ('COVID-19', 'peripheral', '?', {}, 'view-unknown'), ('COVID-19', 'peripheral', '', {}, 'view-blank'),
+    ('COVID-19', 'peripheral', 'AP erect', {}, 'view-erect'), ('No Finding', None, 'AP semi erect', {}, 'view-semi-erect'),
+    ('COVID-19', None, 'Axial', dict(modality='CT'), 'ct-1'), ('COVID-19', None, 'Axial', dict(modality='CT'), 'ct-2'),
+    ('No Finding', None, 'Coronal', dict(modality='CT'), 'ct-3'), ('COVID-19', None, 'Axial', dict(modality='CT', folder='volumes'), 'volume-1'),
+    ('COVID-19', None, 'Coronal', dict(modality='CT', folder='volumes'), 'volume-2'),
+    ('COVID-19', 'peripheral', 'PA', {}, 'missing'), ('COVID-19', 'peripheral', 'PA', {}, 'unreferenced'))
+
+def _plan_quirks(r, first, lesion):
+    plan = []
+    for number, (finding, pattern, view, more, stem) in enumerate(_QUIRKS, first):
+        p = _covid_patient(r, number, finding, pattern, lesion)
+        name = f'quirk-{stem}.nii.gz' if 'volume' in stem else f'quirk-{stem}.{"png" if number % 2 else "jpg"}'
+        plan.append((p, 0, {**p['row'], 'offset': '', 'view': view, **more, 'filename': name}, 1 if number % 2 else 0))
+    return plan
+
+# %% ../nbs/02_phantom.ipynb #draw-covid
+def _draw_film(seed, who, p, k, view, size, aspect, child=False):
+    "Image and lung mask of a planned film, whatever its view"
+    if view in ('L', 'Axial', 'Coronal'): return make_other_view('lateral' if view == 'L' else 'ct', seed, who, k, size), None
+    f = make_phantom(seed, who, k, size, p['lesion'], p['pattern'], aspect, child)
+    return f.image, f.lung_mask
+
+def _film_size(r, size): return max(32, round(size * float(r.choice([1, 1, 1, .8, 1.25])))), float(r.uniform(.9, 1.25))
+
+def _write_covid_images(root, plan, seed, size, r):
+    "Files of the plan, and lung masks for every second frontal film"
+    for place in ('images', 'annotations/lungVAE-masks'): (root / place).mkdir(parents=True, exist_ok=True)
+    for p, k, row, f in plan:
+        (h, aspect), quality = _film_size(r, size), r.integers(75, 96)
+        if row['folder'] == 'volumes' or 'quirk-missing' in row['filename']: continue
+        image, lungs = _draw_film(seed, p['number'], p, k, row['view'], h, aspect)
+        _save_film(image, root / 'images' / row['filename'], _FORMATS[f][1], _FORMATS[f][2], quality)
+        if lungs is not None and p['number'] % 2 == 0:
+            Image.fromarray(lungs).save(root / 'annotations/lungVAE-masks' / f"{row['filename'].rsplit('.', 1)[0]}_mask.png")
+
+def _write_metadata(root, rows, schema, encoding):
+    "metadata.csv in the words of an era"
+    key = lambda c: 'patientid' if c == 'Patientid' else c.strip().replace(' ', '_')
+    word = lambda row, c: _FINAL_WORDS.get(row['finding'].strip(), row['finding']) if c == 'finding' and schema == 'final' else row.get(key(c), '') if c else ''
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator='\n')
+    out.writerow(SCHEMAS[schema])
+    for row in rows: out.writerow([word(row, c) for c in SCHEMAS[schema]])
+    (root / 'metadata.csv').write_bytes(text.getvalue().encode(encoding))
+
+# %% ../nbs/02_phantom.ipynb #write-covid-tree
+def write_covid_tree(root,                  # folder to make; a phantom tree that is already there is replaced
+                     n_patients: int = 120, # ordinary patients, 4 or more; the tail of quirks comes on top
+                     seed: int = 0,
+                     size: int = 512,       # pixels, typical height; some films are smaller or larger
+                     lesion: float = .55,   # typical density of opacities; patients vary around it, every fifth is subtle
+                     schema: str = '2020-06', # one of `SCHEMAS`
+                     encoding: str = 'utf-8', # 'latin-1' writes bytes that are no UTF-8, as two historic versions do
+                    ) -> dict:              # 'root', 'rows' (one dict per row of metadata.csv) and 'quirks' (name -> file names)
+    "A folder like ieee8023/covid-chestxray-dataset, of phantoms"
+    if schema not in SCHEMAS: raise VocabularyError(f"unknown schema '{schema}'{nearest(schema, SCHEMAS)} (known: {', '.join(SCHEMAS)})")
+    if n_patients < 4: raise CxrError(f'n_patients={n_patients} is too few for every kind of row; give 4 or more.')
+    root = _open_tree(root, ('images', 'annotations', 'metadata.csv'))
+    r = _rng(seed, 6)
+    plan = _plan_covid(r, n_patients, lesion) + _plan_quirks(r, n_patients, lesion)
+    if schema == '2020-03': plan = [f for f in plan if f[2]['folder'] != 'volumes']
+    _write_covid_images(root, plan, seed, size, r)
+    rows = [row for *_, row, _ in plan if 'quirk-unreferenced' not in row['filename']]
+    twice = {**rows[0], 'patientid': str(n_patients + 40), 'clinical_notes': 'The same film, listed again.'}
+    rows = rows + [twice]
+    _write_metadata(root, rows, schema, encoding)
+    return dict(root=str(root), rows=rows, quirks=_covid_quirks(plan, rows))
+
+def _covid_quirks(plan, rows):
+    "Name of a quirk -> the file names that show it"
+    files = lambda ok: [row['filename'] for row in rows if ok(row)]
+    shape = {(row['filename']): _FORMATS[f][1:] for *_, row, f in plan}
+    return dict(ct=files(lambda q: q['modality'] == 'CT' and q['folder'] == 'images'), volumes=files(lambda q: q['folder'] == 'volumes'),
+                todo=files(lambda q: q['finding'] == 'todo'), lateral=files(lambda q: q['view'] == 'L'), missing_file=[n for n in shape if 'quirk-missing' in n],
+                unreferenced=[n for n in shape if 'unreferenced' in n], listed_twice=[rows[-1]['filename']],
+                png_named_jpg=[n for n, (kind, _) in shape.items() if kind == 'PNG' and n.lower().endswith(('jpg', 'jpeg'))],
+                **{f'mode_{m}': [n for n, (_, mode) in shape.items() if mode == m and '.nii' not in n and 'quirk-missing' not in n] for m in ('L', 'RGB', 'RGBA', 'P', 'I;16')})
+
+# %% ../nbs/02_phantom.ipynb #plan-kaggle
+def _kaggle_people(r, n, kind):
+    "How many films each person has, until `n` films are shared out"
+    counts, most = [], {'normal': 2, 'bacteria': 4, 'virus': 2}[kind]
+    while sum(counts) < n: counts.append(min(int(r.integers(1, most + 1)), n - sum(counts)))
+    return counts
+
+def _kaggle_parts(r, n):
+    "A part for each of n people: some 20 % test, few in val, the rest train; one of each when there are four"
+    parts = r.choice(['train', 'test', 'val'], size=n, p=[.74, .21, .05]).tolist()
+    if n >= 4:
+        for i, part in zip(r.permutation(n)[:3].tolist(), ('train', 'test', 'val')): parts[i] = part
+    return parts
+
+def _kaggle_name(kind, person, k, running):
+    if kind != 'normal': return f'person{person + 1}_{kind}_{running + 1}.jpeg'
+    stem = f'{"NORMAL2-" if person % 3 == 2 else ""}IM-{115 + 2 * person:04d}-0001'
+    return f'{stem}.jpeg' if k == 0 else f'{stem}-{k:04d}.jpeg'
+
+def _plan_kaggle(r, n_normal, n_pneumonia, lesion):
+    "[(part, class, kind, person, film, name, density)]"
+    plan, bacteria = [], (2 * n_pneumonia + 1) // 3
+    for kind, n in (('normal', n_normal), ('bacteria', bacteria), ('virus', n_pneumonia - bacteria)):
+        counts, running = _kaggle_people(r, n, kind), 0
+        for person, (count, part) in enumerate(zip(counts, _kaggle_parts(r, len(counts)))):
+            density = 0. if kind == 'normal' else _strength(r, lesion)
+            for k in range(count):
+                plan.append((part, 'NORMAL' if kind == 'normal' else 'PNEUMONIA', kind, person, k, _kaggle_name(kind, person, k, running), density))
+                running += 1
+    return plan
+
+# %% ../nbs/02_phantom.ipynb #write-kaggle-tree
+_PEOPLE = dict(normal=100_000, bacteria=200_000, virus=300_000)     # first patient number of each kind: nobody is in both collections
+
+def write_kaggle_tree(root,                   # folder to make; chest_xray/ is put below it
+                      n_normal: int = 80,     # films, not patients
+                      n_pneumonia: int = 120, # films, two thirds bacteria
+                      seed: int = 0,
+                      size: int = 512,        # pixels, typical height
+                      lesion: float = .55,    # typical density of opacities
+                      nested: bool = False,   # chest_xray/chest_xray, __MACOSX and .DS_Store, as some archives unpack
+                      child: bool = False,    # children's proportions, as in the real collection: then age tells the collections apart
+                     ) -> dict:               # 'root', 'rows' (part, label, kind, person, file, lesion)
+    "A folder like Kaggle's chest-xray-pneumonia, of phantoms"
+    root = _open_tree(root, ('chest_xray', '__MACOSX'))
+    top, r, rows = root / ('chest_xray/chest_xray' if nested else 'chest_xray'), _rng(seed, 7), []
+    for part in ('train', 'val', 'test'):
+        for label in ('NORMAL', 'PNEUMONIA'): (top / part / label).mkdir(parents=True, exist_ok=True)
+    for part, label, kind, person, k, name, density in _plan_kaggle(r, n_normal, n_pneumonia, lesion):
+        (h, aspect), quality, rgb = _film_size(r, size), r.integers(75, 96), r.random() < .03
+        p = dict(lesion=density, pattern='perihilar' if kind == 'virus' else 'lobar')
+        image, _ = _draw_film(seed, _PEOPLE[kind] + person, p, k, 'AP', h, aspect, child)
+        _save_film(image, top / part / label / name, 'JPEG', 'RGB' if rgb else 'L', quality)
+        rows.append(dict(part=part, label=label, kind=kind, person=person, file=f'{part}/{label}/{name}', lesion=density))
+    if nested: _add_archive_junk(root, top, rows)
+    return dict(root=str(root), rows=rows)
+
+def _add_archive_junk(root, top, rows):
+    "What a zip made on a Mac leaves behind: files that end in .jpeg and are no pictures"
+    (top / '.DS_Store').write_bytes(b'\0\0\0\1Bud1')
+    for row in rows[:2]:
+        for place in (root / '__MACOSX' / top.relative_to(root), top):
+            f = place / Path(row['file']).parent / f"._{Path(row['file']).name}"
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.write_bytes(b'\0\5\x16\7Mac OS X')
+
+# %% ../nbs/02_phantom.ipynb #write-trees
+def write_phantom_trees(root,                   # folder to make; refused when it holds anything that is not a phantom
+                        seed: int = 0,
+                        size: int = 256,        # pixels, typical height
+                        n_patients: int = 120,  # of the COVID collection
+                        n_normal: int = 80,     # films of the paediatric collection
+                        n_pneumonia: int = 120, # films of the paediatric collection
+                        faults: bool = False,   # also `plant_faults`
+                        lesion: float = .55,    # typical density of opacities
+                        children: bool = False, # the second collection shows children: age and source coincide, as in the real pair
+                        schema: str = '2020-06', # one of `SCHEMAS`
+                       ) -> dict:               # 'covid' and 'kaggle': the truth of each tree; 'faults' when planted
+    "covid-chestxray-dataset/ and chest-xray-pneumonia/ of phantoms below one folder, and the truth about them"
+    root = _open_tree(root, ('planted.json',))
+    truth = dict(root=str(root), covid=write_covid_tree(root / 'covid-chestxray-dataset', n_patients, seed, size, lesion, schema),
+                 kaggle=write_kaggle_tree(root / 'chest-xray-pneumonia', n_normal, n_pneumonia, seed, size, lesion, child=children))
+    if faults: truth['faults'] = plant_faults(root, seed)
+    return truth
+
+# %% ../nbs/02_phantom.ipynb #faults-copies
+_COPIES = dict(     # how a copy of a film is made: what a person or a web site does to it
+    recompressed=('scaled to 70 %, brightened, saved as JPEG of quality 50', lambda im: im.resize((round(.7 * im.width), round(.7 * im.height)), Image.Resampling.BICUBIC)
+                  .point([min(255, int(12 + 1.04 * v)) for v in range(256)])),
+    small_crop=('4 % cut off on every side', lambda im: im.crop((round(.04 * im.width), round(.04 * im.height), round(.96 * im.width), round(.96 * im.height)))),
+    border_added=('a black border of 6 % added', lambda im: _with_border(im, round(.06 * min(im.size)))),
+    mirrored=('mirrored left to right', lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+)
+FAULTS = ('shared_patient', 'exact_copy', *_COPIES, 'label_conflict', 'cross_source', 'missing_file', 'truncated_file', 'wrong_key', 'split_patient', 'split_copy')
+
+def _with_border(im, b):
+    out = Image.new('L', (im.width + 2 * b, im.height + 2 * b))
+    out.paste(im, (b, b))
+    return out
+
+def _read_rows(file):
+    raw = file.read_bytes()
+    try: text, encoding = raw.decode('utf-8'), 'utf-8'
+    except UnicodeDecodeError: text, encoding = raw.decode('latin-1'), 'latin-1'
+    return list(csv.reader(io.StringIO(text))), encoding
+
+class _CovidTree:
+    "The rows of a metadata.csv of any era, to copy and to add to"
+    def __init__(self, root):
+        (self.head, *self.rows), self.encoding = _read_rows(root / 'metadata.csv')
+        self.root, self.at = root, {c.strip().lower(): i for i, c in enumerate(self.head)}
+        self.added, self.next = [], 900
+    def get(self, row, column): return row[self.at[column]] if column in self.at else ''
+    def add(self, row, name, finding=None, patient=None):
+        "A copy of a row for another file, under a patient of its own"
+        row, self.next = list(row), self.next + 1
+        for c, v in dict(filename=name, finding=finding, patientid=patient or str(self.next)).items():
+            if v is not None: row[self.at[c]] = v
+        self.added.append(row)
+        return row[self.at['patientid']]
+    def save(self):
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows([self.head, *self.rows, *self.added])
+        (self.root / 'metadata.csv').write_bytes(text.getvalue().encode(self.encoding))
+
+def _faultless_patients(tree, r):
+    "Patients with readable PA films of a stated finding, as lists of rows, patients with several films last"
+    names, by_patient = [tree.get(row, 'filename') for row in tree.rows], {}
+    for row in tree.rows:
+        name, finding = tree.get(row, 'filename'), tree.get(row, 'finding').strip()
+        if tree.get(row, 'view') != 'PA' or finding in ('', 'todo') or names.count(name) > 1 or not (tree.root / 'images' / name).is_file(): continue
+        by_patient.setdefault(tree.get(row, 'patientid'), []).append(row)
+    order = [list(by_patient.values())[i] for i in r.permutation(len(by_patient))]
+    return sorted(order, key=len)
+
+# %% ../nbs/02_phantom.ipynb #faults-covid
+def _grey(path):
+    with Image.open(path) as im: return im.point(lambda v: v / 257).convert('L') if im.mode.startswith('I') else im.convert('L')
+
+def _plant_covid(root, r, note):
+    "Faults inside the COVID collection; returns its rows, still open"
+    tree = _CovidTree(root / 'covid-chestxray-dataset')
+    people, at = _faultless_patients(tree, r), tree.root / 'images'
+    needed = 5 + len(_COPIES)
+    if len(people) < needed: raise RunError(f'{tree.root} has PA films of {len(people)} patients, and faults need {needed}; write a tree with more patients.')
+    where = lambda name: f'covid-chestxray-dataset/images/{name}'
+    name_of, take = lambda row: tree.get(row, 'filename'), lambda: people.pop(0)[0]
+    series, files = people.pop(), []
+    for k, row in enumerate(series):
+        im = _grey(at / name_of(row))
+        im.resize((round(.9 * im.width), round(.9 * im.height)), Image.Resampling.LANCZOS).save(at / f'17660_{k + 1}_1.jpg', quality=90)
+        tree.add(row, f'17660_{k + 1}_1.jpg', patient='995'), files.append([where(name_of(row)), where(f'17660_{k + 1}_1.jpg')])
+    note('shared_patient', sum(files, []), 'the films of one patient stand again under another patient id, smaller and as JPEG', pairs=files)
+    for fault, (text, edit) in _COPIES.items():
+        row, new = take(), f'fault-{fault}.jpg'
+        edit(_grey(at / name_of(row))).save(at / new, quality=50 if fault == 'recompressed' else 92)
+        tree.add(row, new), note(fault, [where(name_of(row)), where(new)], f'a copy under another patient id: {text}')
+    for fault, other in (('exact_copy', None), ('label_conflict', True)):
+        row = take()
+        new = f'fault-{fault}.{name_of(row).rsplit(".", 1)[1]}'
+        shutil.copyfile(at / name_of(row), at / new)
+        tree.add(row, new, finding=other and _other_finding(tree.get(row, 'finding')))
+        note(fault, [where(name_of(row)), where(new)], f'byte for byte the same file under another patient id{" and with another finding" if other else ""}')
+    _plant_unreadable(tree, at, take(), take(), note, where)
+    return tree
+
+def _other_finding(word): return 'No Finding' if 'no finding' not in word.lower() else 'COVID-19'
+
+def _plant_unreadable(tree, at, first, second, note, where):
+    tree.add(first, 'fault-missing_file.png'), note('missing_file', [where('fault-missing_file.png')], 'a row whose file does not exist')
+    _grey(at / tree.get(second, 'filename')).transpose(Image.Transpose.ROTATE_180).save(at / 'fault-truncated_file.jpg', quality=90)
+    raw = (at / 'fault-truncated_file.jpg').read_bytes()
+    (at / 'fault-truncated_file.jpg').write_bytes(raw[:len(raw) // 2])
+    tree.add(second, 'fault-truncated_file.jpg'), note('truncated_file', [where('fault-truncated_file.jpg')], 'a JPEG of which the second half is missing')
+
+# %% ../nbs/02_phantom.ipynb #faults-kaggle
+def _plant_kaggle(root, tree, seed, r, note):
+    "Faults of the paediatric collection, and between the two"
+    top = next(p.parent for p in sorted(root.glob('chest-xray-pneumonia/**/train')) if p.parent.name == 'chest_xray')
+    normals = sorted(p for p in (top / 'train/NORMAL').glob('*.jpeg') if not p.name.startswith('.'))
+    if len(normals) < 2: raise RunError(f'{top} has fewer than two normal training films, and faults need two; write a tree with more of them.')
+    first, second = (normals[i] for i in r.permutation(len(normals))[:2])
+    rel, size = lambda p: p.relative_to(root).as_posix(), _grey(first).height
+    _grey(first).save(tree.root / 'images/fault-cross_source.png')
+    tree.add(_no_finding_row(tree), 'fault-cross_source.png', finding='No Finding')
+    note('cross_source', [rel(first), 'covid-chestxray-dataset/images/fault-cross_source.png'], 'a film of the paediatric collection stands in the COVID collection too, as PNG')
+    copy = top / 'test/NORMAL/NORMAL2-IM-9901-0001.jpeg'
+    shutil.copyfile(second, copy), note('split_copy', [rel(second), rel(copy)], 'byte for byte the same file in train and test, under two series numbers')
+    def film(who, k, place):
+        _save_film(make_phantom(seed, who, k, size, .4, 'lobar').image, top / place)
+        return rel(top / place)
+    note('split_patient', [film(900_001, 0, 'train/PNEUMONIA/person9902_bacteria_9901.jpeg'), film(900_001, 1, 'test/PNEUMONIA/person9902_bacteria_9902.jpeg')],
+         'two films of one person, by number and kind, in train and in test: a true leak')
+    note('wrong_key', [film(900_002, 0, 'train/PNEUMONIA/person9903_bacteria_9903.jpeg'), film(900_003, 0, 'test/PNEUMONIA/person9903_virus_9904.jpeg')],
+         'one number, two kinds, two different people: no leak, though a key without the kind sees one')
+
+def _no_finding_row(tree):
+    return next(row for row in tree.rows if tree.get(row, 'view') == 'PA' and tree.get(row, 'finding').strip().lower() == 'no finding')
+
+def plant_faults(root,          # of `write_phantom_trees`, without faults so far
+                 seed: int = 0
+                ) -> dict:      # fault name of `FAULTS` -> dict of 'files' (relative to root), 'what', and 'pairs' for the series
+    "Add every named fault to a pair of phantom trees and write what was done to planted.json"
+    root, planted = Path(root), {}
+    if not _is_phantom_tree(root): raise RunError(f'{root} is no phantom tree; faults are planted only into what `write_phantom_trees` wrote.')
+    if (root / 'planted.json').exists(): raise RunError(f'{root} has its faults already (planted.json); write the trees again first.')
+    def note(fault, files, what, **more): planted[fault] = dict(files=files, what=what, **more)
+    r = _rng(seed, 8)
+    tree = _plant_covid(root, r, note)
+    _plant_kaggle(root, tree, int(seed), r, note)
+    tree.save()
+    write_json(root / 'planted.json', planted)
+    return {k: planted[k] for k in FAULTS}
+
+# %% ../nbs/02_phantom.ipynb #family-member
+class _Member(NamedTuple):
+    "What one phantom of the family carries"
+    lesion: bool = False
+    marker: float = .5    # P(marker | ill); P(marker | well) is one minus it
+    site: float = .5      # P(site 1 | ill); P(site 1 | well) is one minus it
+    has_marker: bool = False
+    has_site: bool = False
+    wobble: float = 1.
+
+FAMILY = dict(P0=_Member(), P1=_Member(lesion=True), P2=_Member(marker=.95, has_marker=True), P3=_Member(True, .95, has_marker=True),
+              P4=_Member(True, site=.9, has_site=True), P4b=_Member(site=.9, has_site=True), P5=_Member(wobble=.15))
+
+def _paste_marker(image, r):
+    "A bright letter L in the upper left corner, a few pixels to and fro"
+    n = image.shape[0]
+    k = max(2, n // 32)
+    top, left = (int(v) for v in r.integers(k, 2 * k, 2))
+    image[top:top + 4 * k, left:left + k] = 245
+    image[top + 3 * k:top + 4 * k, left:left + 3 * k] = 245
+
+def _at_site(image):
+    "The same film from another machine: a steeper exposure curve and black bars at the sides"
+    out = (255 * (image / 255.) ** 1.6).astype(np.uint8)
+    bar = max(2, image.shape[1] // 20)
+    out[:, :bar] = out[:, -bar:] = 0
+    return _stamp(out)
+
+def _member_of(name):
+    if name not in FAMILY: raise VocabularyError(f"unknown phantom '{name}'{nearest(name, FAMILY)} (known: {', '.join(FAMILY)})")
+    return FAMILY[name]
+
+# %% ../nbs/02_phantom.ipynb #phantom-family
+def phantom_family(name: str,                     # one of `FAMILY`: P0, P1, P2, P3, P4, P4b, P5
+                   n_patients: int = 100,         # half of them ill, in random order
+                   images_per_patient=(2, 4),     # fewest and most films of a patient; P5 always has the most
+                   size: int = 64,                # pixels
+                   seed: int = 0,
+                   broken: bool = False,          # the outside world: other patients, and no shortcut
+                   lesion: float = .6,            # density of opacities, where the member has them
+                  ) -> tuple:                     # images (n,size,size) uint8; table of n rows; lung masks (n,size,size) bool
+    "Films in which a stated shortcut is planted; the table says who carries what"
+    m, r = _member_of(name), _rng(seed, 9, list(FAMILY).index(name), int(broken))
+    labels = r.permutation(np.arange(n_patients) % 2)
+    first, last = images_per_patient
+    films, masks, rows = [], [], []
+    for p, y in enumerate(labels.tolist()):
+        who = 1_000_000 * (1 + broken) + p
+        for k in range(last if name == 'P5' else int(r.integers(first, last + 1))):
+            f = make_phantom(seed, who, k, size, lesion if m.lesion and y else 0., wobble=m.wobble)
+            image, p_marker, p_site = f.image, .5 if broken else m.marker, .5 if broken else m.site
+            marked = m.has_marker and r.random() < (p_marker if y else 1 - p_marker)
+            site = int(m.has_site and r.random() < (p_site if y else 1 - p_site))
+            if site: image = _at_site(image)
+            if marked: _paste_marker(image, r)
+            films.append(image), masks.append(f.lung_mask)
+            rows.append(dict(patient=f'{name}-{who}', image=k, label=y, marker=int(marked), site=site, lesion=lesion if m.lesion and y else 0.))
+    return np.stack(films), pd.DataFrame(rows), np.stack(masks)
+
+# %% ../nbs/02_phantom.ipynb #write-folder
+def write_phantom_folder(root,                 # folder to make, with NORMAL/ and PNEUMONIA/
+                         n_patients: int = 60, # half of them ill
+                         images_per_patient=(1, 3), # fewest and most films of a patient
+                         seed: int = 0,
+                         size: int = 256,      # pixels, typical height
+                         lesion: float = .55,  # typical density of opacities; 0 plants nothing, so that only the files differ
+                         quality=(85, 85),     # JPEG quality of NORMAL and of PNEUMONIA
+                        ) -> pd.DataFrame:     # file (relative to root), patient, label, lesion, quality
+    "NORMAL/ and PNEUMONIA/ with phantoms named patientNNN-K.jpg"
+    root, r, rows = _open_tree(root, ('NORMAL', 'PNEUMONIA')), _rng(seed, 10), []
+    classes = ('NORMAL', 'PNEUMONIA')
+    for c in classes: (root / c).mkdir()
+    for p, y in enumerate(r.permutation(np.arange(n_patients) % 2).tolist()):
+        density = _strength(r, lesion) if y else 0.
+        for k in range(int(r.integers(images_per_patient[0], images_per_patient[1] + 1))):
+            h, aspect = _film_size(r, size)
+            f = make_phantom(seed, 400_000 + p, k, h, density, 'peripheral', aspect)
+            name = f'{classes[y]}/patient{p:03d}-{k}.jpg'
+            _save_film(f.image, root / name, 'JPEG', 'L', quality[y])
+            rows.append(dict(file=name, patient=p, label=classes[y], lesion=density, quality=quality[y]))
+    return pd.DataFrame(rows)

@@ -13,12 +13,12 @@ from .calibrate import calibration, net_benefit
 from .evaluate import BINARY, Evaluation, EvaluationError, check_scores
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'COLOURS', 'DASHES', 'PHANTOM_WORDS', 'new_figure', 'save_figure',
-           'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores', 'plot_history', 'plot_lr_find', 'plot_reliability',
-           'plot_decision_curve', 'plot_prediction_grid', 'plot_subgroups']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'PALE', 'COLOURS', 'DASHES', 'PHANTOM_WORDS', 'new_figure',
+           'save_figure', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores', 'plot_history', 'plot_lr_find',
+           'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid', 'plot_subgroups']
 
 # %% ../nbs/12_plots.ipynb #frame
-BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#6B6B6B'
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY, PALE = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#6B6B6B', '#E5E5E5'
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, '#E69F00', '#000000')   # Okabe and Ito, without yellow, which vanishes on paper
 DASHES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 PHANTOM_WORDS = 'SYNTHETIC PHANTOMS - not patients'
@@ -54,7 +54,8 @@ def _per_class(e): return ', '.join(f'{n:,} {c}' for c, n in e.images_per_class.
 def _ci(r): return f'{r.value:.3f}' + ('' if np.isnan(r.low) else f' [{r.low:.3f}, {r.high:.3f}]')
 
 def _two_classes(e, what):
-    if len(e.classes) != 2: raise EvaluationError(f'{what} needs two classes and this evaluation has {len(e.classes)}: {", ".join(map(str, e.classes))}.')
+    if len(e.classes) != 2:
+        raise EvaluationError(f'{what} needs two classes and this evaluation has {len(e.classes)}: {", ".join(map(str, e.classes))}.')
 
 # %% ../nbs/12_plots.ipynb #confusion
 def plot_confusion(e: Evaluation,
@@ -68,9 +69,9 @@ def plot_confusion(e: Evaluation,
     ax.imshow(np.nan_to_num(share), cmap='Blues', vmin=0, vmax=1.15, aspect='auto')
     for i in range(k):
         for j in range(k):
-            dark = share[i, j] > .6
-            ax.text(j, i - .06, f'{c[i, j]:,.0f}', ha='center', va='center', fontsize=15, weight='bold' if i == j else 'normal', color='white' if dark else 'black')
-            ax.text(j, i + .2, '-' if np.isnan(share[i, j]) else f'{100 * share[i, j]:.1f} %', ha='center', va='center', fontsize=9, color='white' if dark else '#333333')
+            kw = dict(ha='center', va='center', color='white' if share[i, j] > .6 else 'black')
+            ax.text(j, i - .06, f'{c[i, j]:,.0f}', fontsize=15, weight='bold' if i == j else 'normal', **kw)
+            ax.text(j, i + .2, '-' if np.isnan(share[i, j]) else f'{100 * share[i, j]:.1f} %', fontsize=9, **kw)
     names = [str(v) for v in e.classes]
     ax.set_xticks(range(k), names); ax.set_yticks(range(k), [f'{n}\n({int(t):,})' for n, t in zip(names, total[:, 0])])
     ax.set_xlabel('called'); ax.set_ylabel('actual'); ax.tick_params(length=0); ax.spines[:].set_visible(False)
@@ -79,17 +80,14 @@ def plot_confusion(e: Evaluation,
     return fig
 
 # %% ../nbs/12_plots.ipynb #roc
-def _curve_of(e, cls):
-    cls = str(e.classes[-1] if cls is None else cls)
-    if cls not in e.curves: raise EvaluationError(f"no class '{cls}' in this evaluation (it has {', '.join(e.curves)}).")
-    return cls, e.curves[cls]
-
 def _frame_shares(ax, x, y):
-    ax.set_xlim(-.01, 1.01); ax.set_ylim(-.01, 1.01); ax.set_aspect('equal'); ax.set_xlabel(x); ax.set_ylabel(y); ax.grid(color='#E5E5E5', lw=.6); ax.set_axisbelow(True)
+    ax.set_xlim(-.01, 1.01); ax.set_ylim(-.01, 1.01); ax.set_aspect('equal'); ax.set_xlabel(x); ax.set_ylabel(y)
+    ax.grid(color=PALE, lw=.6); ax.set_axisbelow(True)
 
-def _roc_line(ax, e, c, name, colour, dash, band=True):
-    if band and 'tpr_low' in c: ax.fill_between(c['grid'], c['tpr_low'], c['tpr_high'], step='post', color=colour, alpha=.18, lw=0, label=f'{100 * e.level:g} % band, pointwise, over patients')
-    ax.plot(c['fpr'], c['tpr'], color=colour, ls=dash, lw=1.8, label=name)
+def _band(ax, grid, low, high, colour, level, grouped, **kw):
+    "A pointwise band, unless it has no width"
+    if (np.asarray(high) > np.asarray(low)).any():
+        ax.fill_between(grid, low, high, color=colour, alpha=.18, lw=0, label=f"{100 * level:g} % band, pointwise, over {'patients' if grouped else 'images'}", **kw)
 
 def plot_roc(e: Evaluation,
              synthetic = False, # made from phantoms
@@ -98,8 +96,10 @@ def plot_roc(e: Evaluation,
     fig, ax = new_figure(4.8, 5.2, synthetic=synthetic)
     ax.plot([0, 1], [0, 1], color=GREY, lw=.8, ls=':')
     for i, (cls, c) in enumerate(e.curves.items()):
+        if not c: continue
         r = e['auc' if len(e.classes) == 2 else f'auc:{cls}']
-        if c: _roc_line(ax, e, c, f'{cls}: AUC {_ci(r)}', COLOURS[i], DASHES[i], band=len(e.curves) == 1)
+        if 'grid' in c and len(e.curves) == 1: _band(ax, c['grid'], c['tpr_low'], c['tpr_high'], COLOURS[i], e.level, e.grouped, step='post')
+        ax.plot(c['fpr'], c['tpr'], color=COLOURS[i], ls=DASHES[i], lw=1.8, label=f'{cls}: AUC {_ci(r)}')
     if len(e.classes) == 2 and e.curves[str(e.classes[-1])]: _operating_point(ax, e, e['false_positive_rate'], e['recall'])
     if not any(e.curves.values()): ax.text(.5, .5, 'undefined: one class only', ha='center', color=GREY)
     _frame_shares(ax, 'false positive rate (1 - specificity)', 'sensitivity')
@@ -111,7 +111,8 @@ def _operating_point(ax, e, x, y):
     "A cross: the point, and its two intervals"
     if np.isnan(x.value) or np.isnan(y.value): return
     arms = lambda r: None if np.isnan(r.low) else [[max(r.value - r.low, 0)], [max(r.high - r.value, 0)]]
-    ax.errorbar([x.value], [y.value], xerr=arms(x), yerr=arms(y), fmt='o', ms=6, color='black', mfc='white', lw=1.1, zorder=5, label=f'threshold {e.threshold:.3g}')
+    ax.errorbar([x.value], [y.value], xerr=arms(x), yerr=arms(y), fmt='o', ms=6, color='black', mfc='white', lw=1.1, zorder=5,
+                label=f'threshold {e.threshold:.3g}')
 
 # %% ../nbs/12_plots.ipynb #pr
 def plot_pr(e: Evaluation,
@@ -119,12 +120,13 @@ def plot_pr(e: Evaluation,
            ) -> Figure:
     "Precision-recall curve with its patient band, the operating point and the prevalence as its floor"
     fig, ax = new_figure(4.8, 5.2, synthetic=synthetic)
+    one = len(e.curves) == 1
     for i, (cls, c) in enumerate(e.curves.items()):
-        end = '' if len(e.classes) == 2 else f':{cls}'
         if not c: continue
-        if 'grid' in c and len(e.curves) == 1: ax.fill_between(c['grid'], c['precision_low'], c['precision_high'], color=COLOURS[i], alpha=.18, lw=0, label=f'{100 * e.level:g} % band, pointwise, over patients')
-        ax.step(c['recall'], c['precision'], where='pre', color=COLOURS[i], ls=DASHES[i], lw=1.8, label=f'{cls}: average precision {_ci(e["average_precision" + end])}')
-        ax.axhline(e['prevalence' + end].value, color=COLOURS[i] if len(e.curves) > 1 else GREY, lw=.8, ls=':', label=f'prevalence {e["prevalence" + end].value:.3f}' if len(e.curves) == 1 else None)
+        ap, share = (e[m if one else f'{m}:{cls}'] for m in ('average_precision', 'prevalence'))
+        if 'grid' in c and one: _band(ax, c['grid'], c['precision_low'], c['precision_high'], COLOURS[i], e.level, e.grouped)
+        ax.step(c['recall'], c['precision'], where='pre', color=COLOURS[i], ls=DASHES[i], lw=1.8, label=f'{cls}: average precision {_ci(ap)}')
+        ax.axhline(share.value, color=GREY if one else COLOURS[i], lw=.8, ls=':', label=f'prevalence {share.value:.3f}' if one else None)
     if len(e.classes) == 2 and e.curves[str(e.classes[-1])]: _operating_point(ax, e, e['recall'], e['precision'])
     if not any(e.curves.values()): ax.text(.5, .5, 'undefined: one class only', ha='center', color=GREY)
     _frame_shares(ax, 'recall (sensitivity)', 'precision (PPV at this prevalence)')
@@ -146,7 +148,8 @@ def plot_scores(y_true,            # (n,) labels
     fig, axes = new_figure(6, 1.5 * k + .9, rows=k, synthetic=synthetic, sharex=True, squeeze=False)
     for i, (ax, name) in enumerate(zip(axes[::-1, 0], s.classes)):
         v = s.score[s.y == i]
-        ax.hist(v, bins=np.linspace(0, 1, bins + 1), color=COLOURS[i % len(COLOURS)], alpha=.75, edgecolor='white', lw=.4, hatch=('', '////', '....', 'xx')[i % 4])
+        ax.hist(v, bins=np.linspace(0, 1, bins + 1), color=COLOURS[i % len(COLOURS)], alpha=.75, edgecolor='white', lw=.4,
+                hatch=('', '////', '....', 'xx')[i % 4])
         right = f'; {(v >= threshold).sum():,} at or above the threshold' if threshold is not None else ''
         _title(ax, f'{name}: {_count(len(v), "image")}{right}')
         ax.set_ylabel('images'); ax.yaxis.set_major_locator(MaxNLocator(4, integer=True)); ax.set_xlim(0, 1)
@@ -162,18 +165,28 @@ def _shade_rounds(ax, h, words):
     for n, (r, part) in enumerate(h.groupby('round', sort=False)):
         lo, hi = part['epoch'].min() - .5, part['epoch'].max() + .5
         if n % 2: ax.axvspan(lo, hi, color='black', alpha=.06, lw=0)
-        if words: ax.text((lo + hi) / 2, 1.01, f'round {r}' if n == 0 or hi - lo > 2 else f'{r}', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color=GREY)
+        if not words: continue
+        name = f'round {r}' if n == 0 or hi - lo > 2 else f'{r}'
+        ax.text((lo + hi) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color=GREY)
 
 def _lines(ax, h, columns, ylabel):
     for i, c in enumerate(columns): ax.plot(h['epoch'], h[c], color=COLOURS[i], ls=DASHES[i], marker='o', ms=3, lw=1.4, label=c.replace('_', ' '))
-    ax.set_ylabel(ylabel); ax.grid(axis='y', color='#E5E5E5', lw=.6); ax.legend(fontsize=8, frameon=False)
+    ax.set_ylabel(ylabel); ax.grid(axis='y', color=PALE, lw=.6); ax.legend(fontsize=8, frameon=False)
+
+def _mark_best(ax, h):
+    "A circle around the lowest validation loss"
+    if not h['valid_loss'].notna().any(): return
+    best = h.loc[h['valid_loss'].idxmin()]
+    ax.plot(best['epoch'], best['valid_loss'], 'o', ms=10, mfc='none', mec='black', mew=1.3, label=f"lowest valid loss: epoch {best['epoch']:.0f}")
+    ax.legend(fontsize=8, frameon=False)
 
 def plot_history(history: pd.DataFrame, # columns epoch, train_loss, valid_loss; perhaps round, lr and metrics
                  synthetic = False,     # made from phantoms
                 ) -> Figure:
     "Loss, metrics and learning rate per epoch, rounds shaded"
     missing = [c for c in ('epoch', 'train_loss', 'valid_loss') if c not in history]
-    if missing or not len(history): raise EvaluationError(f"plot_history: {'no epochs' if not missing else 'no column ' + ', '.join(missing)}; give the history of fit_rounds.")
+    if missing or not len(history):
+        raise EvaluationError(f"plot_history: {'no epochs' if not missing else 'no column ' + ', '.join(missing)}; give the history of fit_rounds.")
     h = history if 'round' in history else history.assign(round=1)
     metrics = [c for c in h if c not in _NOT_METRICS and pd.api.types.is_numeric_dtype(h[c]) and h[c].notna().any()]
     rate = bool('lr' in h and h['lr'].notna().any())
@@ -182,13 +195,13 @@ def plot_history(history: pd.DataFrame, # columns epoch, train_loss, valid_loss;
     axes = list(axes[:, 0])
     for i, ax in enumerate(axes): _shade_rounds(ax, h, words=i == 0 and h['round'].nunique() > 1)
     _lines(axes[0], h, ['train_loss', 'valid_loss'], 'loss')
-    if h['valid_loss'].notna().any():
-        best = h.loc[h['valid_loss'].idxmin()]
-        axes[0].plot(best['epoch'], best['valid_loss'], 'o', ms=10, mfc='none', mec='black', mew=1.3, label=f"lowest valid loss: epoch {best['epoch']:.0f}"); axes[0].legend(fontsize=8, frameon=False)
+    _mark_best(axes[0], h)
     if metrics: _lines(axes[1], h, metrics, 'validation metric')
     if rate: axes[-1].step(h['epoch'], h['lr'], where='mid', color=GREY); axes[-1].set_yscale('log'); axes[-1].set_ylabel('learning rate\n(of the round)')
-    axes[-1].set_xlabel('epoch'); axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True)); axes[-1].set_xlim(h['epoch'].min() - .5, h['epoch'].max() + .5)
-    axes[0].set_title(f"{_count(len(h), 'epoch')} in {_count(h['round'].nunique(), 'round')}", loc='left', fontsize=10, pad=16 if h['round'].nunique() > 1 else 6)
+    axes[-1].set_xlabel('epoch'); axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlim(h['epoch'].min() - .5, h['epoch'].max() + .5)
+    n = h['round'].nunique()
+    axes[0].set_title(f"{_count(len(h), 'epoch')} in {_count(n, 'round')}", loc='left', fontsize=10, pad=16 if n > 1 else 6)
     return fig
 
 # %% ../nbs/12_plots.ipynb #lr-find
@@ -198,21 +211,31 @@ def plot_lr_find(lrs, losses,        # (m,) learning rates and smoothed losses
                 ) -> Figure:
     "The curve of the learning-rate search and the rate that was taken"
     lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
-    if len(lrs) != len(losses) or not len(lrs): raise EvaluationError(f'plot_lr_find: {len(lrs)} rates and {len(losses)} losses; give one loss per rate.')
+    if len(lrs) != len(losses) or not len(lrs):
+        raise EvaluationError(f'plot_lr_find: {len(lrs)} rates and {len(losses)} losses; give one loss per rate.')
     fig, ax = new_figure(5.5, 3.4, synthetic=synthetic)
     ax.plot(lrs, losses, color=BLUE, lw=1.8)
     seen = losses[np.isfinite(losses)]
-    top = seen[0] + 1.2 * (seen[0] - seen.min()) if len(seen) else 1.
-    ax.set_ylim(seen.min() - .08 * (top - seen.min()), max(min(seen.max(), top), seen.min() + 1e-6) + .05 * (top - seen.min())) if len(seen) and top > seen.min() else None
+    if len(seen) and seen[0] > seen.min():
+        low, top = seen.min(), min(seen.max(), seen[0] + 1.2 * (seen[0] - seen.min()))
+        ax.set_ylim(low - .08 * (top - low), top + .05 * (top - low))
     if suggestion is not None:
         ax.axvline(suggestion, color=ORANGE, ls='--', lw=1.3)
         ax.plot([suggestion], [np.interp(np.log(suggestion), np.log(lrs), losses)], 'o', color=ORANGE, ms=7, label=f'taken: {suggestion:.1e}')
         ax.legend(frameon=False, fontsize=9)
-    ax.set_xscale('log'); ax.set_xlabel('learning rate (log scale)'); ax.set_ylabel('training loss, smoothed'); ax.grid(color='#E5E5E5', lw=.6)
+    ax.set_xscale('log'); ax.set_xlabel('learning rate (log scale)'); ax.set_ylabel('training loss, smoothed'); ax.grid(color=PALE, lw=.6)
     _title(ax, f'Search for a learning rate: {_count(len(lrs), "step")}')
     return fig
 
 # %% ../nbs/12_plots.ipynb #reliability
+def _two_counts(s): return ', '.join(f'{(s.y == i).sum():,} {c}' for i, c in enumerate(s.classes))
+
+def _calibration_words(c):
+    "Slope, offset, error and Brier score in four lines"
+    number, e = (lambda t: 'none' if np.isnan(t[0]) else f'{t[0]:.2f} [{t[1]:.2f}, {t[2]:.2f}]'), c.error
+    return '\n'.join([f'slope {number(c.slope)}', f'offset {number(c.offset)}',
+                      f"ECE {e['ece']:.3f} (perfect model: {e['null_low']:.3f} to {e['null_high']:.3f})", f"Brier {c.brier['brier']:.3f}"])
+
 def plot_reliability(y_true, y_prob,    # (n,) labels and probabilities of TEST images
                      groups = None,     # (n,) patient groups
                      bins = 15,         # of equal mass
@@ -224,15 +247,17 @@ def plot_reliability(y_true, y_prob,    # (n,) labels and probabilities of TEST 
     s, r = check_scores(y_true, y_prob, groups, classes), c.curve
     fig, (ax, hist) = new_figure(4.8, 5.8, rows=2, synthetic=synthetic, sharex=True, gridspec_kw=dict(height_ratios=[5, 1]))
     ax.plot([0, 1], [0, 1], color=GREY, lw=.8, ls=':', label='perfect')
-    ax.errorbar(r['mean_prob'], r['share'], yerr=[np.maximum(r['share'] - r['low'], 0), np.maximum(r['high'] - r['share'], 0)], fmt='o-', ms=4, lw=1.3, elinewidth=.9, color=BLUE, label=f"{_count(len(r), 'bin')} of about {int(r['n'].median()) if len(r) else 0} images")
+    arms = [np.maximum(r['share'] - r['low'], 0), np.maximum(r['high'] - r['share'], 0)]
+    ax.errorbar(r['mean_prob'], r['share'], yerr=arms, fmt='o-', ms=4, lw=1.3, elinewidth=.9, color=BLUE,
+                label=f"{_count(len(r), 'bin')} of about {int(r['n'].median()) if len(r) else 0} images")
     _frame_shares(ax, '', f"share that is '{s.classes[-1]}'"); ax.set_aspect('auto')
-    number = lambda t: 'none' if np.isnan(t[0]) else f'{t[0]:.2f} [{t[1]:.2f}, {t[2]:.2f}]'
-    e = c.error
-    ax.text(.98, .03, f"slope {number(c.slope)}\noffset {number(c.offset)}\nECE {e['ece']:.3f} (perfect model: {e['null_low']:.3f} to {e['null_high']:.3f})\nBrier {c.brier['brier']:.3f}", transform=ax.transAxes, ha='right', va='bottom', fontsize=8)
+    ax.text(.98, .03, _calibration_words(c), transform=ax.transAxes, ha='right', va='bottom', fontsize=8)
     ax.legend(loc='upper left', fontsize=8, frameon=False)
     hist.hist([s.score[s.y == i] for i in (0, 1)], bins=np.linspace(0, 1, 31), stacked=True, color=[BLUE, ORANGE], alpha=.75, label=[str(n) for n in s.classes])
-    hist.set_ylabel('images'); hist.set_xlabel(f"probability of '{s.classes[-1]}'"); hist.legend(fontsize=7, frameon=False, ncols=2, loc='upper right', bbox_to_anchor=(1, 1.25)); hist.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-    _title(ax, f'Reliability: {_count(c.n_images, "image")}' + (f' of {_count(c.n_groups, "patient group")}' if s.grouped else ''), f'{(s.y == 0).sum():,} {s.classes[0]}, {(s.y == 1).sum():,} {s.classes[1]}')
+    hist.set_ylabel('images'); hist.set_xlabel(f"probability of '{s.classes[-1]}'"); hist.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    hist.legend(fontsize=7, frameon=False, ncols=2, loc='upper right', bbox_to_anchor=(1, 1.25))
+    groups_too = f' of {_count(c.n_groups, "patient group")}' if s.grouped else ''
+    _title(ax, f'Reliability: {_count(c.n_images, "image")}{groups_too}', _two_counts(s))
     return fig
 
 # %% ../nbs/12_plots.ipynb #decision
@@ -244,15 +269,15 @@ def plot_decision_curve(y_true, y_prob,    # (n,) labels and probabilities of TE
     "Net benefit of the model against acting on everybody and on nobody"
     d, s = net_benefit(y_true, y_prob, None, prevalence, groups, classes, n_boot, seed), check_scores(y_true, y_prob, groups, classes)
     fig, ax = new_figure(5.4, 4.2, synthetic=synthetic)
-    ax.fill_between(d['threshold'], d['low'], d['high'], color=BLUE, alpha=.18, lw=0, label='95 % band, pointwise, over patients' if s.grouped else '95 % band, pointwise, over images')
+    if n_boot: _band(ax, d['threshold'], d['low'], d['high'], BLUE, .95, s.grouped)
     ax.plot(d['threshold'], d['model'], color=BLUE, lw=1.8, label='act on the model')
     ax.plot(d['threshold'], d['treat_all'], color=ORANGE, ls='--', lw=1.3, label='act on everybody')
     ax.plot(d['threshold'], d['treat_none'], color='black', ls=':', lw=1.3, label='act on nobody')
     share = float(s.y.mean()) if prevalence is None and len(s.y) else prevalence or 0.
     top = np.nanmax([share, d['model'].max(), .01])
-    ax.set_ylim(-.25 * top, 1.12 * top); ax.set_xlim(0, 1); ax.grid(color='#E5E5E5', lw=.6)
+    ax.set_ylim(-.25 * top, 1.12 * top); ax.set_xlim(0, 1); ax.grid(color=PALE, lw=.6)
     ax.set_xlabel('probability at which one would act'); ax.set_ylabel('net benefit per person'); ax.legend(fontsize=8, frameon=False)
-    _title(ax, f"Decision curve: {(s.y == 0).sum():,} {s.classes[0]}, {(s.y == 1).sum():,} {s.classes[1]}", f'at a prevalence of {share:.3g}' + (', as collected' if prevalence is None else ', as stated'))
+    _title(ax, f'Decision curve: {_two_counts(s)}', f'at a prevalence of {share:.3g}' + (', as collected' if prevalence is None else ', as stated'))
     return fig
 
 # %% ../nbs/12_plots.ipynb #grid
@@ -266,7 +291,8 @@ def plot_prediction_grid(images,            # list of (h, w) arrays, any range
                         ) -> Figure:
     "A grid of images with truth, call and probability; errors in colour and in words"
     n = len(images)
-    if not n == len(actual) == len(predicted) == len(prob): raise EvaluationError(f'{n} images, {len(actual)} labels, {len(predicted)} calls, {len(prob)} probabilities; give one of each per image.')
+    if not n == len(actual) == len(predicted) == len(prob):
+        raise EvaluationError(f'{n} images, {len(actual)} labels, {len(predicted)} calls, {len(prob)} probabilities; give one of each per image.')
     if not n: raise EvaluationError('plot_prediction_grid: no images.')
     cols = min(cols, n)
     rows = math.ceil(n / cols)
@@ -274,16 +300,23 @@ def plot_prediction_grid(images,            # list of (h, w) arrays, any range
     for ax in axes.ravel(): ax.set_axis_off()
     for i, ax in enumerate(axes.ravel()[:n]): _tile(ax, images[i], actual[i], predicted[i], prob[i], prob_of, None if names is None else names[i])
     wrong = sum(str(a) != str(b) for a, b in zip(actual, predicted))
-    fig.suptitle((PHANTOM_WORDS + '\n' if synthetic else '') + f'{_count(n, "image")}, {wrong} called wrongly', fontsize=10, color=ORANGE if synthetic else 'black', weight='bold' if synthetic else 'normal')
+    fig.suptitle((PHANTOM_WORDS + '\n' if synthetic else '') + f'{_count(n, "image")}, {wrong} called wrongly', fontsize=10,
+                 color=ORANGE if synthetic else 'black', weight='bold' if synthetic else 'normal')
     return fig
+
+def _short(text, most=30):
+    "The text, with its middle left out when it would run into the next picture"
+    text = str(text)
+    return text if len(text) <= most else text[:most // 2 - 1] + '…' + text[-(most // 2):]
 
 def _tile(ax, image, actual, predicted, prob, prob_of, name):
     image = np.squeeze(np.asarray(image, dtype=float))
     if image.ndim != 2: raise ImageError(f'an image of shape {np.shape(image)} is not grey; give (h, w) arrays.')
     right = str(actual) == str(predicted)
     ax.imshow(image, cmap='gray', interpolation='bilinear')
-    lines = [f'called {predicted}', f'{prob_of if prob_of is not None else predicted} {prob:.2f}' + ('' if right else f'; WRONG: {actual}')]
-    ax.set_title('\n'.join(([str(name)] if name is not None else []) + lines), loc='left', fontsize=8, color='black' if right else ORANGE, weight='normal' if right else 'bold')
+    call = f'called {predicted} ({prob:.2f})' if prob_of is None else f'called {predicted}, {prob_of} {prob:.2f}'
+    lines = [*([name] if name is not None else []), call, 'right' if right else f'WRONG: {actual}']
+    ax.set_title('\n'.join(_short(v) for v in lines), loc='left', fontsize=7.5, color='black' if right else ORANGE, weight='normal' if right else 'bold')
     ax.set_axis_on(); ax.set_xticks([]); ax.set_yticks([])
     for side in ax.spines.values(): side.set(visible=True, color='black' if right else ORANGE, lw=.5 if right else 2.5)
 
@@ -295,15 +328,23 @@ def plot_subgroups(table: pd.DataFrame,  # from `compare.subgroups`
                   ) -> Figure:
     "A metric of every subgroup with its interval; what cannot be estimated is said, not drawn"
     missing = [c for c in ('column', 'value', metric, f'{metric}_low', f'{metric}_high') if c not in table]
-    if missing or not len(table): raise EvaluationError(f"plot_subgroups: {'no column ' + ', '.join(missing) if missing else 'no rows'}; give the table of covid_cxr.compare.subgroups.")
+    if missing or not len(table):
+        raise EvaluationError(f"plot_subgroups: {'no column ' + ', '.join(missing) if missing else 'no rows'}; give the table of covid_cxr.compare.subgroups.")
     fig, ax = new_figure(6.4, .34 * len(table) + 1.3, synthetic=synthetic)
     place = np.arange(len(table))[::-1]
     for (_, r), at in zip(table.iterrows(), place):
-        if np.isnan(r[metric]): ax.text(.5, at, r['note'], transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color=GREY, backgroundcolor='white'); continue
+        kw = dict(va='center', fontsize=8, backgroundcolor='white')
+        if np.isnan(r[metric]):
+            ax.text(.5, at, r['note'], transform=ax.get_yaxis_transform(), ha='center', color=GREY, **kw)
+            continue
         ax.plot([r[f'{metric}_low'], r[f'{metric}_high']], [at, at], color=BLUE, lw=1.6); ax.plot(r[metric], at, 'o', color=BLUE, ms=6)
-        if r.get('p_holm', 1) < .05 and r.get('auc_gap', 0) < 0 and metric == 'auc': ax.text(r[f'{metric}_high'] + .008, at, 'below the rest', ha='left', va='center', fontsize=8, color=ORANGE, weight='bold', backgroundcolor='white')
-    if overall is not None: ax.axvline(overall, color='black', lw=.9, ls='--', label=f'all images: {overall:.3f}'); ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(0, -.18))
-    ax.set_yticks(place, [f"{r['column']} = {r['value']}  ({r['positive']:,.0f} + {r['negative']:,.0f})" for _, r in table.iterrows()]); ax.set_ylim(-.6, len(table) - .4)
-    ax.set_xlabel({'auc': 'AUC', 'recall': 'sensitivity'}.get(metric, metric)); ax.grid(axis='x', color='#E5E5E5', lw=.6)
-    _title(ax, 'Subgroups (positive + negative images)', '95 % intervals over patients')
+        if metric == 'auc' and r.get('p_holm', 1) < .05 and r.get('auc_gap', 0) < 0:
+            ax.text(r['auc_high'] + .008, at, 'below the rest', ha='left', color=ORANGE, weight='bold', **kw)
+    if overall is not None:
+        ax.axvline(overall, color='black', lw=.9, ls='--', label=f'all images: {overall:.3f}')
+        ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(0, -.18))
+    ax.set_yticks(place, [f"{r['column']} = {r['value']}  ({r['positive']:,.0f} + {r['negative']:,.0f})" for _, r in table.iterrows()])
+    ax.set_ylim(-.6, len(table) - .4)
+    ax.set_xlabel({'auc': 'AUC', 'recall': 'sensitivity'}.get(metric, metric)); ax.grid(axis='x', color=PALE, lw=.6)
+    _title(ax, 'Subgroups (positive + negative images)', 'with the intervals of the table')
     return fig

@@ -54,7 +54,7 @@ def readme_text():
         src = ''.join(c['source']).strip()
         if c['cell_type'] == 'markdown': out.append(src + '\n'); continue
         if re.search(r'^#\|\s*hide\b', src, re.M): continue
-        out.append('```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M) + '\n```\n')
+        if not re.search(r'^#\|\s*echo:\s*false', src, re.M): out.append('```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M) + '\n```\n')
         for o in c['outputs']:
             data = o.get('data', {})
             text = o.get('text') or data.get('text/markdown') or data.get('text/plain')

@@ -1,0 +1,42 @@
+"""Keep what a run found, without any image and without paths of the machine it ran on:
+
+    python benchmarks/keep_run.py RUN NAME      ->  benchmarks/results/NAME/
+
+predictions.csv keeps ids instead of paths; run.json keeps versions, hashes, seconds per image and the command.
+Every number that is printed anywhere about the run can be derived again from these files (tests/test_results.py does).
+"""
+import json, os, platform, shutil, sys
+from pathlib import Path
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent / 'results'
+
+
+def cpu_model():
+    for line in open('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else []:
+        if line.startswith('model name'): return line.split(':', 1)[1].strip()
+    return platform.processor()
+
+
+def keep(run, name, command=''):
+    run, out = Path(run), HERE / name
+    out.mkdir(parents=True, exist_ok=True)
+    pred = pd.read_csv(run / 'predictions.csv')
+    pred[['image_id', *(c for c in pred.columns if c not in ('path', 'image_id'))]].to_csv(out / 'predictions.csv', index=False)
+    for f in ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt'):
+        if (run / f).exists(): shutil.copy(run / f, out / f)
+    e = json.loads((run / 'evaluation.json').read_text())
+    for part in ('test', 'valid', 'source_only'):
+        if isinstance(e.get(part), dict): e[part].pop('curves', None)          # predictions.csv draws them again
+    (out / 'evaluation.json').write_text(json.dumps(e, indent=1) + '\n')
+    state, h = json.loads((run / 'run.json').read_text()), pd.read_csv(run / 'history.csv')
+    state.pop('data')
+    state.update(command=command, cpu=cpu_model(), cores=os.cpu_count(), images_trained=int(h['images'].sum()), training_seconds=float(h['seconds'].sum()),
+                 seconds_per_image=float(h['seconds'].sum() / h['images'].sum()))
+    (out / 'run.json').write_text(json.dumps(state, indent=1) + '\n')
+    print(out)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) < 3: sys.exit(__doc__)
+    keep(sys.argv[1], sys.argv[2], ' '.join(sys.argv[3:]))
