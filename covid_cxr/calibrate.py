@@ -8,7 +8,7 @@ import math, warnings
 from dataclasses import asdict, dataclass, field
 import numpy as np, pandas as pd
 from scipy import optimize, stats
-from .evaluate import (BINARY, EvaluationError, UndefinedMetric, _to_plain, check_scores, compute_metrics, group_resamples,
+from .evaluate import (BINARY, EvaluationError, UndefinedMetric, _to_plain, check_scores, compute_metrics, few_errors, group_resamples,
                                 percentile_interval, predictive_values, wilson)
 
 # %% auto #0
@@ -199,7 +199,7 @@ def use_at(y_true, y_prob,                    # (n,) labels and probabilities of
     pick = lambda m: (m['recall'], m['specificity'])
     sens, spec = pick(compute_metrics(s, calls, np.ones((1, len(s.y)))))
     draws = [np.concatenate(v) for v in zip(*(pick(compute_metrics(s, calls, w)) for w in group_resamples(s, n_boot, seed)))]
-    draws = [_with_spread(d, v, n, seed) for d, v, n in zip(draws, (sens[0], spec[0]), ((s.group_class() == 1).sum(), (s.group_class() == 0).sum()))]
+    draws = [_redrawn_share(m, v, d, s, calls, seed) for m, v, d in zip(('recall', 'specificity'), (sens[0], spec[0]), draws)]
     rows = []
     for v in (*prevalences, s.y.mean()):
         row = dict(prevalence=float(v))
@@ -210,10 +210,11 @@ def use_at(y_true, y_prob,                    # (n,) labels and probabilities of
     rows[-1]['of'] = 'this collection, as collected'
     return pd.DataFrame(rows)
 
-def _with_spread(draws, value, n, seed):
-    "Resamples of a share; where nobody erred (no spread), draws of the share that Wilson's interval belongs to"
-    if np.isnan(value) or np.nanmax(draws) > np.nanmin(draws): return draws
-    return np.random.default_rng(seed).beta(value * n + 1, (1 - value) * n + 1, len(draws))
+def _redrawn_share(metric, value, draws, s, calls, seed):
+    "Resamples of a share; where hardly anybody erred, draws of what the share may truly be (Jeffreys' prior) at its effective number of patients"
+    n = None if np.isnan(value) else few_errors(metric, value, draws, s, calls)
+    if n is None: return draws
+    return np.random.default_rng([seed, len(metric)]).beta(value * n + .5, (1 - value) * n + .5, len(draws))
 
 # %% ../nbs/11c_calibrate.ipynb #shift
 def shift_prevalence(y_prob,      # (n,) probabilities of the positive class

@@ -112,14 +112,18 @@ def do_download(args):
 
 def do_inspect(args):
     "What came in and why rows are not used: of a recipe's table, or of one collection before any task"
-    from covid_cxr.inspection import inspect_source, run_inspection
+    from covid_cxr.core import used
+    from covid_cxr.duplicates import find_near, fingerprints
+    from covid_cxr.inspection import run_inspection
     from covid_cxr.recipe import build_table
-    from covid_cxr.sources import SOURCES
-    if args.what in SOURCES:
-        return run_inspection(inspect_source(args.what, args.data), out=args.out)
-    args.recipe = args.what
-    recipe = _recipe_from(args)
-    run_inspection(build_table(recipe, args.data, args.cache), out=args.out)
+    from covid_cxr.sources import SOURCES, read_source
+    if args.what in SOURCES: table = read_source(args.what, args.data)
+    else:
+        args.recipe = args.what
+        recipe = _recipe_from(args)
+        table = build_table(recipe, args.data, args.cache)
+    seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
+    run_inspection(table, find_near(seen, cache_file=kept), out=args.out, problems=fingerprints(seen['path'].dropna(), kept))
 
 def do_recipes(args):
     from covid_cxr.recipe import list_recipes

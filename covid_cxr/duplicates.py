@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_duplicates.ipynb #imports
 from __future__ import annotations
-import os, zipfile
+import os, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,7 +17,8 @@ from .core import CxrError, ImageError, RunError, TableError, atomic_path, requi
 from .images import read_grey, to_8bit
 
 # %% auto #0
-__all__ = ['EDGE', 'pixel_hash', 'trim_border', 'fingerprint', 'Fingerprints', 'fingerprints', 'wave_hash', 'nearest_hashes']
+__all__ = ['EDGE', 'COLUMNS_OF_PAIRS', 'pixel_hash', 'trim_border', 'fingerprint', 'Fingerprints', 'fingerprints', 'wave_hash',
+           'nearest_hashes', 'match_prints', 'find_exact', 'find_near']
 
 # %% ../nbs/06_duplicates.ipynb #pixel-hash
 def pixel_hash(array: np.ndarray # (h, w) grey picture of any depth
@@ -371,3 +372,92 @@ def _confirm(thumbs, a, b, variants):
     c = np.flatnonzero(first > _FIRST)
     score[c], affine[c], overlap[c] = _second_look(thumbs, a[c], b[c], variants[c], affine[c])
     return score, affine, overlap
+
+# %% ../nbs/06_duplicates.ipynb #third-look
+DETAIL = 192    # pixels of the last look, which reads the files again
+
+def _detail(path):
+    "File -> (192, 192) uint8 without its frame"
+    a = to_8bit(trim_border(read_grey(path)))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(a)).resize((DETAIL, DETAIL), Image.BOX if min(a.shape) >= 2 * DETAIL else Image.BILINEAR))
+
+def _third_look(moving, still, affine, sign, smallest):
+    "Two (192, 192) pictures, laid on each other once more at the size of the smaller original: agreement of fine detail, affine"
+    m = int(np.clip(smallest // 32 * 32, EDGE, DETAIL))
+    pair = np.stack([np.asarray(Image.fromarray(p).resize((m, m), Image.BOX)) if m < DETAIL else p for p in (moving, still)])
+    A = affine[None]
+    for sigma, steps in ((6, 2), (4 if m >= 128 else 3, 3)):
+        x = _local(pair, sigma)
+        x[0] *= sign
+        A = _align(x[1:], x[:1], A, steps)
+    return _agreement(x[1:], x[:1], A)[0][0], A[0]
+
+# %% ../nbs/06_duplicates.ipynb #describe-edit
+def _describe(A, sign):
+    "An affine that lays a on b, and the polarity, in words: what was done to a to get b"
+    (sx, sy), (tx, ty) = np.hypot(A[0, :2], A[1, :2]), A[:, 2]
+    turn = np.degrees(np.arctan2(-A[0, 1] * np.sign(A[1, 1]), abs(A[1, 1])))
+    words = ['mirrored'] * (A[0, 0] * A[1, 1] < 0) + ['inverted'] * (sign < 0) + [f'turned {abs(turn):.0f} degrees'] * (abs(turn) > 1.5)
+    if max(abs(sx - 1), abs(sy - 1), abs(tx), abs(ty)) > .02: words.append(f'framed anew (shows {sx:.0%} x {sy:.0%})')
+    return ', '.join(words) or 'same framing'
+
+# %% ../nbs/06_duplicates.ipynb #match-prints
+COLUMNS_OF_PAIRS = ['a', 'b', 'kind', 'verdict', 'score', 'alike', 'edit']
+
+def match_prints(fp: Fingerprints,         # of pictures whose files are still there
+                 ids=None,                 # (n,) names for the columns a and b; None: the paths
+                 alike: float = .78,       # least agreement at 64 pixels to be looked at in detail
+                 duplicate: float = .78,   # least agreement of the detail at 192 pixels to be called a duplicate
+                ) -> pd.DataFrame:         # columns a, b, kind, verdict, score, alike, edit
+    "Pairs of pictures that are one film, by hash and by alignment; 'look' is for a person, 'duplicate' is sure"
+    ids = np.asarray(fp.path if ids is None else ids, object)
+    exact = _exact_pairs(fp, ids)
+    one = np.flatnonzero(fp.problem == '')
+    one = one[np.sort(np.unique(fp.pixel_hash[one], return_index=True)[1])]              # one picture of every exact group
+    a, b, _, variant = nearest_hashes(wave_hash(fp.thumb[one]))
+    score, affine, overlap = _confirm(fp.thumb[one], a, b, variant)
+    near, detail = [], {}
+    for i in np.flatnonzero((score >= alike) & (overlap > .6)):
+        p, q, sign = one[a[i]], one[b[i]], _SIGNED[variant[i]][2]
+        for r in (p, q): detail[r] = detail[r] if r in detail else _detail(fp.path[r])
+        fine, A = _third_look(detail[p], detail[q], affine[i], sign, min(fp.size[p].min(), fp.size[q].min()))
+        near.append(dict(a=ids[p], b=ids[q], kind='near', verdict='duplicate' if fine >= duplicate else 'look', score=fine, alike=score[i], edit=_describe(A, sign)))
+    out = pd.DataFrame(near, columns=COLUMNS_OF_PAIRS).sort_values(['score', 'a', 'b'], ascending=[False, True, True])
+    return pd.concat([exact, out], ignore_index=True).astype(dict(score=float, alike=float)).round(dict(score=3, alike=3))
+
+def _exact_pairs(fp, ids):
+    "Every picture with the first of its equals: a star, so that k copies give k - 1 pairs"
+    good = fp.problem == ''
+    d = pd.DataFrame(dict(id=ids, file=fp.file_hash, pixels=fp.pixel_hash))[good].sort_values('id')
+    first = d.groupby('pixels').transform('first')
+    twin = (d['id'] != first['id']).to_numpy() if len(d) else []
+    kind = np.where(d['file'] == first['file'], 'file', 'pixels')
+    return pd.DataFrame(dict(a=first['id'], b=d['id'], kind=kind, verdict='duplicate', score=1., alike=1., edit='none'))[twin].reset_index(drop=True)
+
+# %% ../nbs/06_duplicates.ipynb #find
+def _prints_of(table, cache_file, workers, who):
+    "Fingerprints of the rows that have a file, in order of image_id, and their ids; files that cannot be read are named in a warning"
+    require_columns(table, ['image_id', 'path'], who)
+    rows = table[[isinstance(p, str) and os.path.isfile(p) for p in table['path']]].sort_values('image_id')
+    fp = fingerprints(rows['path'], cache_file, workers)
+    bad = np.flatnonzero(fp.problem != '')
+    if len(bad): warnings.warn(f'{who}: {len(bad)} of {len(fp)} pictures could not be read and were not compared, e.g. {fp.problem[bad[0]]}')
+    return fp, rows['image_id'].to_numpy(object)
+
+# %% ../nbs/06_duplicates.ipynb #find-exact
+def find_exact(table: pd.DataFrame, # rows whose file is there are compared; rows without one are not
+               cache_file=None,     # .npz that keeps fingerprints between calls
+               workers: int = 1,    # processes that read pictures
+              ) -> pd.DataFrame:    # columns a, b (image_ids), kind 'file' or 'pixels', verdict, score, alike, edit
+    "Pairs of rows with byte-identical files or pixel-identical pictures, within and across sources"
+    return _exact_pairs(*_prints_of(table, cache_file, workers, 'find_exact'))
+
+def find_near(table: pd.DataFrame,      # rows whose file is there are compared; rows without one are not
+              cache_file=None,          # .npz that keeps fingerprints between calls
+              workers: int = 1,         # processes that read pictures
+              alike: float = .78,       # least agreement at 64 pixels to be looked at in detail
+              duplicate: float = .78,   # least agreement of the detail to be called a duplicate
+             ) -> pd.DataFrame:         # columns a, b (image_ids), kind 'file', 'pixels' or 'near', verdict 'duplicate' or 'look', score, alike, edit
+    "Pairs of rows that show one film, exact or edited, within and across sources; only verdict 'duplicate' joins groups"
+    fp, ids = _prints_of(table, cache_file, workers, 'find_near')
+    return match_prints(fp, ids, alike, duplicate)

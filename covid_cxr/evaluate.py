@@ -14,8 +14,8 @@ from .core import CxrError, nearest, sha256_text
 # %% auto #0
 __all__ = ['BINARY', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GOALS', 'EvaluationError', 'UndefinedMetric', 'UnmetGoal',
            'Scores', 'check_scores', 'wilson', 'power_words', 'Metric', 'rank_sums', 'auc_and_ap', 'compute_metrics',
-           'group_resamples', 'Estimate', 'percentile_interval', 'Evaluation', 'describe', 'evaluate', 'design_effect',
-           'OperatingPoint', 'parse_goal', 'choose_threshold', 'oracle_gap']
+           'group_resamples', 'Estimate', 'percentile_interval', 'few_errors', 'Evaluation', 'describe', 'evaluate',
+           'design_effect', 'OperatingPoint', 'parse_goal', 'choose_threshold', 'oracle_gap']
 
 # %% ../nbs/11_evaluate.ipynb #errors
 class EvaluationError(CxrError): "Labels, probabilities or a request that no metric can be computed from"
@@ -86,9 +86,10 @@ def check_scores(y_true,           # (n,) class names, or 0..k-1
                  classes = BINARY, # k names, in the order of the columns of `y_prob`
                 ) -> Scores:
     "Labels, probabilities and groups that metrics can be computed from, or a refusal"
-    classes = tuple(classes)
+    given = tuple(classes)
+    classes = tuple(map(str, given))
     if len(classes) < 2 or len(set(classes)) < len(classes): raise EvaluationError(f'classes={classes}: give two or more different names.')
-    y = _check_labels(y_true, classes)
+    y = _check_labels(y_true, given)
     p = _check_probs(y_prob, len(y), classes)
     if groups is None:             # images that are alike are exchangeable: number them by what they are, not by where they stand
         g = np.empty(len(y), np.int64)
@@ -286,16 +287,17 @@ SHARES = {   # metric -> which images are counted, and which of them are right
     'npv':                 lambda y, called, i: (called != i, y != i),
 }
 
-def _share_interval(metric, value, draws, s, calls, i, level):
-    "Wilson interval of a share at its effective number of patients, if fewer than ten groups err (or are right); else None"
-    counted, right = SHARES[metric](s.y, calls, i)
+def few_errors(metric,      # one of `SHARES`
+               value, draws, # of the metric: on the images, in the resamples
+               s: Scores, calls, i = None, # (n,) index of the called class; class that counts as positive, None: the last
+              ):             # the effective number of patients, or None where ten groups or more err and the resamples can be trusted
+    "How many patients a share rests on, when hardly any group errs (or is right)"
+    counted, right = SHARES[metric](s.y, calls, len(s.classes) - 1 if i is None else i)
     groups = lambda mask: len(np.unique(s.group[mask]))
     if min(groups(counted & right), groups(counted & ~right)) >= 10: return None
     ok = draws[~np.isnan(draws)]
     spread = ok.var() if len(ok) else 0.
-    n = value * (1 - value) / spread if spread > 0 and 0 < value < 1 else groups(counted)
-    low, high = wilson(value * n, n, level)
-    return float(low), float(high), f'few errors: Wilson interval for {n:.0f} effective patients' if s.grouped else 'few errors: Wilson interval'
+    return float(value * (1 - value) / spread) if spread > 0 and 0 < value < 1 else float(groups(counted))
 
 def _corners(metric, i, conf, groups, level):
     "Interval of a metric of calls when the resamples have no spread: its range over Wilson's box of recall and specificity"
@@ -315,8 +317,8 @@ def _interval(name, value, draws, s, calls, conf, level):
     if np.isnan(value): return np.nan, np.nan, ''
     if metric == 'prevalence': return np.nan, np.nan, 'as collected, so without an interval'
     i, of = s.classes.index(cls) if cls else len(s.classes) - 1, s.group_class()
-    share = _share_interval(metric, value, draws, s, calls, i, level) if metric in SHARES else None
-    if share: return share
+    n = few_errors(metric, value, draws, s, calls, i) if metric in SHARES else None
+    if n is not None: return *map(float, wilson(value * n, n, level)), 'few errors: Wilson interval' + (f' for {n:.0f} effective patients' if s.grouped else '')
     low, high, note = percentile_interval(draws, level)
     if low < high or np.isnan(low): return low, high, note
     groups = int((of == i).sum()), int((of != i).sum())

@@ -183,7 +183,7 @@ def _ends_grey(im, scale: int) -> bool:
     return bool((last == last[0, 0]).all()) and 126 <= last.flat[0] <= 130
 
 def _decode_jpeg(data: bytes, rule=None):
-    "PIL picture, orientation, scale; with a rule, decoded in luma and at 1/2, 1/4 or 1/8 where that is large enough"
+    "PIL picture, orientation, scale, full (w, h); with a rule, decoded in luma, and at 1/2 or 1/4 where `_smallest` allows"
     parts = _jpeg_parts(data)
     _check_size(parts['w'], parts['h'])
     turn, end = _orientation(parts['exif']), _jpeg_end(data, parts)
@@ -396,7 +396,7 @@ def read_grey(path  # JPEG, PNG, DICOM, BMP, TIFF, GIF or WebP, by content
              ) -> np.ndarray: # (h, w) uint8 or uint16, full resolution, one grey channel, 0 is black
     "Read one film as grey pixels, or raise an ImageError that names the file and the cure"
     path = _as_path(path)
-    with _naming(path): return np.ascontiguousarray(_decode(path)[0])
+    with _naming(path): return np.array(_decode(path)[0], order='C')      # the caller's own, to write on
 
 # %% ../nbs/01_images.ipynb #bits
 DEPTHS = (8, 10, 12, 14, 16)   # bits that detectors and files use
@@ -453,7 +453,7 @@ def fit_to(array: np.ndarray,  # (h, w) uint8 or uint16
     "Make a grey picture square, 8-bit and of one size"
     rule = ImageRule(size, how)
     im = Image.fromarray(np.ascontiguousarray(to_8bit(array)))
-    return np.asarray(_resize(im, rule.size, rule.how, im.size))
+    return np.array(_resize(im, rule.size, rule.how, im.size))
 
 # %% ../nbs/01_images.ipynb #rule
 VERSION = 1
@@ -520,7 +520,7 @@ def load_image(path,             # any file that `read_grey` reads
     with _naming(path):
         if rule.stretch == 'minmax': return apply_rule(_decode(path)[0], rule)
         a, scale, whole = _decode(path, rule)
-        return np.asarray(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale))
+        return np.array(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale))
 
 # %% ../nbs/01_images.ipynb #facts
 _PNG_MODES = {0: 'L', 2: 'RGB', 3: 'P', 4: 'LA', 6: 'RGBA'}

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import COLUMNS, SPLITS, SYNTHETIC, VIEWS, CxrError, TableError, VocabularyError, atomic_path, nearest, require_columns, used, write_text
+from .core import COLUMNS, SYNTHETIC, VIEWS, CxrError, TableError, VocabularyError, nearest, require_columns, used, write_text
 from .images import ImageRule, load_image
-from .licences import licence_counts, licence_terms
+from .licences import licence_counts
 from .sources import FILE_MISSING, SOURCES, read_source, unlisted_files
-from .table import Reconciliation, flow, reconcile
+from .table import Reconciliation, reconcile
 
 # %% auto #0
 __all__ = ['describe_pairs', 'label_tells', 'Section', 'Inspection', 'inspect_table', 'write_inspection_text',
@@ -28,8 +28,9 @@ def _files(table): return pd.Series([os.path.abspath(p) if isinstance(p, str) el
 def _known_pairs(table):
     "Pairs of image_ids that the table itself names: a re-issue, a repeat that was left out, one file on several rows"
     ids, out = set(table['image_id']), []
-    for i, why in zip(table['image_id'], table['excluded']):
-        hit = _REASON.match(why) if isinstance(why, str) else None
+    left_out = table[table['excluded'].notna()]
+    for i, why in zip(left_out['image_id'], left_out['excluded']):
+        hit = _REASON.match(str(why))
         if hit and hit[2] in ids: out.append((hit[2], i, _KIND[hit[1]]))
     if 'same_as' in table: out += [(s, i, 're-issue') for i, s in zip(table['image_id'], table['same_as']) if s in ids]
     files = _files(table)
@@ -47,8 +48,8 @@ def _given_pairs(table, pairs):
 
 def _all_pairs(table, pairs):
     "Given and known pairs, each once; a pair that is both keeps its measurements and takes the table's word for its kind"
-    known, both = _known_pairs(table), [_given_pairs(table, pairs), _known_pairs(table)]
-    p = pd.concat([b.astype({c: object for c in ('a', 'b', 'kind')}) for b in both if len(b)], ignore_index=True) if any(map(len, both)) else known
+    both = [p.astype({c: object for c in ('a', 'b', 'kind')}) for p in (_given_pairs(table, pairs), _known_pairs(table))]
+    p = pd.concat([b for b in both if len(b)] or both[1:], ignore_index=True)
     p = p[p['a'] != p['b']]
     key = [frozenset(k) for k in zip(p['a'], p['b'])]
     p = p.assign(_key=key, _kind=p.groupby(pd.Series(key, index=p.index))['kind'].transform('last') if len(p) else p['kind'])
@@ -190,7 +191,7 @@ def _say_source(rows, tells):
     if s is None or not whole and s['strength'] < _CARE: return []
     text = ('label and source coincide: ' + '; '.join(whole) + '. ') if whole else ''
     text += f"The source alone, without a look at the picture, gives the label of {s['right']:.0%} of each class on average ({s['by_luck']:.0%} by luck)"
-    return [('alarm' if s['strength'] >= _ALARM else 'care', -1, text)]
+    return [('alarm' if s['strength'] >= _ALARM or ((n > 0).sum(axis=1) == 1).all() else 'care', -1, text)]
 
 def _say_tells(tells):
     "Whatever else gives the label away: one sentence per level"
@@ -232,7 +233,7 @@ def _say_files(table, rows, unlisted, bad):
     gone = int(sum(not os.path.isfile(p) for p in rows['path'].dropna()))
     return [('alarm', gone, 'used rows with a file that is not on this disk'),
             ('alarm', int(rows['path'].isin(list(bad)).sum()), 'used rows with a file that cannot be read as a picture'),
-            ('care', int((table['excluded'] == FILE_MISSING).sum()), 'rows left out because their file is not on this disk'),
+            ('care', int((table['excluded'] == FILE_MISSING).sum()), 'rows left out because the file is not on this disk'),
             ('care', int(rows['path'].isna().sum()), 'used rows that name no file'),
             ('note', len(unlisted), 'image files in these folders that no row names')]
 
@@ -290,7 +291,7 @@ def _faults(table):
 def _licence_table(table):
     t = licence_counts(table)
     words = {True: 'yes', False: 'no', None: 'not known'}
-    t['commercial'] = [words[c] if s else '-' for c, s in zip(t['commercial'], t['stated'])]
+    t['commercial'] = [words[c] if s else 'no licence' for c, s in zip(t['commercial'], t['stated'])]
     return t.drop(columns='stated')
 
 def _sections_rows(table, rows, account, tells):
@@ -482,7 +483,7 @@ th{border-bottom:2px solid #8c959f;vertical-align:bottom}td.s{white-space:nowrap
 .two dl{margin:.3rem 0 0;display:grid;grid-template-columns:max-content 1fr;gap:.1rem .4rem}.two dt{color:#57606a}.two dd{margin:0}.diff{background:#fff3cd;font-weight:700}
 footer{margin-top:2.5rem;border-top:1px solid #d0d7de;padding-top:.6rem;font-size:.85rem;color:#57606a}
 @media (max-width:30rem){.bars{grid-template-columns:1fr max-content}.bars>.bar{grid-column:1/-1;grid-row:auto;order:0}.cards{grid-template-columns:1fr}}
-@media print{body{font-size:10pt;max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:8pt}th,td{padding:.15rem .3rem}h2{break-after:avoid}tr,.bars,li{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{body{font-size:10pt;max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:8pt}th,td{padding:.15rem .3rem}h2,h2+p.sub{break-after:avoid}tr,.bars,li{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 '''
 _COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#8a6d3b')       # Okabe and Ito, https://jfly.uni-koeln.de/color/
 _BLUES = ('#cfe2f1', '#9cc6e3', '#5fa3cf', '#2f7fb8', '#0b5a94', '#06345a')                              # for what has an order: the young light, the old dark
