@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, os, platform, re, tempfile
+import difflib, hashlib, importlib.metadata, json, os, platform, re
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -191,18 +191,17 @@ def atomic_path(path  # final place of the file
                ):     # yields a temporary Path in the same folder, same suffix
     "Write to a temporary file and move it into place when the block ends well; leave nothing behind when it does not"
     path = Path(path)
+    tmp = path.with_name(f'.{path.stem[:40]}-{os.urandom(6).hex()}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem[:40]}-', suffix=path.suffix)
-        os.close(fd)
-        umask = os.umask(0); os.umask(umask); os.chmod(tmp, 0o666 & ~umask)     # mkstemp is private; a result file is not
+        open(tmp, 'xb').close()
     except OSError as e: raise RunError(f'cannot write {path}: {e.strerror}; choose an output folder that you can write to.') from e
     try:
-        yield Path(tmp)
+        yield tmp
         os.replace(tmp, path)
     except OSError as e:
         raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another output folder.') from e
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
 
 def write_text(path, text: str) -> Path:
     "Write a text file atomically"

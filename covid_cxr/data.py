@@ -27,7 +27,7 @@ class ReadPicture(DisplayedTransform):
     def __call__(self, row, **kwargs):
         path = row['path'] if isinstance(row, (pd.Series, dict)) else row
         pixels = self.cache.get(path) if self.cache is not None else load_image(path, self.rule)
-        return TensorImageBW(torch.from_numpy(np.array(pixels))[None])      # a copy: the cache may hand out a read-only view
+        return TensorImageBW(torch.from_numpy(pixels)[None])
 
 def read_label(row): 
     "The class of a table row"

@@ -397,9 +397,9 @@ def _describe(A, sign):
     "An affine that lays a on b, and the polarity, in words: what was done to a to get b"
     (sx, sy), (tx, ty) = np.hypot(A[0, :2], A[1, :2]), A[:, 2]
     turn = np.degrees(np.arctan2(-A[0, 1] * np.sign(A[1, 1]), abs(A[1, 1])))
-    words = ['mirrored'] * (A[0, 0] * A[1, 1] < 0) + ['inverted'] * (sign < 0) + [f'turned {abs(turn):.0f} degrees'] * (abs(turn) > 1.5)
-    if max(abs(sx - 1), abs(sy - 1), abs(tx), abs(ty)) > .02: words.append(f'framed anew (shows {sx:.0%} x {sy:.0%})')
-    return ', '.join(words) or 'same framing'
+    words = {'mirrored': A[0, 0] * A[1, 1] < 0, 'inverted': sign < 0, f'turned {abs(turn):.0f} degrees': abs(turn) > 1.5,
+             f'framed anew (shows {sx:.0%} x {sy:.0%})': max(abs(sx - 1), abs(sy - 1), abs(tx), abs(ty)) > .02}
+    return ', '.join(w for w, said in words.items() if said) or 'same framing'
 
 # %% ../nbs/06_duplicates.ipynb #match-prints
 COLUMNS_OF_PAIRS = ['a', 'b', 'kind', 'verdict', 'score', 'alike', 'edit']

@@ -455,7 +455,7 @@ def write_covid_tree(root,                  # folder to make; a phantom tree tha
                      n_patients: int = 120, # ordinary patients, 4 or more; the tail of quirks comes on top
                      seed: int = 0,
                      size: int = 512,       # pixels, typical height; some films are smaller or larger
-                     lesion: float = .55,   # typical density of opacities; patients vary around it, every fifth is subtle
+                     lesion: float = .65,   # typical density of opacities; patients vary around it, every fifth is subtle
                      schema: str = '2020-06', # one of `SCHEMAS`
                      encoding: str = 'utf-8', # 'latin-1' writes bytes that are no UTF-8, as two historic versions do
                     ) -> dict:              # 'root', 'rows' (one dict per row of metadata.csv) and 'quirks' (name -> file names)
@@ -522,7 +522,7 @@ def write_kaggle_tree(root,                   # folder to make; chest_xray/ is p
                       n_pneumonia: int = 120, # films, two thirds bacteria
                       seed: int = 0,
                       size: int = 512,        # pixels, typical height
-                      lesion: float = .55,    # typical density of opacities
+                      lesion: float = .65,    # typical density of opacities
                       nested: bool = False,   # chest_xray/chest_xray, __MACOSX and .DS_Store, as some archives unpack
                       child: bool = False,    # children's proportions, as in the real collection: then age tells the collections apart
                      ) -> dict:               # 'root', 'rows' (part, label, kind, person, file, lesion)
@@ -557,7 +557,7 @@ def write_phantom_trees(root,                   # folder to make; refused when i
                         n_normal: int = 80,     # films of the paediatric collection
                         n_pneumonia: int = 120, # films of the paediatric collection
                         faults: bool = False,   # also `plant_faults`
-                        lesion: float = .55,    # typical density of opacities
+                        lesion: float = .65,    # typical density of opacities
                         children: bool = False, # the second collection shows children: age and source coincide, as in the real pair
                         schema: str = '2020-06', # one of `SCHEMAS`
                        ) -> dict:               # 'covid' and 'kaggle': the truth of each tree; 'faults' when planted
@@ -769,7 +769,7 @@ def write_phantom_folder(root,                 # folder to make, with NORMAL/ an
                          images_per_patient=(1, 3), # fewest and most films of a patient
                          seed: int = 0,
                          size: int = 256,      # pixels, typical height
-                         lesion: float = .55,  # typical density of opacities; 0 plants nothing, so that only the files differ
+                         lesion: float = .65,  # typical density of opacities; 0 plants nothing, so that only the files differ
                          quality=(85, 85),     # JPEG quality of NORMAL and of PNEUMONIA
                         ) -> pd.DataFrame:     # file (relative to root), patient, label, lesion, quality
     "NORMAL/ and PNEUMONIA/ with phantoms named patientNNN-K.jpg"

@@ -291,7 +291,7 @@ def test_disease_is_learnable_and_not_trivial():
     r, x, m, y, g = np.random.default_rng(0), [], [], [], []
     for p in range(110):
         ill = p % 2
-        strength = ill * (.1 if r.random() < .2 else r.uniform(.33, .77))       # as the tree writers draw it around .55
+        strength = ill * (.1 if r.random() < .2 else r.uniform(.33, .77))       # as the tree writers draw it, around .55
         for k in range(2):
             f = make_phantom(11, p, k, 64, strength)
             x.append(f.image), m.append(f.lung_mask), y.append(ill), g.append(p)

@@ -1,0 +1,95 @@
+"""Known answers for the data layer: a phantom tree with planted faults goes in, and every check finds its fault by name."""
+import os
+import pandas as pd, pytest
+from covid_cxr.core import LeakError, used
+from covid_cxr.phantom import FAULTS, write_phantom_trees
+from covid_cxr.sources import read_covid_chestxray, read_kaggle_pneumonia
+from covid_cxr.table import check_split, drop_repeats, group_leaksafe, join_tables, label_for, reconcile, split_by_group, split_official
+
+COPIES = ('exact_copy', 'recompressed', 'small_crop', 'border_added', 'mirrored', 'cross_source', 'split_copy')
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory):
+    "The faulty tree, its table, and the rows of each fault"
+    root = tmp_path_factory.mktemp('faulty') / 'data'
+    faults = write_phantom_trees(root, seed=3, size=160, n_patients=30, n_normal=16, n_pneumonia=16, faults=True)['faults']
+    t = join_tables([read_covid_chestxray(root / 'covid-chestxray-dataset'), read_kaggle_pneumonia(root / 'chest-xray-pneumonia')])
+    by_file = {os.path.relpath(p, root): i for i, p in zip(t['image_id'], t['path']) if isinstance(p, str)}
+    return root, t, {k: [by_file[f] for f in v['files']] for k, v in faults.items()}, faults
+
+
+@pytest.fixture(scope='module')
+def checked(tree, tmp_path_factory):
+    "The table after the checks: unreadable files out, grouped by near duplicates"
+    from covid_cxr.cache import check_images
+    from covid_cxr.images import ImageRule
+    t = check_images(label_for(tree[1], 'covid_vs_other'), ImageRule(size=64), on_bad='exclude')
+    return group_leaksafe(t, duplicates='near', cache_file=tmp_path_factory.mktemp('prints') / 'prints.npz')
+
+
+def test_every_planted_fault_is_asked_for_here():
+    asked = {*COPIES, 'shared_patient', 'label_conflict', 'missing_file', 'truncated_file', 'wrong_key', 'split_patient'}
+    assert asked == set(FAULTS)
+
+
+@pytest.mark.parametrize('fault', [*COPIES, 'shared_patient', 'label_conflict'])
+def test_copies_join_the_groups_of_their_patients(tree, checked, fault):
+    rows = checked.set_index('image_id')
+    a, b = (rows.loc[i] for i in tree[2][fault][:2])
+    assert a['patient'] != b['patient'], 'the fault would be found by the patient key alone'
+    assert a['group'] == b['group']
+
+
+def test_unrelated_patients_stay_apart(tree, checked):
+    "The price of finding copies: no group may grow beyond its planted links"
+    linked = {frozenset(checked.set_index('image_id').loc[ids[:2], 'patient']) for k, ids in tree[2].items() if k in (*COPIES, 'shared_patient', 'label_conflict')}
+    twice = checked[checked['path'].duplicated(keep=False) & checked['path'].notna()]
+    linked |= {frozenset(g['patient']) for _, g in twice.groupby('path')}
+    for _, g in used(checked).groupby('group'):
+        patients = set(g['patient'])
+        if len(patients) > 1: assert any(patients & l for l in linked), sorted(patients)
+
+
+def test_a_picture_under_two_labels_is_not_used(tree, checked):
+    t = drop_repeats(checked).set_index('image_id')
+    kinds = label_for(checked.assign(excluded=checked['excluded'].where(~checked['excluded'].astype(str).str.startswith('finding')), label=None), 'kinds')
+    c = drop_repeats(kinds).set_index('image_id')                       # herpes and "No Finding" are one class of covid_vs_other, and two of kinds
+    for i in tree[2]['label_conflict']: assert 'label conflict with' in c.loc[i, 'excluded']
+    reasons = [t.loc[i, 'excluded'] for i in tree[2]['exact_copy']]
+    assert sum(isinstance(r, str) and 'same picture as' in r for r in reasons) == 1
+
+
+def test_missing_and_truncated_files_are_named(tree, checked):
+    t = checked.set_index('image_id')
+    assert t.loc[tree[2]['missing_file'][0], 'excluded'] == 'file missing'
+    assert 'unreadable' in t.loc[tree[2]['truncated_file'][0], 'excluded']
+    text = str(reconcile(checked))
+    assert 'file missing' in text and 'unreadable' in text
+
+
+def test_the_wrong_key_is_no_leak_and_the_right_one_is(tree):
+    "One number for two kinds is two people (no leak); one number and kind on both sides of the official split is one"
+    kaggle = label_for(tree[1][tree[1]['source'] == 'kaggle_pneumonia'].reset_index(drop=True), 'pneumonia_vs_normal')
+    rows = kaggle.set_index('image_id')
+    a, b = tree[2]['wrong_key']
+    assert rows.loc[a, 'patient'] != rows.loc[b, 'patient']
+    a, b = tree[2]['split_patient']
+    assert rows.loc[a, 'patient'] == rows.loc[b, 'patient']
+    grouped = group_leaksafe(kaggle, duplicates='exact')
+    with pytest.raises(LeakError) as e: split_official(grouped)
+    assert 'person9902' in str(e.value)
+
+
+def test_no_fault_survives_a_split(tree, checked):
+    t = split_by_group(drop_repeats(checked), valid_pct=.2, test_pct=.2, seed=1)
+    assert check_split(t) == []
+    where = used(t).set_index('image_id')['split']
+    for fault in (*COPIES, 'shared_patient'):
+        both = where.reindex(tree[2][fault][:2]).dropna()
+        assert both.nunique() <= 1, fault
+    naive = t.assign(group=t['patient'])                                # what grouping by patient alone would have let through
+    naive = split_by_group(naive, valid_pct=.2, test_pct=.2, seed=1)
+    where = used(naive).set_index('image_id')['split']
+    leaked = [f for f in (*COPIES, 'shared_patient') if where.reindex(tree[2][f]).dropna().nunique() > 1]
+    assert leaked, 'the planted copies would not have leaked anyway: the test shows nothing'
