@@ -133,8 +133,8 @@ def _local(thumbs, sigma):
     x = np.asarray(thumbs, np.float32)
     x = x - x.mean((1, 2), keepdims=True)
     x *= 50 / np.maximum(x.std((1, 2), keepdims=True), 1)
-    x -= gaussian_filter(x, (0, sigma, sigma))
-    return x / np.sqrt(gaussian_filter(x * x, (0, sigma, sigma)) + 4)
+    x -= gaussian_filter(x, (0, sigma, sigma), truncate=3)
+    return x / np.sqrt(gaussian_filter(x * x, (0, sigma, sigma), truncate=3) + 4)
 
 def _unit(v): return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 

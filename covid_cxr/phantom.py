@@ -252,7 +252,7 @@ def make_phantom(seed: int,          # names a population of patients; 0 or more
                  patient: int = 0,   # who: the same patient has the same anatomy in every film
                  image: int = 0,     # which film of this patient: pose, breath, exposure and grain change
                  size: int = 512,    # pixels, height; 32 or more
-                 lesion: float = 0., # share of air that opacities replace at their core: 0 clear lungs, .1 subtle, .3 plain, .8 dense
+                 lesion: float = 0., # share of air that opacities replace at their core: 0 clear lungs, .1 hardly seen, .5 plain, .9 dense
                  pattern: str = 'peripheral', # one of `PATTERNS`
                  aspect: float = 1., # width / height
                  child: bool = False, # the proportions of a small child
