@@ -148,9 +148,8 @@ def wave_hash(thumbs: np.ndarray # (n, 64, 64) uint8
     return out
 
 # %% ../nbs/06_duplicates.ipynb #bank
-_CROPS = {'': (0, 0, 0, 0), 'crop 3 %': (.03,) * 4, 'crop 6 %': (.06,) * 4, 'crop 9 %': (.09,) * 4,
-          'crop left top': (.05, .05, 0, 0), 'crop right top': (0, .05, .05, 0), 'crop left bottom': (.05, 0, 0, .05), 'crop right bottom': (0, 0, .05, .05)}
-BANK = [*((crop, 0) for crop in _CROPS.values()), ((0,) * 4, 3), ((0,) * 4, -3)]     # (left, top, right, bottom) cut off as shares, then degrees turned
+_CROPS = [(c,) * 4 for c in (0, .03, .06, .09)] + [tuple(.05 * (side in sides) for side in 'ltrb') for sides in ('l', 't', 'r', 'b', 'lt', 'tr', 'rb', 'lb')]
+BANK = [*((crop, 0) for crop in _CROPS), (_CROPS[0], 3), (_CROPS[0], -3)]            # shares cut off at left, top, right, bottom; then degrees turned
 
 def _affine(crop, degrees):
     "Place in the changed picture -> place in the whole one, both from -1 to 1: (2, 3)"
