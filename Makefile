@@ -32,7 +32,7 @@ readme: .venv/installed
 	$(BIN)/python tools/notebooks.py readme
 
 bench: .venv/installed
-	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+	$(BIN)/python benchmarks/input_pipeline.py --data ../shared/data
 
 .venv/installed: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "covid_cxr needs Python 3.10, 3.11 or 3.12 (with venv); none was found on PATH."; exit 1; }

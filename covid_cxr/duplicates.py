@@ -148,7 +148,7 @@ def wave_hash(thumbs: np.ndarray # (n, 64, 64) uint8
     return out
 
 # %% ../nbs/06_duplicates.ipynb #bank
-_CROPS = [(c,) * 4 for c in (0, .03, .06, .09)] + [tuple(.05 * (side in sides) for side in 'ltrb') for sides in ('l', 't', 'r', 'b', 'lt', 'tr', 'rb', 'lb')]
+_CROPS = [*((c,) * 4 for c in (0, .03, .06, .09)), (.05, .05, 0, 0), (0, .05, .05, 0), (.05, 0, 0, .05), (0, 0, .05, .05)]
 BANK = [*((crop, 0) for crop in _CROPS), (_CROPS[0], 3), (_CROPS[0], -3)]            # shares cut off at left, top, right, bottom; then degrees turned
 
 def _affine(crop, degrees):

@@ -149,7 +149,7 @@ class RoundsRun:
         self.state = dict(key=key, round=0, epoch=0, lr=None, history=[], lr_curves=[], best=None, best_epoch=0, bad=0, stopped=False)
 
     def refuse(self, error):
-        self.refusal = error
+        self.refusal = type(error)(str(error))       # a copy: fastai rewrites the words of the one that passes through it
         raise error
 
     def load(self):

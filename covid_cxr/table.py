@@ -192,7 +192,7 @@ def _picture_edges(table, duplicates, cache_file, workers):
 # %% ../nbs/07_table.ipynb #group
 def group_leaksafe(table: pd.DataFrame,
                    pairs=None,              # more pairs of image_ids known to be one patient: list of tuples, or DataFrame a, b (verdict 'duplicate' only)
-                   duplicates: str = 'none',# 'near', 'exact' or 'none': which pictures of used rows are compared; rows without a file never are
+                   duplicates: str = 'near',# 'near', 'exact' or 'none': which pictures of used rows are compared; rows without a file never are
                    cache_file=None,         # keeps the fingerprints of pictures between calls; None: computed anew
                    workers: int = 1,        # processes that read pictures
                   ) -> pd.DataFrame:        # `group` filled in for every row
@@ -463,7 +463,7 @@ def drop_repeats(table: pd.DataFrame,
     return exclude(table, table['image_id'].isin(reason), [reason.get(i, '') for i in table['image_id']])
 
 # %% ../nbs/07_table.ipynb #reconcile-rules
-_STEPS = (('same image as', 'joining'), ('view not', 'views'), ('finding', 'task'), ('label conflict', 'repeats'), ('same picture as', 'repeats'))
+_STEPS = (('same image as', 'joining'), ('view not', 'views'), ('licence', 'licences'), ('finding', 'task'), ('label conflict', 'repeats'), ('same picture as', 'repeats'))
 _ONE_EACH = re.compile(r'^(same image as|same picture as|label conflict with) .*')
 _MANY = 12          # a rule with more different details than this is printed as one line
 
