@@ -381,15 +381,19 @@ def _detail(path):
     return np.asarray(Image.fromarray(np.ascontiguousarray(a)).resize((DETAIL, DETAIL), Image.BOX if min(a.shape) >= 2 * DETAIL else Image.BILINEAR))
 
 def _third_look(moving, still, affine, sign, smallest):
-    "Two (192, 192) pictures, laid on each other once more at the size of the smaller original: agreement of fine detail, affine"
+    "Two (192, 192) pictures, laid on each other once more at the size of the smaller original: agreement of fine detail, affine, pixels"
     m = int(np.clip(smallest // 32 * 32, EDGE, DETAIL))
     pair = np.stack([np.asarray(Image.fromarray(p).resize((m, m), Image.BOX)) if m < DETAIL else p for p in (moving, still)])
     A = affine[None]
-    for sigma, steps in ((6, 2), (4 if m >= 128 else 3, 3)):
+    for sigma, steps in ((m / 32, 2), (m / 48, 3)):
         x = _local(pair, sigma)
         x[0] *= sign
         A = _align(x[1:], x[:1], A, steps)
-    return _agreement(x[1:], x[:1], A)[0][0], A[0]
+    return _agreement(x[1:], x[:1], A)[0][0], A[0], m
+
+def _least(duplicate, m):
+    "The smaller the picture, the less detail tells two patients apart, and the more of it must agree"
+    return duplicate + .05 * (DETAIL - m) / (DETAIL - EDGE)
 
 # %% ../nbs/06_duplicates.ipynb #describe-edit
 def _describe(A, sign):
@@ -406,12 +410,12 @@ COLUMNS_OF_PAIRS = ['a', 'b', 'kind', 'verdict', 'score', 'alike', 'edit']
 def match_prints(fp: Fingerprints,         # of pictures whose files are still there
                  ids=None,                 # (n,) names for the columns a and b; None: the paths
                  alike: float = .78,       # least agreement at 64 pixels to be looked at in detail
-                 duplicate: float = .78,   # least agreement of the detail at 192 pixels to be called a duplicate
+                 duplicate: float = .8,    # least agreement of the detail at 192 pixels to be called a duplicate
                 ) -> pd.DataFrame:         # columns a, b, kind, verdict, score, alike, edit
     "Pairs of pictures that are one film, by hash and by alignment; 'look' is for a person, 'duplicate' is sure"
     ids = np.asarray(fp.path if ids is None else ids, object)
     exact = _exact_pairs(fp, ids)
-    one = np.flatnonzero(fp.problem == '')
+    one = np.flatnonzero((fp.problem == '') & (fp.size.min(1) >= EDGE))                  # a smaller picture has no detail to compare
     one = one[np.sort(np.unique(fp.pixel_hash[one], return_index=True)[1])]              # one picture of every exact group
     a, b, _, variant = nearest_hashes(wave_hash(fp.thumb[one]))
     score, affine, overlap = _confirm(fp.thumb[one], a, b, variant)
@@ -419,8 +423,8 @@ def match_prints(fp: Fingerprints,         # of pictures whose files are still t
     for i in np.flatnonzero((score >= alike) & (overlap > .6)):
         p, q, sign = one[a[i]], one[b[i]], _SIGNED[variant[i]][2]
         for r in (p, q): detail[r] = detail[r] if r in detail else _detail(fp.path[r])
-        fine, A = _third_look(detail[p], detail[q], affine[i], sign, min(fp.size[p].min(), fp.size[q].min()))
-        near.append(dict(a=ids[p], b=ids[q], kind='near', verdict='duplicate' if fine >= duplicate else 'look', score=fine, alike=score[i], edit=_describe(A, sign)))
+        fine, A, m = _third_look(detail[p], detail[q], affine[i], sign, min(fp.size[p].min(), fp.size[q].min()))
+        near.append(dict(a=ids[p], b=ids[q], kind='near', verdict='duplicate' if fine >= _least(duplicate, m) else 'look', score=fine, alike=score[i], edit=_describe(A, sign)))
     out = pd.DataFrame(near, columns=COLUMNS_OF_PAIRS).sort_values(['score', 'a', 'b'], ascending=[False, True, True])
     return pd.concat([exact, out], ignore_index=True).astype(dict(score=float, alike=float)).round(dict(score=3, alike=3))
 
@@ -455,7 +459,7 @@ def find_near(table: pd.DataFrame,      # rows whose file is there are compared;
               cache_file=None,          # .npz that keeps fingerprints between calls
               workers: int = 1,         # processes that read pictures
               alike: float = .78,       # least agreement at 64 pixels to be looked at in detail
-              duplicate: float = .78,   # least agreement of the detail to be called a duplicate
+              duplicate: float = .8,    # least agreement of the detail to be called a duplicate
              ) -> pd.DataFrame:         # columns a, b (image_ids), kind 'file', 'pixels' or 'near', verdict 'duplicate' or 'look', score, alike, edit
     "Pairs of rows that show one film, exact or edited, within and across sources; only verdict 'duplicate' joins groups"
     fp, ids = _prints_of(table, cache_file, workers, 'find_near')
