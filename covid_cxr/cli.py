@@ -4,7 +4,7 @@
 
 # %% ../nbs/18_cli.ipynb #imports
 from __future__ import annotations
-import argparse, os, shutil, sys
+import argparse, os, shutil, sys, warnings
 from pathlib import Path
 from . import __version__
 from .core import CxrError, RecipeError, RunError
@@ -187,7 +187,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Run one command; the exit code is returned"
     args = make_parser().parse_args(argv)
-    try: return args.do(args) or 0
+    try:
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)      # notes of other packages to their own authors
+            return args.do(args) or 0
     except CxrError as e: print(f'covid-cxr: {e}', file=sys.stderr)
     except KeyboardInterrupt: print('covid-cxr: interrupted; the same command goes on where a training stopped.', file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader of our output went away
