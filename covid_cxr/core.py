@@ -129,7 +129,7 @@ NOT_STATED = ('', 'todo', '?', 'unknown', 'unclear', 'nan', 'none')   # a person
 # %% ../nbs/00_core.ipynb #canonical-finding
 def _squash(word): return re.sub(r'\s+', ' ', str(word)).strip().lower()
 
-_BY_WORD = {**{_squash(f): f for f in FINDINGS}, **{_squash(f.split('/')[-1]): f for f in FINDINGS}, **FINDING_WORDS}
+_BY_WORD = {**{_squash(f): f for f in FINDINGS}, **{_squash(f.split('/')[-1]): f for f in FINDINGS}}
 
 def canonical_finding(word: str  # as the source writes it: flat, slash-separated, any case, stray spaces; NaN allowed
                      ):          # a path of `FINDINGS`, or NaN when the source did not state one
@@ -138,8 +138,9 @@ def canonical_finding(word: str  # as the source writes it: flat, slash-separate
     w = _squash(word)
     tight = w.replace(' /', '/').replace('/ ', '/')
     for known in (w, tight):
+        if known in FINDING_WORDS: return FINDING_WORDS[known]            # asked first and every time: a person may add a word
         if known in _BY_WORD: return _BY_WORD[known]
-    raise VocabularyError(f"unknown finding '{word}'{nearest(tight, _BY_WORD)} (add it to covid_cxr.core.FINDING_WORDS if it is right)")
+    raise VocabularyError(f"unknown finding '{word}'{nearest(tight, [*_BY_WORD, *FINDING_WORDS])} (add it to covid_cxr.core.FINDING_WORDS if it is right)")
 
 # %% ../nbs/00_core.ipynb #canonical-findings
 def _canonical_column(words, one, what, cure):

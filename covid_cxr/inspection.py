@@ -11,9 +11,10 @@ import numpy as np, pandas as pd
 from PIL import Image
 from .core import COLUMNS, SYNTHETIC, VIEWS, CxrError, TableError, VocabularyError, nearest, require_columns, used, write_text
 from .images import ImageRule, load_image
+from .keys import check_keys
 from .licences import licence_counts
 from .sources import FILE_MISSING, SOURCES, read_source, unlisted_files
-from .table import Reconciliation, reconcile
+from .table import Reconciliation, _components, crossing_groups, reconcile
 
 # %% auto #0
 __all__ = ['describe_pairs', 'label_tells', 'Section', 'Inspection', 'inspect_table', 'write_inspection_text',
@@ -91,7 +92,9 @@ def _danger(p):
     both = p['used'] == 'both'
     rank = np.select([p['two_splits'] & both, p['two_labels'] & both, p['kind'] == 're-issue', p['two_labels'], p['two_sources'], p['patients'] == 'two', p['patients'] == 'unknown'],
                      [0, 1, 8, 2, 3, 4, 5], 6) + 3 * (~both & ~p['two_labels'])
-    return np.lexsort((np.arange(len(p)), -p['ncc'].fillna(0) if 'ncc' in p else np.zeros(len(p)), ~p['duplicate'], rank))
+    return np.lexsort((np.arange(len(p)), -_score(p).fillna(0), ~p['duplicate'], rank))
+
+def _score(p): return next((p[c].astype(float) for c in ('score', 'ncc') if c in p), pd.Series(np.nan, index=p.index))
 
 # %% ../nbs/17_inspection.ipynb #cross-table
 AGE_BANDS = ((0, 6, '0-5'), (6, 18, '6-17'), (18, 40, '18-39'), (40, 60, '40-59'), (60, 80, '60-79'), (80, 999, '80+'))
@@ -180,6 +183,48 @@ def _say_pairs(pairs, compared, leaks):
     if not compared: out.append(('note', -1, 'pictures were not compared with each other: only the repeats that the table itself names are listed'))
     return out
 
+# %% ../nbs/17_inspection.ipynb #findings-leak
+def _parts_looked_at(table):
+    "(the table with a split, its name): the table's own, else the publisher's"
+    if used(table)['split'].notna().any() or 'official_split' not in table: return table, 'the split'
+    return table.assign(split=table['official_split'].where(table['excluded'].isna())), "the publisher's split"
+
+def _cut_pairs(rows, pairs):
+    "(n,) bool: pairs of one picture whose rows are both used and stand in two parts"
+    part = rows.set_index('image_id')['split']
+    a, b = (pairs[k].map(part) for k in 'ab')
+    return pairs['duplicate'].astype(bool) & a.notna() & b.notna() & (a != b)
+
+def _say_leak(rows, what, pairs, leaks, compared):
+    "('leak' | 'tight' | 'open' | '', sentence): does a group or a copy stand on two sides of the split?"
+    test, cut = rows['split'] == 'test', _cut_pairs(rows, pairs)
+    if not rows['split'].notna().any(): return '', ''
+    if len(leaks) or cut.any():
+        seen = rows['group'].where(rows['group'].notna(), rows['patient']).isin(set(leaks['group'])) | rows['path'].isin(set(leaks['group'])) \
+            | rows['image_id'].isin({*pairs['a'][cut], *pairs['b'][cut]})
+        found = ' and '.join(w for n, w in ((len(leaks), _n(len(leaks), 'group')), (cut.sum(), _n(int(cut.sum()), 'pair') + ' of one picture')) if n)
+        some = f": {_some([f'{g} ({w})' for g, w in zip(leaks['group'], leaks['where'])], 3)}" if len(leaks) else ''
+        return 'leak', (f"LEAK: {found} on both sides of {what}{some}. {int((seen & test).sum()):,} of {int(test.sum()):,} test images were seen in training or validation, "
+                        'as themselves or as another film of the patient: every number from this split is too good.')
+    if rows['group'].isna().any() and what == 'the split': return 'open', f'No leak found, and little was asked: {int(rows["group"].isna().sum()):,} used rows have no group.'
+    known = 'no patient, no file' + (' and no copy that was found' if compared else '')
+    return ('tight' if compared else 'open'), f'No leak found: {known} stands on two sides of {what}' + ('.' if compared else '; pictures were not compared with each other.')
+
+def _say_inside(rows, what, pairs):
+    "Copies inside the test part: it judges on fewer pictures than it has images"
+    test = rows['image_id'][rows['split'] == 'test']
+    at = pd.Series(np.arange(len(test)), index=test)
+    p = pairs[pairs['duplicate'].astype(bool) & pairs['a'].isin(at.index) & pairs['b'].isin(at.index)]
+    pictures = len(np.unique(_components(len(at), [(at[p['a']].to_numpy(), at[p['b']].to_numpy())]))) if len(p) else len(at)
+    return [('care', len(at) - pictures, f'redundant images inside the test part of {what}, copies of others there: {len(at):,} images show {pictures:,} pictures')]
+
+def _say_keys(keys):
+    "What `check_keys` found, where it matters"
+    out = [('alarm', -1, f"the patient key of {r.source} carries no information (z = {r.z:.1f} over {r.pairs:,} pairs of films): a split by it protects nobody")
+           for r in keys.itertuples() if r.verdict == 'the key carries no information']
+    several = int(keys['two_labels'].sum()) if len(keys) else 0
+    return [*out, ('note', several, 'patient keys with films of two classes: they fell ill, recovered, or a row is wrong')]
+
 # %% ../nbs/17_inspection.ipynb #findings-label
 def _say_source(rows, tells):
     "'label and source coincide: every normal is from kaggle_pneumonia'"
@@ -248,7 +293,7 @@ LEVELS = ('alarm', 'care', 'note')
 
 def _findings(said):
     "(level, count, text) -> frame, the most alarming first; a count of zero says nothing, -1 means that there is none to give"
-    one = lambda n, t: re.sub(r'\b(pair|row|image|file|patient group)s\b', r'\1', t, count=1) if n == 1 else t
+    one = lambda n, t: re.sub(r'\b(pair|row|image|file|patient group|patient key)s\b', r'\1', t, count=1) if n == 1 else t
     rows = [dict(level=l, count=n, finding=one(n, t)) for l, n, t in said if n or (l, t[:3]) == ('alarm', 'no ')]
     t = pd.DataFrame(rows, columns=['level', 'count', 'finding'])
     t['count'] = pd.array([pd.NA if n < 0 else n for n in t['count']], dtype='Int64')
@@ -321,11 +366,14 @@ def _problems(problems):
     known = dict(problems if isinstance(problems, dict) else zip(problems.path, problems.problem))
     return {p: why for p, why in known.items() if why and os.path.isfile(p)}
 
-def _sections_pairs(table, rows, pairs, unlisted, bad):
-    "What was found: conflicts, repeats, files"
+def _sections_pairs(table, rows, pairs, unlisted, bad, leaks, keys):
+    "What was found: leaks, conflicts, repeats, files"
     gone = pd.Series([isinstance(p, str) and not os.path.isfile(p) for p in rows['path']], index=rows.index, dtype=bool)
     missing = table['excluded'].eq(FILE_MISSING) | table.index.isin(gone.index[gone])
     return {
+        'leaks': Section('Groups on both sides of the split', 'Images of each in every part.', leaks),
+        'keys': Section('Patient keys: do they mean anything?', 'Likeness of different films of one key, and by chance within source and finding; z below 3: the key carries no information. '
+                        'Several: keys with more than one film.', keys),
         'conflicts': Section('Conflicts: one picture under two labels', 'At least one of each pair is wrong.', pairs[pairs['two_labels']].reset_index(drop=True)),
         'duplicates': Section('One picture on two rows: how many', 'An image on both sides of a split is a question whose answer was given away.', _pair_counts(pairs)),
         'pairs': Section('One picture on two rows: which', 'The most dangerous first.', pairs),
@@ -337,7 +385,7 @@ def _sections_pairs(table, rows, pairs, unlisted, bad):
     }
 
 # %% ../nbs/17_inspection.ipynb #inspection-class
-_ORDER = ('account', 'conflicts', 'duplicates', 'source', 'view', 'age', 'sex', 'tells', 'patients', 'parts', 'licences', 'pairs', 'twice', 'missing', 'unreadable', 'unlisted', 'flow', 'faults')
+_ORDER = ('leaks', 'account', 'conflicts', 'duplicates', 'source', 'view', 'age', 'sex', 'tells', 'patients', 'keys', 'parts', 'licences', 'pairs', 'twice', 'missing', 'unreadable', 'unlisted', 'flow', 'faults')
 
 @dataclass(repr=False)
 class Inspection:
@@ -352,6 +400,7 @@ class Inspection:
     pairs: pd.DataFrame        # of `describe_pairs`
     sections: dict             # name -> `Section`
     files: dict                # image_id -> path, of the images in pairs
+    leak: tuple = ('', '')     # 'leak', 'tight' (none found), 'open' (little was asked) or '' (no split), and the sentence
     root: str = ''             # folder that all files share; left out of what is shown
 
     def __getitem__(self, name) -> pd.DataFrame:
@@ -373,21 +422,24 @@ def _shared_folder(paths):
 
 def inspect_table(table: pd.DataFrame, # finished or half finished: label, group and split may be blank
                   pairs=None,          # what `covid_cxr.duplicates` found, DataFrame with a, b, ...; or list of pairs of image_ids; None: pictures were not compared
-                  problems=None,       # files that cannot be read: {path: reason}, or what `duplicates.fingerprints` returned; None: not tried
-                  seed: int = 0,       # of the shuffled labels in `label_tells`
+                  problems=None,       # files that cannot be read: {path: reason}; or what `duplicates.fingerprints` returned, then patient keys are checked too; None: not tried
+                  seed: int = 0,       # of the shuffles in `label_tells` and `check_keys`
                  ) -> Inspection:
     "Look at a table as a hostile reviewer would"
     require_columns(table, COLUMNS, 'inspect_table')
     table, bad = table.reset_index(drop=True), _problems(problems)
     rows, account, found = used(table), reconcile(table), describe_pairs(table, pairs)
     unlisted, tells, labelled = unlisted_files(table), label_tells(table, seed=seed), used(table)[used(table)['label'].notna()]
-    known = found.assign(group_known=bool(rows['group'].notna().any()))
-    said = [*_say_rows(table, rows), *_say_pairs(known, pairs is not None, account.leaks), *_say_source(labelled, tells), *_say_ages(labelled), *_say_tells(tells),
+    known, (parted, what) = found.assign(group_known=bool(rows['group'].notna().any())), _parts_looked_at(table)
+    leaks = crossing_groups(parted)
+    keys = check_keys(rows, prints=problems, seed=seed) if hasattr(problems, 'thumb') else check_keys(rows.head(0))
+    said = [*_say_rows(table, rows), *_say_pairs(known, pairs is not None, account.leaks), *_say_inside(used(parted), what, found), *_say_keys(keys), *_say_source(labelled, tells), *_say_ages(labelled), *_say_tells(tells),
             *_say_files(table, rows, unlisted, bad), *_say_blanks(rows, account), *_say_licences(licence_counts(table))]
-    sections = {**_sections_rows(table, rows, account, tells), **_sections_pairs(table, rows, found, unlisted, bad)}
+    sections = {**_sections_rows(table, rows, account, tells), **_sections_pairs(table, rows, found, unlisted, bad, leaks, keys)}
     files = table.set_index('image_id')['path']
     return Inspection(len(table), len(rows), rows['patient'].nunique(), int((table['licence'] == SYNTHETIC).sum()), sorted(table['source'].dropna().unique()), _findings(said), account,
-                      found, {k: sections[k] for k in _ORDER}, {i: files[i] for i in {*found['a'], *found['b']}}, _shared_folder(table['path'].dropna()))
+                      found, {k: sections[k] for k in _ORDER}, {i: files[i] for i in {*found['a'], *found['b']}},
+                      _say_leak(used(parted), what, found, leaks, pairs is not None), _shared_folder(table['path'].dropna()))
 
 # %% ../nbs/17_inspection.ipynb #cells
 def _clean(text): return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
@@ -424,7 +476,7 @@ def _text_table(t, width, root='', most=14):
 
 # %% ../nbs/17_inspection.ipynb #text
 _LONG = {'missing': ('source', 'patient', 'path'), 'unreadable': ('source', 'patient', 'path'), 'twice': ('image_ids',)}     # not for the terminal
-_PAIR_COLUMNS = ('a', 'b', 'kind', 'used', 'patients', 'differs', 'ncc', 'verdict')
+_PAIR_COLUMNS = ('a', 'b', 'kind', 'used', 'patients', 'differs', 'score', 'ncc', 'edit', 'verdict')
 
 def _shown(name, t):
     "The columns of a section that a person reads; the CSV has them all"
@@ -438,7 +490,7 @@ def write_inspection_text(i: Inspection,
                          ) -> str:
     "An inspection as plain text, the most alarming first"
     head = f"{i.rows:,} rows in = {i.used:,} used + {i.rows - i.used:,} excluded; {_n(i.patients, 'patient')}; from {_some(i.sources, 8) or 'no source'}"
-    out = [*(['SYNTHETIC PHANTOMS: nothing here says anything about patients.', ''] if i.synthetic else []), *_wrap(head, width), '']
+    out = [*(['SYNTHETIC PHANTOMS: nothing here says anything about patients.', ''] if i.synthetic else []), *(_wrap(i.leak[1], width) + ['']) * bool(i.leak[1]), *_wrap(head, width), '']
     for r in i.findings.itertuples():
         count = '' if pd.isna(r.count) else f'{r.count:,} '
         out += _wrap(count + r.finding, width, initial_indent=f'{r.level.upper():<6} ', subsequent_indent=' ' * 7)
@@ -469,6 +521,8 @@ _CSS = '''
 body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#1b1f24;background:#fff;margin:0 auto;padding:1rem;max-width:68rem;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.25;margin:.3rem 0}h2{font-size:1.2rem;margin:2.2rem 0 .2rem;border-top:1px solid #d0d7de;padding-top:1rem}p{margin:.3rem 0}.sub{color:#57606a}
 .banner{background:#b00020;color:#fff;font-weight:700;padding:.7rem 1rem;border-radius:6px;margin:0 0 .8rem}
+.verdict{font-weight:700;padding:.6rem 1rem;border-radius:6px;margin:.8rem 0;border:2px solid}.leak{background:#b00020;color:#fff;border-color:#b00020;font-size:1.1rem}.tight{background:#e8f5ec;color:#0b4f24;border-color:#2e7d46}.open{background:#fff3cd;color:#5c4400;border-color:#b58900}
+.card.cut{border:3px solid #b00020}.cut .why b{color:#b00020}
 .tiles{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0}.tile{flex:1 1 7rem;border:1px solid #d0d7de;border-radius:6px;padding:.5rem .8rem}.tile b{display:block;font-size:1.5rem;line-height:1.2}
 ul.findings{list-style:none;margin:.6rem 0;padding:0}ul.findings li{display:grid;grid-template-columns:4.6rem 1fr;gap:.7rem;padding:.45rem 0;border-bottom:1px solid #eaeef2;align-items:start}
 .level{font-size:.75rem;font-weight:700;text-align:center;border-radius:4px;padding:.12rem 0;margin-top:.15rem;border:1px solid}
@@ -482,7 +536,9 @@ th{border-bottom:2px solid #8c959f;vertical-align:bottom}td.s{white-space:nowrap
 .card .why{font-size:.85rem;margin-bottom:.4rem}.two{display:grid;grid-template-columns:1fr 1fr;gap:.6rem}.two img,.nopic{width:100%;aspect-ratio:1;display:block;background:#000}.nopic{background:#f0f2f4;padding:.6rem;color:#57606a}
 .two dl{margin:.3rem 0 0;display:grid;grid-template-columns:max-content 1fr;gap:.1rem .4rem}.two dt{color:#57606a}.two dd{margin:0}.diff{background:#fff3cd;font-weight:700}
 footer{margin-top:2.5rem;border-top:1px solid #d0d7de;padding-top:.6rem;font-size:.85rem;color:#57606a}
-@media (max-width:30rem){.bars{grid-template-columns:1fr max-content}.bars>.bar{grid-column:1/-1;grid-row:auto;order:0}.cards{grid-template-columns:1fr}}
+@media (max-width:40rem){.bars{grid-template-columns:1fr max-content;grid-auto-flow:row dense;gap:.1rem .7rem}.bars>.bar{grid-column:1/-1;margin-bottom:.35rem}}
+@media (max-width:30rem){.cards{grid-template-columns:1fr}.tile{flex-basis:5.5rem;padding:.3rem .5rem}.tile b{font-size:1.25rem}
+ul.findings li{grid-template-columns:1fr;gap:.2rem}.level{width:4.6rem}}
 @media print{body{font-size:10pt;max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:8pt}th,td{padding:.15rem .3rem}h2,h2+p.sub{break-after:avoid}tr,.bars,li{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 '''
 _COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#8a6d3b')       # Okabe and Ito, https://jfly.uni-koeln.de/color/
@@ -548,13 +604,16 @@ def _html_side(p, side, i, columns):
 def _html_cards(i, most):
     "Duplicates side by side, what differs marked"
     word = 'label' if 'label_a' in i.pairs else 'finding'
-    cards = []
-    for _, p in i.pairs.head(most).iterrows():
-        danger = [w for w, hit in (('in two parts of the split', p['two_splits']), (f'two {word}s', p['two_labels']), ('two sources', p['two_sources']), ('two patients', p['patients'] == 'two')) if hit]
-        score = f", agreement (ncc) {_cell(p['ncc'])}" if 'ncc' in p and not pd.isna(p['ncc']) else ''
-        sure = '' if p['duplicate'] else ' (not counted as one picture)'
-        why = f"<p class=why><b>{_esc(', '.join(danger) or 'one patient, one ' + word)}</b><br>{_esc(str(p['kind']) + score + sure)}; used: {_esc(p['used'])}</p>"
-        cards.append(f'<div class=card>{why}<div class=two>{"".join(_html_side(p, s, i, ("source", "patient", word, "view", "split", "excluded")) for s in "ab")}</div></div>')
+    cards, scores = [], _score(i.pairs)
+    for k, p in i.pairs.head(most).iterrows():
+        differ = not pd.isna(p[f'{word}_a']) and not pd.isna(p[f'{word}_b']) and p[f'{word}_a'] != p[f'{word}_b']         # shown for a mere likeness too
+        danger = [w for w, hit in (('in two parts of the split', p['two_splits']), (f'two {word}s', differ), ('two sources', p['two_sources']), ('two patients', p['patients'] == 'two')) if hit]
+        how = [str(p['kind']), *(f'agreement {_cell(v)}' for v in [scores[k]] if not pd.isna(v)), *(str(p[c]) for c in ('edit',) if c in p and isinstance(p[c], str) and p[c] != 'none'),
+               *(['a likeness, not counted as one picture'] if not p['duplicate'] else []), f"used: {p['used']}"]
+        why = f"<p class=why><b>{_esc(', '.join(danger) or 'one patient, one ' + word)}</b><br>{_esc('; '.join(how))}</p>"
+        columns = ('source',) * bool(p['two_sources']) + ('patient', word, 'view', 'split', 'excluded')
+        cut = ' cut' * bool(p['two_splits'] and p['duplicate'] and p['used'] == 'both')
+        cards.append(f'<div class="card{cut}">{why}<div class=two>{"".join(_html_side(p, s, i, columns) for s in "ab")}</div></div>')
     more = f'<p class=sub>{most:,} of {len(i.pairs):,} pairs are shown; {len(i.pairs) - most:,} more stand in pairs.csv.</p>' if len(i.pairs) > most else ''
     return f'<div class=cards>{"".join(cards)}</div>{more}'
 
@@ -572,6 +631,7 @@ def _html_head(i):
     said = ''.join(f'<li><span class="level {r.level}">{r.level.upper()}</span><span>{"" if pd.isna(r.count) else f"<b>{r.count:,}</b> "}{_esc(r.finding)}</span></li>' for r in i.findings.itertuples())
     links = ', '.join(f'<a href="{_esc(SOURCES[s].url)}" rel="noreferrer">{_esc(s)}</a>' if s in SOURCES and SOURCES[s].url.startswith('https://') else _esc(s) for s in i.sources)
     return (f'<p class=banner role=alert>SYNTHETIC PHANTOMS: {i.synthetic:,} of {i.rows:,} rows. Nothing on this page says anything about patients.</p>' if i.synthetic else '') + \
+        (f'<p class="verdict {i.leak[0]}"{" role=alert" * (i.leak[0] == "leak")}>{_esc(i.leak[1])}</p>' if i.leak[1] else '') + \
         f'<h1>What came in, and what is wrong with it</h1><p class=sub>From {links or "no source"}. {i.rows:,} rows in = {i.used:,} used + {i.rows - i.used:,} excluded.</p>' + \
         '<div class=tiles>' + ''.join(f'<div class=tile><b>{v:,}</b>{_esc(k)}</div>' for k, v in tiles) + '</div>' + \
         f'<h2 id=findings>What to know first</h2><ul class=findings>{said or "<li><span></span><span>Nothing was found. That is rare: check that the table is the one you meant.</span></li>"}</ul>'
@@ -581,12 +641,13 @@ def _html_section(i, name, thumbnails, most):
     body = [f'<section id="{name}"><h2>{_esc(s.title)}</h2>', f'<p class=sub>{_esc(s.note)}</p>' if s.note else '']
     if name == 'account': body.append(_html_flow(i))
     if s.bars: body.append(_html_bars(s))
-    body.append(_html_table(_shown(name, s.table), s.title, i.root) if len(s.table) else '<p>None.</p>')
+    body.append(_html_table(_shown(name, s.table), s.title, i.root, 20 if name == 'leaks' else 200) if len(s.table) else '<p>None.</p>')
     if name == 'pairs' and thumbnails and len(s.table): body.append(_html_cards(i, most))
     return ''.join(body) + '</section>'
 
 # %% ../nbs/17_inspection.ipynb #html
-_PAGE = ('account', 'source', 'age', 'sex', 'view', 'tells', 'conflicts', 'duplicates', 'pairs', 'twice', 'missing', 'unreadable', 'unlisted', 'patients', 'parts', 'licences', 'faults')
+_PAGE = ('leaks', 'parts', 'account', 'source', 'age', 'sex', 'view', 'tells', 'conflicts', 'duplicates', 'pairs', 'twice', 'missing', 'unreadable', 'unlisted', 'patients', 'keys', 'licences', 'faults')
+_QUIET = ('leaks', 'parts', 'keys')       # not on the page where they are empty: the sentence on top says it, or nobody asked
 
 def write_inspection_html(i: Inspection,
                           path,                    # the page, e.g. 'inspection/index.html'
@@ -600,7 +661,7 @@ def write_inspection_html(i: Inspection,
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><meta name="robots" content="noindex">
 <title>Inspection: {_esc(", ".join(map(str, i.sources)))}</title><style>{_CSS}</style></head><body>
-{_html_head(i)}<nav aria-label="sections">{nav}</nav>{"".join(_html_section(i, n, thumbnails, most) for n in _PAGE)}
+{_html_head(i)}<nav aria-label="sections">{nav}</nav>{"".join(_html_section(i, n, thumbnails, most) for n in _PAGE if len(i.sections[n].table) or n not in _QUIET)}
 <footer>Made by covid_cxr from the table alone. {keep} What is said of licences is a reading aid, not legal advice.</footer></body></html>
 '''
     return write_text(path, page)

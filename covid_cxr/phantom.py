@@ -4,17 +4,18 @@
 
 # %% ../nbs/02_phantom.ipynb #imports
 from __future__ import annotations
-import csv, io, math, shutil
+import csv, io, math, re, shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
-from .core import CxrError, RunError, VocabularyError, nearest, write_json, write_text
+from .core import CxrError, RunError, VocabularyError, atomic_path, nearest, write_json, write_text
 
 # %% auto #0
 __all__ = ['PATTERNS', 'SCHEMAS', 'FAULTS', 'FAMILY', 'Phantom', 'make_phantom', 'make_other_view', 'write_covid_tree',
-           'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'phantom_family', 'write_phantom_folder']
+           'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'phantom_family', 'write_nih_tree',
+           'write_coronahack_csv', 'write_phantom_folder']
 
 # %% ../nbs/02_phantom.ipynb #small-shapes
 _REACH = 1.3     # canvases cover body coordinates from -_REACH to _REACH; the film shows about -1 to 1
@@ -762,6 +763,51 @@ def phantom_family(name: str,                     # one of `FAMILY`: P0, P1, P2,
             masks.append(f.lung_mask)
             rows.append(dict(patient=f'{name}-{who}', image=k, label=y, marker=int(marked), site=site, lesion=lesion if m.lesion and y else 0.))
     return np.stack(films), pd.DataFrame(rows), np.stack(masks)
+
+# %% ../nbs/02_phantom.ipynb #write-nih-tree
+_NIH_HEADER = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]'
+
+def write_nih_tree(root,                   # folder to make
+                   n_patients: int = 40,   # one to three films each; every second patient has an effusion on all of them
+                   seed: int = 0,
+                   size: int = 128,        # pixels, typical height
+                   lesion: float = .65,    # typical density of the effusions (drawn as lobar opacities)
+                  ) -> dict:               # 'root', 'rows' (file, labels, patient, age, view)
+    "A folder like a cut of NIH ChestX-ray14, of adult phantoms: images/ and Data_Entry_2017_v2020.csv"
+    root, r, rows = _open_tree(root, ('images', 'Data_Entry_2017_v2020.csv')), _rng(seed, 17), []
+    (root / 'images').mkdir()
+    for patient in range(1, n_patients + 1):
+        sick, age = patient % 2 == 0, int(r.integers(14 if patient % 10 == 1 else 20, 80))
+        for k in range(int(r.integers(1, 4))):
+            labels = ('Effusion|Infiltration' if r.random() < .5 else 'Effusion') if sick else 'No Finding'
+            view, name = 'AP' if r.random() < (.6 if sick else .3) else 'PA', f'{patient:08d}_{k:03d}.png'
+            film, _ = _draw_film(seed, 400_000 + patient, dict(lesion=_strength(r, lesion) if sick else 0., pattern='lobar'), k, view, size, 1.)
+            _save_film(film, root / 'images' / name, 'PNG')
+            rows.append(dict(file=name, labels=labels, patient=str(patient), age=age, view=view))
+    lines = [f"{x['file']},{x['labels']},{int(x['file'][9:12])},{x['patient']},{x['age']},{'MF'[int(x['patient']) % 3 == 0]},{x['view']},2500,2048,0.168,0.168" for x in rows]
+    write_text(root / 'Data_Entry_2017_v2020.csv', '\n'.join([_NIH_HEADER, *lines]) + '\n')
+    return dict(root=str(root), rows=rows)
+
+# %% ../nbs/02_phantom.ipynb #write-coronahack-csv
+def write_coronahack_csv(root,   # folder to make; it holds the table only
+                         kaggle, # folder made by `write_kaggle_tree`
+                         covid,  # folder made by `write_covid_tree`
+                        ) -> int: # rows of the table
+    "A table like CoronaHack's, which names the films of two phantom collections"
+    for tree in (kaggle, covid):
+        if not _is_phantom_tree(Path(tree)): raise RunError(f'{tree} is no phantom tree; make it with write_kaggle_tree or write_covid_tree first.')
+    root, rows = _open_tree(root, ('Chest_xray_Corona_Metadata.csv',)), []
+    for f in sorted(Path(kaggle).rglob('*.jpeg')):
+        part, kind = f.parent.parent.name, re.search('bacteria|virus|$', f.name)[0]
+        if part != 'val' and not f.name.startswith('.'): rows.append((f.name, 'Pnemonia' if kind else 'Normal', 'TEST' if part == 'test' else 'TRAIN', '', {'virus': 'Virus'}.get(kind, kind)))
+    with open(Path(covid) / 'metadata.csv', newline='', encoding='utf-8', errors='replace') as f:
+        meta = list(csv.DictReader(f))
+    films = {m['filename'] for m in meta if m['finding'].startswith('COVID-19') and m['view'] == 'PA' and (Path(covid) / 'images' / m['filename']).is_file()}
+    rows += [(name, 'Pnemonia', 'TRAIN', 'COVID-19', 'Virus') for name in sorted(films)]
+    rows.append(('not-in-any-folder.jpeg', 'Normal', 'TRAIN', '', ''))
+    with atomic_path(root / 'Chest_xray_Corona_Metadata.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([('', 'X_ray_image_name', 'Label', 'Dataset_type', 'Label_2_Virus_category', 'Label_1_Virus_category'), *((i, *row) for i, row in enumerate(rows))])
+    return len(rows)
 
 # %% ../nbs/02_phantom.ipynb #write-folder
 def write_phantom_folder(root,                 # folder to make, with NORMAL/ and PNEUMONIA/

@@ -4,7 +4,8 @@
 
 # %% ../nbs/03_sources.ipynb #imports
 from __future__ import annotations
-import csv as csv_files, gzip, io, json, os, re, warnings, zipfile
+import csv as csv_files, gzip, inspect, io, json, os, re, warnings, zipfile, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -38,12 +39,16 @@ def _decode(raw: bytes) -> str:
 
 def _csv_rows(path) -> list:
     try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
-    except OSError as e: raise SourceError(f'cannot read {path}: {e.strerror or e}; check the path and that the download is whole.') from e
+    except (OSError, EOFError, zlib.error) as e:              # the last two: a .gz that was cut off or altered
+        raise SourceError(f'cannot read {path}: {getattr(e, "strerror", None) or e}; check the path and that the download is whole.') from e
     text = _decode(raw)
     head = text.split('\n', 1)[0]
     sep = max(',;\t', key=head.count)
-    try: return [r for r in csv_files.reader(io.StringIO(text, newline=''), delimiter=sep) if any(c.strip() for c in r)]
+    try: rows = [r for r in csv_files.reader(io.StringIO(text, newline=''), delimiter=sep) if any(c.strip() for c in r)]
     except csv_files.Error as e: raise SourceError(f'{path} is not a table that can be read: {e}; check its quotes, or download it again.') from e
+    if rows and len(rows[-1]) < len(rows[0]) and not text.endswith(('\n', '\r')):
+        raise SourceError(f'{path} ends in the middle of row {len(rows)}, with {len(rows[-1])} of {len(rows[0])} fields: it was cut off; download it again.')
+    return rows
 
 def read_metadata(path,           # a .csv, or .csv.gz, in UTF-8, Windows-1252 or Latin-1; separated by , ; or tab
                   needed=(),      # column names, after `aliases`, that must be there
@@ -66,10 +71,19 @@ def read_metadata(path,           # a .csv, or .csv.gz, in UTF-8, Windows-1252 o
     keep = [i for i, h in enumerate(head) if h and not h.startswith('unnamed') and h not in head[:i]]
     return t[keep].set_axis([head[i] for i in keep], axis=1)
 
+# %% ../nbs/03_sources.ipynb #telling
+@contextmanager
+def _telling(file):
+    "Errors about a word of a published file say which file it is, and how the word is made known"
+    try: yield
+    except VocabularyError as e:
+        text = str(e).replace("pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)", "make the word known: covid_cxr.core.FINDING_WORDS['the word in small letters'] = one of covid_cxr.core.FINDINGS")
+        raise VocabularyError(f'{file}: {text}') from None
+
 # %% ../nbs/03_sources.ipynb #stated
 SENTINELS = ('', '?', '-', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', 'not visible', 'not stated', 'would have been stated')
 
-def _fold(words): return words.map(lambda w: w if pd.isna(w) else str(w).strip().lower()).astype(object)
+def _fold(words): return words.map({w: str(w).strip().lower() for w in words.dropna().unique()}).astype(object)   # a word is looked at once, not once per row
 
 def stated(words # (n,) text of one column
           ) -> pd.Series: # (n,) the same, NaN where the word of the source means "not known"
@@ -154,6 +168,7 @@ def locate_files(names,    # (n,) file names as the metadata writes them, NaN al
                  index     # {name: path} of what is on disk
                 ) -> list: # (n,) path, or None when the disk has no such file
     "Names -> paths: exact, else the one file that differs only in case or in an extension the metadata left out"
+    if not index: return [None] * len(names)
     folded, stems = {}, {}
     for n in index:
         folded.setdefault(n.lower(), []).append(n)
@@ -177,9 +192,16 @@ def _check_files(files):
         raise SourceError(f"files='{files}'{nearest(files, ['require', 'ignore']) or ':'} it is 'require' (a row without its file is excluded) "
                           "or 'ignore' (table-only work).")
 
-def _place_files(table, names, folders, files):
-    "Fill `path` and, unless files='ignore', exclude the rows whose file is not there"
+def _refuse_outside(paths, root):
+    "A metadata file comes from strangers: a name in it must not lead out of the collection"
+    inside = os.path.join(os.path.abspath(root), '')
+    bad = [p for p in paths if isinstance(p, str) and not os.path.abspath(p).startswith(inside)]
+    if bad: raise SourceError(f"{len(bad)} file name{'s' * (len(bad) > 1)} of this collection lead{'s' * (len(bad) == 1)} out of its folder {root}, e.g. {bad[0]}; correct the metadata file.")
+
+def _place_files(table, names, folders, files, inside=None):
+    "Fill `path` and, unless files='ignore', exclude the rows whose file is not there; no path may lead out of the folder `inside`"
     path = [os.path.join(str(f), n) if isinstance(n, str) else np.nan for f, n in zip(folders, names)]
+    if inside is not None: _refuse_outside(path, inside)
     lost = np.zeros(len(path), bool)
     if files == 'require':
         where = [os.path.split(p) if isinstance(p, str) else (None, None) for p in path]
@@ -248,23 +270,25 @@ def read_covid_chestxray(root,                  # the data set's folder, or the 
     m = read_metadata(csv, ('patientid', 'finding', 'view', 'filename'), _COVID_ALIASES)
     if files == 'require' and not (at / 'images').is_dir():
         raise SourceError(f"{at} has no folder images; get it from {COVID_CHESTXRAY_URL}, or pass files='ignore' for table-only work.")
-    col = lambda c: m[c] if c in m else pd.Series(np.nan, index=m.index, dtype=object)
-    view = canonical_views(m['view'])
+    with _telling(csv): t = new_table(_covid_columns(m, notes), 'covid_chestxray')
+    return _synthetic(_place_covid(t, m, at, files), root, at)
+
+def _covid_columns(m, notes):
+    "The columns of the table out of those of the metadata, whatever its year"
+    col, view = lambda c: m[c] if c in m else pd.Series(np.nan, index=m.index, dtype=object), canonical_views(m['view'])
     said = [w if isinstance(w, str) else v if str(v).lower() == 'x-ray' else np.nan for w, v in zip(col('modality'), m['view'])]
     t = dict(image_id=_unique_ids(m['filename']), patient=stated(m['patientid']), finding=canonical_findings(m['finding']), view=view,
              modality=_modalities(said, view), age_years=ages_in_years(col('age')), sex=sexes(col('sex')), offset_days=_numbers(col('offset')),
              licence=stated(col('licence')), url=stated(col('url')), host=[_host(u) for u in col('url')],
              **{c: stated(col(c)) for c in _COVID_EXTRAS}, finding_raw=m['finding'], view_raw=m['view'], age_raw=col('age'), offset_raw=col('offset'))
-    if notes: t.update({c: col(c) for c in ('clinical_notes', 'other_notes')})
-    t = _place_covid(new_table(t, 'covid_chestxray'), m, at, files)
-    return _synthetic(t, root, at)
+    return {**t, **{c: col(c) for c in ('clinical_notes', 'other_notes') if notes}}
 
 def _place_covid(t, m, at, files):
     "Paths, masks and the structural exclusions"
     folder = (m['folder'] if 'folder' in m else pd.Series('images', index=m.index)).fillna('images')
     volume = (folder == 'volumes') | m['filename'].fillna('').str.lower().str.endswith(('.nii', '.nii.gz'))
     t = exclude(exclude(t, volume, NOT_XRAY_VOLUME), t['modality'] == 'CT', NOT_XRAY_CT)
-    t = _place_files(t, list(m['filename']), [at / f for f in folder], files)
+    t = _place_files(t, list(m['filename']), [at / f for f in folder], files, at)
     masks = _list_files(at / 'annotations' / 'lungVAE-masks')
     stems = [os.path.splitext(str(n))[0] for n in m['filename']]
     t['mask'] = pd.Series([masks.get(f'{s}_mask.png', np.nan) for s in stems], dtype=object)
@@ -308,7 +332,7 @@ def read_kaggle_pneumonia(root # the folder that holds train/, val/ and test/ (a
     keys = [kaggle_key(name) for *_, name in found]
     bad = [f'{cls}/{name}' for (_, cls, _, name), k in zip(found, keys) if k is None or cls != ('normal' if k[0] == 'normal' else 'pneumonia')]
     if bad:
-        raise SourceError(f"{len(bad)} image{'s' * (len(bad) > 1)} of {at} bear names that this collection does not use in that folder, "
+        raise SourceError(f"{len(bad)} image{'s' * (len(bad) > 1)} of {at} bear{'s' * (len(bad) == 1)} names that this collection does not use in that folder, "
                           f"e.g. {', '.join(bad[:3])}; move them out, or read your own folders with read_folder.")
     parts, _, paths, names = zip(*found)
     kinds, patients = zip(*keys)
@@ -355,16 +379,21 @@ def read_nih(root,                    # the folder with the table and images/ (o
     "NIH ChestX-ray14, or any cut of it"
     _check_files(files)
     at = _nih_root(root, csv, files)
-    m = read_metadata(_resolve(csv, at) if csv is not None else next(at / n for n in _NIH_TABLES if (at / n).is_file()), _NIH_NEEDED)
+    file = _resolve(csv, at) if csv is not None else next(at / n for n in _NIH_TABLES if (at / n).is_file())
+    m = read_metadata(file, _NIH_NEEDED)
+    with _telling(file): t = new_table(_nih_columns(m, at), 'nih')
+    return _synthetic(_place_nih(t, list(m['image index']), at, files), root, at)
+
+def _nih_columns(m, at):
+    "The columns of the table out of those of NIH's"
     col = lambda c: m[c] if c in m else pd.Series(np.nan, index=m.index, dtype=object)
     first, every = _split_findings(m['finding labels'])
-    t = new_table(dict(
+    return dict(
         image_id=_unique_ids(m['image index']), patient=stated(m['patient id']).str.replace(r'^0+(?=.)', '', regex=True), finding=first,
         view=canonical_views(m['view position']), modality='X-ray', age_years=ages_in_years(col('patient age')), sex=sexes(col('patient gender')),
         licence=NIH_LICENCE, url=NIH_URL, findings=every, follow_up=_numbers(col('follow-up #')), width=_numbers(col('originalimage[width')),
         height=_numbers(col('height]')), pixel_spacing_mm=_numbers(col('originalimagepixelspacing[x')),
-        official_split=_nih_parts(at, m['image index'])), 'nih')
-    return _synthetic(_place_nih(t, list(m['image index']), at, files), root, at)
+        official_split=_nih_parts(at, m['image index']))
 
 def _nih_parts(at, names):
     "The publisher's part of every image, where its lists are there"
@@ -376,7 +405,8 @@ def _nih_parts(at, names):
 def _place_nih(t, names, at, files):
     index = _nih_images(at) if files == 'require' else {}
     hits = locate_files(names, index)
-    t['path'] = pd.Series([h or (os.path.join(str(at), 'images', n) if isinstance(n, str) else np.nan) for h, n in zip(hits, names)], dtype=object)
+    folder = os.path.join(str(at), 'images', '')
+    t['path'] = pd.Series([h or (folder + n if isinstance(n, str) else np.nan) for h, n in zip(hits, names)], dtype=object)
     t = exclude(t, t['path'].isna(), NO_FILE_NAMED)
     return t if files == 'ignore' else exclude(t, [h is None for h in hits], FILE_MISSING)
 
@@ -444,7 +474,7 @@ def read_rsna(root,                  # the folder with stage_2_train_labels.csv 
                        same_as=[f'nih:{n}' if isinstance(n, str) else np.nan for n in nih]), 'rsna')
     known = [_NIH_NAME.fullmatch(n) if isinstance(n, str) else None for n in nih]
     t['patient'] = pd.Series([f'nih:{k[1]}' if k else np.nan for k in known], dtype=object)
-    t = _place_files(t, [f'{i}.dcm' for i in m.index], [at / 'stage_2_train_images'] * len(m), files)
+    t = _place_files(t, [f'{i}.dcm' for i in m.index], [at / 'stage_2_train_images'] * len(m), files, at)
     return _synthetic(_read_headers(t) if headers else t, root, at)
 
 def _read_headers(t):
@@ -484,9 +514,9 @@ def read_figure1(root,                   # the repository's folder, or the one a
     at, m = _agchung(root, 'Figure1-COVID-chestxray-dataset', FIGURE1_URL, (*_AGCHUNG_NEEDED, 'offset', 'sex', 'age'), files)
     names = list(m['patientid'])
     patients = [re.sub(r'(?<=\d)[a-z]$', '', n) if isinstance(n, str) else np.nan for n in names]
-    t = _agchung_table(m, 'figure1', names, patients, dict(url=FIGURE1_URL))
+    with _telling(at / 'metadata.csv'): t = _agchung_table(m, 'figure1', names, patients, dict(url=FIGURE1_URL))
     t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
-    return _synthetic(_note_unlisted(_place_files(t, names, [at / 'images'] * len(m), files)), root, at)
+    return _synthetic(_note_unlisted(_place_files(t, names, [at / 'images'] * len(m), files, at)), root, at)
 
 def read_actualmed(root,                   # the repository's folder, or the one above it
                    files: str = 'require'  # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
@@ -496,9 +526,9 @@ def read_actualmed(root,                   # the repository's folder, or the one
     stamp = m['imagename'].str.extract(r'\.(20\d{6})\d{4,}\.')[0]
     device = m['imagename'].str.replace(r'\.20\d{10,}\.', '.', regex=True).str.replace(r'\.\w+$', '', regex=True).where(stamp.notna())
     more = dict(url=ACTUALMED_URL, device=device, date=stamp.str.replace(r'(....)(..)(..)', r'\1-\2-\3', regex=True))
-    t = _agchung_table(m, 'actualmed', m['imagename'], stated(m['patientid']), more)
+    with _telling(at / 'metadata.csv'): t = _agchung_table(m, 'actualmed', m['imagename'], stated(m['patientid']), more)
     t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
-    return _synthetic(_note_unlisted(_place_files(t, list(m['imagename']), [at / 'images'] * len(m), files)), root, at)
+    return _synthetic(_note_unlisted(_place_files(t, list(m['imagename']), [at / 'images'] * len(m), files, at)), root, at)
 
 # %% ../nbs/03_sources.ipynb #coronahack-words
 CORONAHACK_URL = 'https://www.kaggle.com/praveengovi/coronahack-chest-xraydataset'
@@ -562,7 +592,7 @@ def read_coronahack(csv,                    # Chest_xray_Corona_Metadata.csv, or
     m = read_metadata(file, _CORONA_NEEDED)
     roots = [file.parent] if roots is None else [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
     names = list(m['x_ray_image_name'])
-    words = [canonical_findings(stated(m[c]), also=_CORONA_CAUSES) for c in ('label', 'label_1_virus_category', 'label_2_virus_category')]
+    with _telling(file): words = [canonical_findings(stated(m[c]), also=_CORONA_CAUSES) for c in ('label', 'label_1_virus_category', 'label_2_virus_category')]
     rows = [_corona_findings(*w) for w in zip(*words)]
     odd = [bad or not _corona_name(n, f) for n, (f, _, bad) in zip(names, rows)]
     same, who = _corona_origin(names, roots)
@@ -769,7 +799,14 @@ def read_source(name: str, # name of a source in `SOURCES`
                ) -> pd.DataFrame:
     "Read a source by its name"
     if name not in SOURCES: raise SourceError(f"unknown source '{name}'{nearest(name, SOURCES) or ':'} known sources are {', '.join(SOURCES)}.")
-    return SOURCES[name].reader(root, **options)
+    reader = SOURCES[name].reader
+    try: inspect.signature(reader).bind(root, **options)
+    except TypeError as e:
+        known = [p.name for p in list(inspect.signature(reader).parameters.values())[1:] if p.kind != p.VAR_KEYWORD]
+        odd = next((o for o in options if o not in known), None)
+        what = f"has no option '{odd}'{nearest(odd, known) or ''}" if odd else f'cannot be read like this: {e}'
+        raise SourceError(f"source '{name}' {what} (its options: {', '.join(known) or 'none'})") from None
+    return reader(root, **options)
 
 def list_sources() -> pd.DataFrame:
     "The registry as a table, one row per source"
@@ -799,11 +836,18 @@ register_source(Source('kaggle_pneumonia', 'Kaggle chest-xray-pneumonia (paediat
     records_patient=True))
 
 # %% ../nbs/03_sources.ipynb #sources-roots
+_CORONA_NEIGHBOURS = ('chest-xray-pneumonia', 'covid-chestxray-dataset')     # where its films are when the collections stand side by side
+
 def _coronahack_below(root, csv=None, roots=None, **options):
-    "CoronaHack with its csv and its image folders given relative to one folder"
+    "CoronaHack with its csv and its image folders given relative to one folder; in a folder of collections its films are also looked for in those that it repeats"
+    root = Path(root)
+    if csv is None and roots is None:
+        at = _find_root(root, ('coronahack', 'coronahack-chest-xraydataset'), lambda f: (f / 'Chest_xray_Corona_Metadata.csv').is_file(), 'Chest_xray_Corona_Metadata.csv', CORONAHACK_URL)
+        near = [root / n for n in _CORONA_NEIGHBOURS if at != root and (root / n).is_dir()]
+        return read_coronahack(at, [at, *near], **options)
     roots = [roots] if isinstance(roots, (str, os.PathLike)) else roots
-    found = None if roots is None and csv is None else [_resolve(r, root) for r in roots or [root]]
-    return read_coronahack(root if csv is None else _resolve(csv, root), found, **options)
+    found = None if roots is None else [_resolve(r, root) for r in roots]
+    return read_coronahack(root if csv is None else _resolve(csv, root), found if found or csv is None else [root], **options)
 
 def _csv_below(root, csv, columns, **options):
     "A table of a person's own, with its csv given relative to the folder of the images"

@@ -12,8 +12,8 @@ from .core import (COLUMNS, FINDINGS, SPLITS, VIEWS, LeakError, TableError, Voca
 
 # %% auto #0
 __all__ = ['TASKS', 'join_tables', 'keep_views', 'Task', 'as_task', 'label_for', 'group_leaksafe', 'split_by_group',
-           'check_split', 'split_random', 'split_official', 'fold_by_group', 'use_fold', 'split_by_source',
-           'split_by_time', 'drop_repeats', 'flow', 'Reconciliation', 'reconcile']
+           'crossing_groups', 'check_split', 'split_random', 'split_official', 'fold_by_group', 'use_fold',
+           'split_by_source', 'split_by_time', 'drop_repeats', 'flow', 'Reconciliation', 'reconcile']
 
 # %% ../nbs/07_table.ipynb #join-helpers
 _REISSUES = {'coronahack': ('kaggle_pneumonia', 'covid_chestxray')}   # a source made of images of other sources
@@ -183,6 +183,21 @@ def _components(n, edges):
     a, b = (np.concatenate([np.zeros(0, int), *(np.asarray(e[k], int) for e in edges)]) for k in (0, 1))
     return connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1]
 
+def _absolute(paths):
+    "Paths as the file system knows them, so that one file has one name; a folder is looked up once"
+    folders = {}
+    def one(p):
+        folder, name = os.path.split(p)
+        if folder not in folders: folders[folder] = os.path.abspath(folder)
+        return os.path.join(folders[folder], name) if name not in ('', '.', '..') else os.path.abspath(p)
+    return [one(p) if isinstance(p, str) else np.nan for p in paths]
+
+def _smallest_of_each(ids, component):
+    "(n,) ids, (n,) component -> (n,) the smallest id of each row's component"
+    order = np.argsort(ids, kind='stable')
+    which, first = np.unique(component[order], return_index=True)
+    return ids[order][first][np.searchsorted(which, component)]
+
 def _picture_edges(table, duplicates, cache_file, workers):
     "Edges between used rows whose files show the same picture; imported late, because only here are images read"
     from covid_cxr.duplicates import find_exact, find_near
@@ -200,15 +215,14 @@ def group_leaksafe(table: pd.DataFrame,
     require_columns(table, ['image_id', 'patient', 'path', 'group', 'excluded'], 'group_leaksafe')
     if duplicates not in ('near', 'exact', 'none'): raise TableError(f"duplicates='{duplicates}' is not known; use 'near', 'exact' or 'none'.")
     _check_ids(table, 'group_leaksafe')
-    files = [os.path.abspath(p) if isinstance(p, str) else np.nan for p in table['path']]
-    edges = [_first_with_key(table['patient']), _first_with_key(files)]
+    edges = [_first_with_key(table['patient']), _first_with_key(_absolute(table['path']))]
     if 'same_as' in table:
         known = table['same_as'].isin(set(table['image_id']))
         edges.append(tuple(_pair_rows(table, list(zip(table['image_id'][known], table['same_as'][known])))))
     if pairs is not None: edges.append(tuple(_pair_rows(table, pairs)))
     if duplicates != 'none': edges.append(_picture_edges(table, duplicates, cache_file, workers))
     table = table.copy()
-    table['group'] = table['image_id'].astype(object).groupby(_components(len(table), edges)).transform('min') if len(table) else np.nan
+    table['group'] = _smallest_of_each(table['image_id'].to_numpy(object), _components(len(table), edges)) if len(table) else np.nan
     return table
 
 # %% ../nbs/07_table.ipynb #split-helpers
@@ -292,16 +306,32 @@ def split_by_group(table: pd.DataFrame,
     return _put_split(table, _deal_rows(rows, dict(train=1 - valid_pct - test_pct, valid=valid_pct, test=test_pct), seed, 'split_by_group'))
 
 # %% ../nbs/07_table.ipynb #check-helpers
+def _parts_of_key(rows, key):
+    "Rows of a crossing value of `key`: {name of their group, or the value itself: 'train 2, test 1'}"
+    value, part = pd.factorize(rows[key])[0], pd.Categorical(rows['split'], SPLITS).codes    # -1 is NaN in both
+    known = (value >= 0) & (part >= 0)
+    n = np.zeros((value.max(initial=-1) + 1, len(SPLITS)), int)
+    np.add.at(n, (value[known], part[known]), 1)                                  # (values, parts) images: one pass over the rows
+    hit = known & ((n > 0).sum(1) > 1)[value] if len(n) else known
+    name, names = pd.factorize(rows['group'].where(rows['group'].notna(), rows[key])[hit])
+    n = np.zeros((len(names), len(SPLITS)), int)
+    np.add.at(n, (name, part[hit]), 1)
+    return {x: ', '.join(f'{s} {k}' for s, k in zip(SPLITS, row) if k) for x, row in zip(names, n)}
+
 def _crossing(rows):
     "Groups (or patients, or files) of used rows that stand in more than one part -> {name: 'train 2, test 1'}"
     out = {}
-    for key in ('group', 'patient', 'path'):
-        parts = rows[rows[key].notna()].groupby(key)['split'].nunique()
-        hit = rows[rows[key].isin(parts.index[parts > 1])]
-        for name, r in hit.groupby(hit['group'].where(hit['group'].notna(), hit[key])):
-            counts = r['split'].value_counts()
-            out.setdefault(name, ', '.join(f'{s} {counts[s]}' for s in SPLITS if s in counts))
+    for key in ('path', 'patient', 'group'): out.update(_parts_of_key(rows, key))            # what the whole group says is kept
     return dict(sorted(out.items()))
+
+# %% ../nbs/07_table.ipynb #crossing-groups
+def crossing_groups(table: pd.DataFrame
+                   ) -> pd.DataFrame: # columns group, where ('train 2, test 1'); empty when all is well or no split is made
+    "Groups of used rows that stand in more than one part, those of a crossing patient or file included, with their images in each"
+    require_columns(table, ['group', 'patient', 'path', 'split', 'excluded'], 'crossing_groups')
+    rows = used(table)
+    out = _crossing(rows[rows['split'].notna()])
+    return pd.DataFrame(dict(group=list(out), where=list(out.values())), columns=['group', 'where'], dtype=object)
 
 # %% ../nbs/07_table.ipynb #check-split
 def check_split(table: pd.DataFrame,
@@ -449,7 +479,7 @@ def drop_repeats(table: pd.DataFrame,
     require_columns(table, ['image_id', 'path', 'label', 'excluded'], 'drop_repeats')
     _check_ids(table, 'drop_repeats')
     if used(table)['label'].isna().any(): raise TableError(f"drop_repeats: {used(table)['label'].isna().sum()} used rows have no label; call label_for(table, task) first.")
-    files = pd.Series([os.path.abspath(p) if isinstance(p, str) else np.nan for p in table['path']], dtype=object).where(table['excluded'].isna().to_numpy())
+    files = pd.Series(_absolute(table['path']), dtype=object).where(table['excluded'].isna().to_numpy())
     edges = [_first_with_key(files), tuple(_pair_rows(table, pairs)) if pairs is not None else _picture_edges(table, 'exact', cache_file, workers)]
     rows = table.assign(_same=_components(len(table), edges))
     rows = used(rows).sort_values('image_id')

@@ -10,7 +10,7 @@ from covid_cxr.inspection import inspect_source, inspect_table, run_inspection
 from covid_cxr.licences import keep_licences, licence_counts, licence_terms
 from covid_cxr.phantom import write_phantom_trees
 from covid_cxr.sources import NIH_LICENCE, read_covid_chestxray, read_kaggle_pneumonia
-from covid_cxr.table import drop_repeats, group_leaksafe, join_tables, keep_views, label_for, split_by_group, split_official
+from covid_cxr.table import drop_repeats, group_leaksafe, join_tables, keep_views, label_for, split_by_group, split_official, split_random
 
 
 class Page(HTMLParser):
@@ -200,6 +200,55 @@ def test_hostile_names_stay_text(tmp_path):
         for line in f.read_text(encoding='utf-8').splitlines(): assert not re.match(r'''["]?[=+@]''', line) and ',=' not in line and ',"=' not in line
 
 
+def leaky_rows(n=40):
+    "Two films of every patient, no files"
+    return new_table([dict(image_id=f's:{i:02}', patient=f's:{i // 2}', group=f's:{i // 2}', label='ab'[i // 2 % 2], source='s', licence='CC0') for i in range(n)])
+
+
+def test_a_leak_is_red_and_above_everything(tmp_path):
+    "In the terminal the first line, on the page the first element of the body, with what it costs; also when somebody allowed it"
+    leaky = split_random(leaky_rows(), .2, .3, seed=3)
+    groups = leaky.groupby('group')['split'].nunique()
+    cut = set(groups.index[groups > 1])
+    seen = ((leaky['split'] == 'test') & leaky['group'].isin(cut)).sum()
+    look = inspect_table(leaky, [])
+    assert look.leak[0] == 'leak' and set(look['leaks']['group']) == cut
+    first = look.text().splitlines()[0]
+    assert first.startswith(f'LEAK: {len(cut)} groups on both sides of the split') and f"{seen} of {(leaky['split'] == 'test').sum()} test images" in ' '.join(look.text().split())
+    html = look.to_html(tmp_path / 'leak.html').read_text(encoding='utf-8')
+    body = html[html.index('<body>'):]
+    assert body.startswith('<body>\n<p class="verdict leak" role=alert>LEAK: ') and '.leak{background:#b00020' in html
+    page = Page(html)
+    assert_self_contained(page)
+    assert len(page.tables['leaks']) - 1 == min(len(cut), 20)
+
+
+def test_a_copy_across_the_split_is_a_leak_where_no_group_knows_it(tmp_path):
+    t = split_by_group(leaky_rows(), .2, .3, seed=3)
+    train, test = (t['image_id'][t['split'] == p].iloc[0] for p in ('train', 'test'))
+    look = inspect_table(t, pd.DataFrame([dict(a=train, b=test, verdict='duplicate', score=.93, edit='mirrored')]))
+    assert look.leak[0] == 'leak' and '1 pair of one picture on both sides' in look.leak[1] and f"1 of {(t['split'] == 'test').sum()} test images" in look.leak[1]
+    page = look.to_html(tmp_path / 'x.html').read_text(encoding='utf-8')
+    assert '<div class="card cut">' in page and 'agreement 0.930; mirrored' in page
+    mere = inspect_table(t, pd.DataFrame([dict(a=train, b=test, verdict='look', score=.7)]))               # a likeness for a person to judge is no leak
+    assert mere.leak == ('tight', 'No leak found: no patient, no file and no copy that was found stands on two sides of the split.')
+    assert 'class="card cut"' not in mere.to_html(tmp_path / 'y.html').read_text(encoding='utf-8') and 'class="verdict tight"' in (tmp_path / 'y.html').read_text(encoding='utf-8')
+
+
+def test_a_key_that_means_nothing_is_an_alarm(planted, tmp_path):
+    "Patient keys are held to their pictures whenever the pictures were read"
+    from covid_cxr.duplicates import fingerprints
+    root, table, ids = planted
+    kids = read_kaggle_pneumonia(root)
+    prints = fingerprints(kids['path'], tmp_path / 'p.npz')
+    wrong = kids.assign(patient=[f'x:{i % 9}' for i in np.random.default_rng(0).permutation(len(kids))])
+    look = inspect_table(wrong, problems=prints)
+    line = look['keys'].iloc[0]
+    assert line['verdict'] == 'the key carries no information' and abs(line['z']) < 3
+    assert look.findings.loc[look.findings['finding'].str.contains('carries no information'), 'level'].tolist() == ['alarm']
+    assert not len(inspect_table(wrong)['keys'])                                                          # nothing is said where nothing was looked at
+
+
 def test_a_phantom_among_real_rows_is_an_alarm():
     rows = [dict(image_id=f'{i}', label='ab'[i % 2], source='s', licence=SYNTHETIC if i == 3 else 'CC BY 4.0') for i in range(8)]
     look = inspect_table(new_table(rows))
@@ -254,3 +303,15 @@ def test_the_planned_join_of_the_real_collections_is_an_alarm():
     assert "every 'covid' is from covid_chestxray" in said and "every image of kaggle_pneumonia is 'normal'" in said and 'children' in said
     assert len(look['twice']) == 5 and (look['missing']['excluded'] == 'file missing').sum() == 10
     assert look['patients'].set_index('source').loc['covid_chestxray', 'images'] == (used(keep_views(table, 'PA'))['source'] == 'covid_chestxray').sum()
+
+
+@needs_data
+def test_the_official_split_of_the_children_is_tight_and_its_test_has_copies():
+    "30 groups of equal files, none across the parts, six redundant among the 624 (pixels only: near copies are left to the slower search)"
+    look = inspect_source('kaggle_pneumonia', DATA / 'chest-xray-pneumonia', duplicates='none')
+    assert look.leak[0] == 'open' and "publisher's split; pictures were not compared" in look.leak[1]
+    answer = pd.read_csv(DATA / 'kaggle-official-split.csv').dropna(subset=['exact_dup_group'])
+    pairs = [(f'kaggle_pneumonia:{g.iloc[0]}', f'kaggle_pneumonia:{f}') for _, g in answer.groupby('exact_dup_group')['file'] for f in g.iloc[1:]]
+    look = inspect_table(read_kaggle_pneumonia(DATA / 'chest-xray-pneumonia'), pairs)
+    assert len(pairs) == 32 and look.leak[0] == 'tight'
+    assert look.findings.loc[look.findings['finding'].str.contains('624 images show 618 pictures'), 'count'].tolist() == [6]

@@ -1,10 +1,13 @@
 """Known answers for the data layer: a phantom tree with planted faults goes in, and every check finds its fault by name."""
 import os
-import pandas as pd, pytest
-from covid_cxr.core import LeakError, used
-from covid_cxr.phantom import FAULTS, write_phantom_trees
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from conftest import DATA, needs_data
+from covid_cxr.core import LeakError, new_table, used
+from covid_cxr.keys import check_keys, explain_key, key_overlaps
+from covid_cxr.phantom import FAULTS, phantom_family, write_phantom_trees
 from covid_cxr.sources import read_covid_chestxray, read_kaggle_pneumonia
-from covid_cxr.table import check_split, drop_repeats, group_leaksafe, join_tables, label_for, reconcile, split_by_group, split_official
+from covid_cxr.table import check_split, drop_repeats, group_leaksafe, join_tables, label_for, reconcile, split_by_group, split_official, split_random
 
 COPIES = ('exact_copy', 'recompressed', 'small_crop', 'border_added', 'mirrored', 'cross_source', 'split_copy')
 
@@ -93,3 +96,50 @@ def test_no_fault_survives_a_split(tree, checked):
     where = used(naive).set_index('image_id')['split']
     leaked = [f for f in (*COPIES, 'shared_patient') if where.reindex(tree[2][f]).dropna().nunique() > 1]
     assert leaked, 'the planted copies would not have leaked anyway: the test shows nothing'
+
+
+@pytest.fixture(scope='module')
+def p5(tmp_path_factory):
+    "Member P5 of the phantom family (a label at random, several films of a patient), as a table with files"
+    x, t, _ = phantom_family('P5', n_patients=30, images_per_patient=(3, 3), size=96, seed=4)
+    folder = tmp_path_factory.mktemp('p5')
+    for i, a in enumerate(x): Image.fromarray(a).save(folder / f'{i}.png')
+    return new_table(dict(image_id=range(len(x)), path=[str(folder / f'{i}.png') for i in range(len(x))], patient=t['patient'], finding='No Finding',
+                          label=['ab'[y] for y in t['label']]), 'p5')
+
+
+def test_a_true_key_speaks_and_a_shuffled_one_does_not(p5):
+    assert check_keys(p5).loc[0, 'z'] > 10
+    z = [check_keys(p5.assign(patient=np.random.default_rng(s).permutation(p5['patient'])), seed=s).loc[0, 'z'] for s in range(5)]
+    assert np.max(np.abs(z)) < 3.5 and (np.abs(z) < 3).sum() >= 4, z
+
+
+def test_a_planted_shared_patient_is_listed_by_name(p5):
+    t = split_random(group_leaksafe(p5, duplicates='none'), .3, .3, seed=1)
+    cut = t.groupby('patient')['split'].nunique()
+    assert set(key_overlaps(t).query("what == 'two parts'")['key']) == set(cut.index[cut > 1]) != set()
+    t = split_by_group(group_leaksafe(p5, duplicates='none'), .3, .3, seed=1)
+    assert not len(key_overlaps(t))
+    one = t['image_id'][t['split'] == 'test'].iloc[0]
+    moved = t.assign(split=t['split'].where(t['image_id'] != one, 'train'))
+    assert key_overlaps(moved)[['key', 'where']].values.tolist() == [[t.set_index('image_id').loc[one, 'patient'], 'train 1, test 2']]
+
+
+@needs_data
+def test_the_number_of_the_kaggle_children_is_no_patient(tmp_path_factory):
+    "170 numbers in the official train and test, 979 of 1,674 with both kinds: and the films know nothing of it"
+    t = read_kaggle_pneumonia(DATA / 'chest-xray-pneumonia')
+    t['number'] = t['patient'].str.extract(r'(person\d+)$')[0]
+    assert t['number'].nunique() == 1674
+    over = key_overlaps(t, 'number', part='official_split')
+    test_and_not = over[(over['what'] == 'two parts') & over['where'].str.contains('test')]
+    assert len(test_and_not) == 170 and not len(key_overlaps(t, part='official_split'))
+    assert ((t['official_split'] == 'test') & t['number'].isin(test_and_not['key'])).sum() == 320
+    assert (over['what'] == 'two labels').sum() == 979
+    some = t['number'].isin(sorted(t['number'].dropna().unique())[::6])                   # every sixth number: a thousand films, read in seconds
+    prints = tmp_path_factory.mktemp('kaggle') / 'prints.npz'
+    r = explain_key(t[some], 'number', 'kind', part='official_split', cache_file=prints)
+    assert r.shared > 20 and r.shared_within == 0 and r.across.pairs > 120 and abs(r.across.z) < 3 and r.joined.z > 10 and r.verdict == 'lacks kind'
+    assert 'joins strangers' in str(r)
+    line = check_keys(t[some], cache_file=prints).iloc[0]
+    assert line['z'] > 10 and line['two_parts'] == line['two_labels'] == 0

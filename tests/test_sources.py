@@ -468,3 +468,57 @@ def test_registering_and_asking():
     try: assert 'mine' in list(list_sources()['name'])
     finally: del SOURCES['mine']
     assert list_sources()['faults'].sum() == sum(len(s.faults) for s in SOURCES.values()) > 20
+
+
+# --- hostile metadata ----------------------------------------------------------------------------------------------------
+
+COVID_HEAD = 'patientid,finding,view,modality,folder,filename\n'
+
+@pytest.mark.parametrize('folder, name', [('images', '../../secret.png'), ('images', '/etc/hosts'), ('../..', 'secret.png'), ('images', 'x/../../../secret.png')])
+def test_no_row_of_a_collection_leads_out_of_its_folder(folder, name, tmp_path):
+    "A picture from elsewhere on this disk would be read, shown in the inspection, and learned"
+    plant(tmp_path, {'secret.png': 'x', 'data/images/a.png': 'x', 'data/metadata.csv': COVID_HEAD + f'1,COVID-19,PA,X-ray,images,a.png\n2,COVID-19,PA,X-ray,{folder},{name}\n'})
+    with pytest.raises(SourceError, match='1 file name of this collection leads out of its folder') as e: read_covid_chestxray(tmp_path / 'data')
+    assert name in str(e.value)
+    plant(tmp_path, {'data/metadata.csv': COVID_HEAD + '1,COVID-19,PA,X-ray,images,a.png\n'})
+    assert len(used(read_covid_chestxray(tmp_path / 'data'))) == 1
+    (tmp_path / 'link').symlink_to(tmp_path / 'data')                        # a link that a person made is their own affair
+    assert len(used(read_covid_chestxray(tmp_path / 'link'))) == 1
+
+
+def test_a_metadata_file_that_was_cut_off_is_not_read_in_part(tmp_path):
+    whole = COVID_HEAD + ''.join(f'{i},COVID-19,PA,X-ray,images,{i}.png\n' for i in range(30))
+    plant(tmp_path, {'m.csv': whole.rstrip('\n')})
+    assert len(read_metadata(tmp_path / 'm.csv')) == 30                      # only the last line break is missing
+    plant(tmp_path, {'m.csv': whole[:-25]})
+    with pytest.raises(SourceError, match='ends in the middle of row 31, with 2 of 6 fields'): read_metadata(tmp_path / 'm.csv')
+    packed = gzip.compress(whole.encode())
+    for broken in (packed[:-9], packed[:len(packed) // 2], packed[:20] + bytes(8) + packed[28:], b'no gzip'):
+        plant(tmp_path, {'m.csv.gz': broken})
+        with pytest.raises(SourceError, match='check the path and that the download is whole'): read_metadata(tmp_path / 'm.csv.gz')
+
+
+def test_an_unknown_word_names_its_file_and_can_be_made_known(tmp_path, monkeypatch):
+    from covid_cxr import core
+    plant(tmp_path, {'images/a.png': 'x', 'metadata.csv': COVID_HEAD + '1,Coronaphobia,PA,X-ray,images,a.png\n2,Coronaphobia,PA,X-ray,images,b.png\n3,Gout,PA,X-ray,images,c.png\n'})
+    with pytest.raises(VocabularyError) as e: read_covid_chestxray(tmp_path)
+    assert str(tmp_path / 'metadata.csv') in str(e.value) and "'Coronaphobia' (2), 'Gout' (1)" in str(e.value) and 'FINDING_WORDS' in str(e.value)
+    for w in ('coronaphobia', 'gout'): monkeypatch.setitem(core.FINDING_WORDS, w, 'Other Abnormality')
+    assert list(read_covid_chestxray(tmp_path)['finding']) == ['Other Abnormality'] * 3
+    plant(tmp_path / 'nih', {'Data_Entry_2017.csv': NIH_HEAD + '1_0.png,Mass|Gizzard,0,1,50,M,PA,9,9,.1,.1\n'})
+    with pytest.raises(VocabularyError, match=r'Data_Entry_2017.csv: unknown finding: .Gizzard. \(1\)'): read_nih(tmp_path / 'nih', files='ignore')
+
+
+def test_an_option_that_a_source_does_not_have_is_one_sentence(tmp_path):
+    with pytest.raises(SourceError, match="source 'nih' has no option 'flies', did you mean 'files'"): read_source('nih', tmp_path, flies='ignore')
+    with pytest.raises(SourceError, match="source 'kaggle_pneumonia' has no option 'metadata'.*its options: none"): read_source('kaggle_pneumonia', tmp_path, metadata='x.csv')
+
+
+@needs_data
+def test_coronahack_finds_its_films_in_a_folder_of_collections():
+    "The csv stands in one folder, its films in the two collections that it repeats"
+    t = read_source('coronahack', DATA)
+    alone = read_source('coronahack', DATA / 'coronahack')
+    assert len(t) == len(alone) == 6197 and not len(used(alone))
+    named = read_coronahack(DATA / 'coronahack', [DATA / 'chest-xray-pneumonia', DATA / 'covid-chestxray-dataset'])
+    assert list(used(t)['path']) == list(used(named)['path']) and len(used(t)) == 5907

@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from hypothesis import HealthCheck, given, settings, strategies as st
 from covid_cxr.core import SPLITS, LeakError, TableError, new_table, used
-from covid_cxr.table import (check_split, drop_repeats, flow, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, reconcile,
+from covid_cxr.table import (check_split, crossing_groups, drop_repeats, flow, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, reconcile,
                              split_by_group, split_by_source, split_by_time, split_official, split_random, use_fold)
 
 DATA = Path(__file__).resolve().parent.parent.parent / 'shared/data'
@@ -131,6 +131,27 @@ def test_a_random_split_is_found_out_whenever_it_cuts(table, seed):
         with pytest.raises(LeakError, match='stand in more than one part'): check_split(t)
         assert f'LEAK: {len(cut)} groups' in str(reconcile(t))
 
+@laws(60)
+@given(table=tables(), seed=st.integers(0, 1000), hidden=st.sampled_from(['nothing', 'by hand', 'half', 'all']))
+def test_what_crosses_is_counted_as_by_hand(table, seed, hidden):
+    "Groups made by hand, or missing, hide neither a patient nor a file; the counts are those of a loop over rows"
+    t = split_random(prepared(table), .2, .2, seed)
+    if hidden == 'by hand': t = t.assign(group=t['image_id'])
+    if hidden in ('half', 'all'): t = t.assign(group=t['group'].where((t.index % 2 == 0) & (hidden == 'half'), np.nan))
+    want = {}
+    for key in ('path', 'patient', 'group'):
+        parts, count = {}, {}
+        for r in used(t)[['group', 'patient', 'path', 'split']].to_dict('records'):
+            if isinstance(r[key], str): parts.setdefault(r[key], set()).add(r['split'])
+        for r in used(t)[['group', 'patient', 'path', 'split']].to_dict('records'):
+            if isinstance(r[key], str) and len(parts[r[key]]) > 1:
+                name = r['group'] if isinstance(r['group'], str) else r[key]
+                count.setdefault(name, dict.fromkeys(SPLITS, 0))[r['split']] += 1
+        want.update({k: ', '.join(f'{s} {n}' for s, n in c.items() if n) for k, c in count.items()})
+    got = crossing_groups(t)
+    assert got['group'].is_monotonic_increasing and dict(zip(got['group'], got['where'])) == want
+    assert check_split(t, allow_leak=True) == sorted(want)
+
 @laws(50)
 @given(table=tables(), seed=st.integers(0, 1000))
 def test_folds_are_a_partition_of_the_used_rows(table, seed):
@@ -171,3 +192,18 @@ def test_a_table_of_112120_images_is_grouped_and_split_by_patient():
     assert np.abs(share[['train', 'valid', 'test']].to_numpy() - [.8, .1, .1]).max() < .001
     patients = t.groupby('split')['patient'].nunique() / 30_805
     assert np.abs(patients[['train', 'valid', 'test']].to_numpy() - [.8, .1, .1]).max() < .005     # patients with many films do not gather in one part
+
+
+@real
+def test_the_whole_nih_table_is_read_and_split_by_patient():
+    "112,120 real rows; how long it takes is measured by benchmarks/nih_table.py"
+    from covid_cxr.sources import read_nih
+    t = group_leaksafe(label_for(read_nih(DATA / 'nih-chest-xrays', csv='nih.csv.gz', files='ignore'), {'No Finding': 'no_finding', '*': 'finding'}), duplicates='none')
+    assert len(t) == 112_120 and t['group'].nunique() == t['patient'].nunique() == 30_805 and (t['label'] == 'no_finding').sum() == 60_361
+    s = split_by_group(t, .1, .1)
+    assert check_split(s) == [] and (s.groupby('patient')['split'].nunique() == 1).all()
+    share = pd.crosstab(s['label'], s['split'], normalize='index')
+    assert np.abs(share[['train', 'valid', 'test']].to_numpy() - [.8, .1, .1]).max() < .001
+    r = split_random(t, .1, .1)                                       # thousands of leaks are found as surely as one
+    cut = r.groupby('group')['split'].nunique()
+    assert list(crossing_groups(r)['group']) == sorted(cut.index[cut > 1]) and (cut > 1).sum() > 5000

@@ -1,0 +1,170 @@
+"""Near copies: what is planted is found, what is not a copy is not called one, and the known copies in real collections come out by name."""
+import json
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from conftest import DATA, ROOT, needs_data
+
+# Least share of planted copies that must be found. Crops and turns are where hashes alone find none.
+FLOORS = {'half size': 1., 'JPEG quality 30': 1., 'brighter': .95, 'more contrast': .9, 'black frame': .95, 'mirrored': 1., 'inverted': 1.,
+          'cropped 3 %': .95, 'cropped 6 %': .9, 'corner cropped 5 %': .9, 'turned 3 degrees': .9}
+N, OTHERS = 20, 60
+RAPID = 'covid-19-rapidly-progressive-acute-respiratory-distress-syndrome-ards'
+SAME_FILM = [  # patients of the June 2020 state, and the two files that show one film; each pair was laid on each other and looked at
+    ('97', '178', f'{RAPID}-admission.jpg', '16660_2_1.jpg'), ('97', '178', f'{RAPID}-day-1.jpg', '16660_3_1.jpg'),
+    ('97', '178', f'{RAPID}-day-2.jpg', '16660_4_1.jpg'), ('97', '178', f'{RAPID}-day-3.jpg', '16660_5_1.jpg'),
+    ('78', '201', '353889E0-A1E8-4F9E-A0B8-F24F36BCFBFB.jpeg', 'case_72_RX-TORACE1.jpg'),
+    ('30', '31', 'pneumonia-7.jpg', 'streptococcus-pneumoniae-pneumonia-temporal-evolution-1-day1.jpg'),
+    ('137', '202', 'A7E260CE-8A00-4C5F-A7F5-27336527A981.jpeg', 'case_76_1-3.png'),
+    ('192', '196', 'AR-2.jpg', 'extubation-1.jpg'), ('193', '195', '2-chest-filmc.jpg', '7-fatal-covid19.jpg')]
+TWICE_LISTED = {frozenset(p) for p in (('285', '339'), ('287', '340'))}          # one file name on two rows
+
+
+@pytest.fixture(scope='module')
+def planted(tmp_path_factory):
+    "Synthetic films 'film:p' with a second film of the patient, one copy per edit and strangers; and the pairs that were called duplicates"
+    from covid_cxr.duplicates import EDITS, find_near
+    from covid_cxr.phantom import make_phantom
+    d, rows = tmp_path_factory.mktemp('copies'), []
+
+    def add(name, array):
+        Image.fromarray(np.ascontiguousarray(array)).save(d / f'{len(rows)}.png')
+        rows.append(dict(image_id=name, path=str(d / f'{len(rows)}.png')))
+    for p in range(N):
+        film = make_phantom(11, p, 0, size=256).image
+        add(f'film:{p}', film)
+        add(f'second:{p}', make_phantom(11, p, 1, size=256).image)
+        for e in FLOORS: add(f'{e}:{p}', EDITS[e](film))
+    for p in range(OTHERS): add(f'stranger:{p}', make_phantom(11, N + p, 0, size=256).image)
+    pairs = find_near(pd.DataFrame(rows))
+    return pairs, components([r['image_id'] for r in rows], pairs)
+
+
+def components(ids, pairs):
+    "Group number of every id when pairs with the verdict 'duplicate' are joined"
+    group = {i: i for i in ids}
+
+    def top(i):
+        while group[i] != i: i = group[i]
+        return i
+    for p in pairs[pairs['verdict'] == 'duplicate'].itertuples(): group[top(p.a)] = top(p.b)
+    return {i: top(i) for i in ids}
+
+
+def test_the_edits_that_were_asked_for_are_all_planted():
+    from covid_cxr.duplicates import EDITS
+    assert set(FLOORS) <= set(EDITS)
+
+
+@pytest.mark.parametrize('edit', FLOORS)
+def test_recall_of_a_planted_edit(planted, edit):
+    found = np.mean([planted[1][f'{edit}:{p}'] == planted[1][f'film:{p}'] for p in range(N)])
+    assert found >= FLOORS[edit], f'{edit}: {found:.0%} of {N} copies were joined with their film'
+
+
+def test_no_stranger_is_called_a_copy(planted):
+    pairs, _ = planted
+    sure = pairs[pairs['verdict'] == 'duplicate']
+    assert len(sure) >= N, 'nothing was found at all'
+    wrong = [(p.a, p.b) for p in sure.itertuples() if p.a.split(':')[1] != p.b.split(':')[1] or p.a.startswith('stranger')]
+    assert wrong == []
+
+
+def test_two_films_of_one_patient_are_two_films(planted):
+    pairs, group = planted
+    assert [p for p in range(N) if group[f'film:{p}'] == group[f'second:{p}']] == []
+    assert not set(pairs.loc[pairs['verdict'] == 'duplicate', ['a', 'b']].to_numpy().ravel()) & {f'second:{p}' for p in range(N)}
+
+
+def test_the_order_of_the_rows_means_nothing(tmp_path):
+    from covid_cxr.duplicates import EDITS, find_near
+    from covid_cxr.phantom import make_phantom
+    for p in range(6):
+        film = make_phantom(5, p, size=256).image
+        Image.fromarray(film).save(tmp_path / f'{p}.png')
+        Image.fromarray(np.ascontiguousarray(EDITS['mirrored'](film))).save(tmp_path / f'm{p}.png')
+    table = pd.DataFrame([dict(image_id=f.stem, path=str(f)) for f in sorted(tmp_path.glob('*.png'))])
+    first = find_near(table)
+    assert len(first) >= 6
+    pd.testing.assert_frame_equal(first, find_near(table.sample(frac=1, random_state=3)))
+
+
+@pytest.fixture(scope='module')
+def covid_pairs():
+    "Table of the June 2020 state, and the near copies in it"
+    from covid_cxr.duplicates import find_near
+    from covid_cxr.sources import read_covid_chestxray
+    t = read_covid_chestxray(DATA / 'covid-chestxray-dataset')
+    return t.set_index('image_id'), find_near(t)
+
+
+def number(table, image_id): return table.loc[image_id, 'patient'].split(':')[-1]
+
+
+@needs_data
+def test_one_film_under_two_patients_is_found_by_name(covid_pairs):
+    t, pairs = covid_pairs
+    sure = pairs[pairs['verdict'] == 'duplicate']
+    found = {frozenset((a.split(':')[1], b.split(':')[1])): (number(t, a), number(t, b)) for a, b in zip(sure['a'], sure['b'])}
+    for p, q, f, g in SAME_FILM:
+        assert frozenset((f, g)) in found, f'{f} and {g} (patients {p} and {q}) are one film'
+        assert set(found[frozenset((f, g))]) == {p, q}
+
+
+@needs_data
+def test_no_other_patients_of_the_covid_set_are_joined(covid_pairs):
+    t, pairs = covid_pairs
+    sure = pairs[pairs['verdict'] == 'duplicate']
+    joined = {frozenset((number(t, a), number(t, b))) for a, b in zip(sure['a'], sure['b'])}
+    assert {j for j in joined if len(j) == 2} == {frozenset((p, q)) for p, q, *_ in SAME_FILM} | TWICE_LISTED
+
+
+@needs_data
+def test_what_is_for_a_person_to_look_at_is_of_one_patient(covid_pairs):
+    "Alike, but not one film: serial films of one patient; none of them joins anything"
+    t, pairs = covid_pairs
+    look = pairs[pairs['verdict'] == 'look']
+    assert len(look) and all(number(t, a) == number(t, b) for a, b in zip(look['a'], look['b']))
+    assert look['score'].max() < .75 and pairs.loc[pairs['verdict'] == 'duplicate', 'score'].min() > .85
+
+
+@needs_data
+def test_exact_copies_in_the_children_set_are_the_known_ones():
+    from covid_cxr.duplicates import find_exact
+    answer = pd.read_csv(DATA / 'kaggle-official-split.csv', dtype=str).set_index('file')
+    files = sorted((DATA / 'chest-xray-pneumonia').rglob('*.jpeg'))
+    assert len(files) == len(answer) == 5856
+    pairs = find_exact(pd.DataFrame(dict(image_id=[f.name for f in files], path=[str(f) for f in files])))
+    group = components([f.name for f in files], pairs)
+    ours = pd.Series(group).groupby(pd.Series(group)).groups
+    ours = {frozenset(v) for v in ours.values() if len(v) > 1}
+    known = {frozenset(v) for v in answer.dropna(subset='exact_dup_group').groupby('exact_dup_group').groups.values()}
+    assert ours == known
+    assert len(ours) == 30 and sum(map(len, ours)) == 62
+    parts = [sorted(answer.loc[list(g), 'official_split']) for g in ours]
+    assert sum(p == ['test', 'test'] for p in parts) == 6 and not any({'train', 'test'} <= set(p) for p in parts)
+
+
+RESULTS = ROOT / 'benchmarks' / 'results' / 'near_duplicates.json'
+
+
+def kept(what):
+    return [k for k in json.loads(RESULTS.read_text()) if k['what'] == what]
+
+
+def test_growth_follows_from_the_stored_sizes():
+    for k in kept('growth'):
+        rows = pd.DataFrame(k['sizes'])
+        for column, slope in k['slopes'].items():
+            r = rows.dropna(subset=column)
+            assert len(r) >= 2 and np.polyfit(np.log(r['n']), np.log(r[column]), 1)[0] == pytest.approx(slope, abs=.006), column
+        both = rows.dropna(subset='times_faster')
+        fair = 'cpu_seconds' if 'all_pairs_cpu_seconds' in both else 'seconds'
+        assert len(both) and np.allclose(both[f'all_pairs_{fair}'] / both[fair], both['times_faster'], atol=.06)
+    assert kept('growth')[-1]['sizes'][-1]['n'] == 100_000
+
+
+def test_results_name_no_place_and_count_what_they_list():
+    assert not any(w in RESULTS.read_text() for w in ('/home', '/tmp', '/work', 'C:\\'))
+    r = kept('real films')[-1]
+    assert 0 <= r['false_duplicates'] <= len(r['pairs_under_other_names']) and r['independent_copies_found'] <= r['independent_copies']
+    assert set(FLOORS) <= set(r['recall']) and all(0 <= v <= 1 for v in r['recall'].values())
