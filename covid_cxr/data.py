@@ -4,14 +4,15 @@
 
 # %% ../nbs/09_data.ipynb #imports
 from __future__ import annotations
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, TransformBlock
-from fastai.vision.augment import aug_transforms
+from fastai.vision.augment import AffineCoordTfm, affine_mat, aug_transforms
 from fastai.vision.core import TensorImageBW
 import fastai.callback.data      # adds weighted_dataloaders to DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from .core import TableError, require_columns, used
+from .core import RecipeError, TableError, require_columns, used
 from .images import ImageRule, load_image
 from .model import MEAN, STD
 from .table import check_split
@@ -38,13 +39,24 @@ def split_column(table):
     return [list(np.flatnonzero(table['split'].to_numpy(object) == s)) for s in ('train', 'valid')]
 
 # %% ../nbs/09_data.ipynb #augment
+def _shift_mat(x, share, p=.75):
+    "(n, 3, 3) moves by up to a share of the side, each way, for a share p of the pictures; fastai counts a side as 2"
+    n = x.size(0)
+    on = (x.new_empty(n).uniform_(0, 1) < p).to(x.dtype)
+    tx, ty = (x.new_empty(n).uniform_(-2 * share, 2 * share) * on for _ in range(2))
+    one, zero = torch.ones_like(tx), torch.zeros_like(tx)
+    return affine_mat(one, zero, tx, zero, one, ty)
+
 def cxr_augment(rotate: float = 10.,  # largest rotation, degrees, either way
                 zoom: float = 1.1,    # largest enlargement, factor
                 lighting: float = .2, # largest change of brightness and contrast, share
                 flip: bool = False,   # mirror left and right at random?
+                shift: float = 0.,    # largest move along each side, share of the side
                ) -> list:             # fastai batch transforms
     "The batch augmentations that a frontal chest film allows; never a vertical flip, never a warp"
-    return aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=1., max_zoom=zoom, max_lighting=lighting, max_warp=0., pad_mode='zeros')
+    if not 0 <= shift < .5: raise RecipeError(f'shift = {shift}; give a share of the side from 0 (off) to below 0.5.')
+    move = [AffineCoordTfm(aff_fs=partial(_shift_mat, share=shift), pad_mode='zeros')] if shift else []
+    return aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=1., max_zoom=zoom, max_lighting=lighting, max_warp=0., pad_mode='zeros', xtra_tfms=move)
 
 # %% ../nbs/09_data.ipynb #cxr-block
 def cxr_block(classes,                  # class names in the order of the task, negative first

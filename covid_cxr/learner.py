@@ -5,6 +5,7 @@
 # %% ../nbs/10_learner.ipynb #imports
 from __future__ import annotations
 import contextlib, math, os, random, shutil, sys, time
+from functools import partial
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -13,7 +14,7 @@ from fastai.callback.schedule import LRFinder, valley
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric, accuracy
-from fastai.optimizer import Adam
+from fastai.optimizer import Adam, SGD
 from fastai.torch_core import params
 import fastai.callback.fp16, fastai.callback.progress    # they add to_fp16, no_bar and the progress bar to Learner
 from sklearn.metrics import roc_auc_score
@@ -21,8 +22,9 @@ from .core import CxrError, RecipeError, RunError, TableError, atomic_path, near
 from .model import MEAN, STD, cxr_model
 
 # %% auto #0
-__all__ = ['IMBALANCE', 'ARTICLE_ROUNDS', 'split_params', 'auc_score', 'class_weights', 'keep_random_state', 'cxr_learner',
-           'Round', 'fit_epochs', 'EpochKeeper', 'RoundsRun', 'suggest_lr', 'fit_rounds', 'predict_table']
+__all__ = ['IMBALANCE', 'OPTIMISERS', 'SCHEDULES', 'ARTICLE_ROUNDS', 'split_params', 'auc_score', 'class_weights',
+           'keep_random_state', 'CostLoss', 'check_costs', 'cxr_learner', 'Round', 'fit_epochs', 'epoch_lr',
+           'EpochKeeper', 'RoundsRun', 'suggest_lr', 'fit_rounds', 'predict_table']
 
 # %% ../nbs/10_learner.ipynb #helpers
 def split_params(model):
@@ -55,8 +57,28 @@ def keep_random_state():
     try: yield
     finally: random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
 
+# %% ../nbs/10_learner.ipynb #cost-loss
+class CostLoss(CrossEntropyLossFlat):
+    "Cross-entropy times the cost of (true class, called class)"
+    def __init__(self, costs, # (k, k) row: true class, column: called class
+                 **kwargs):
+        super().__init__(**kwargs)
+        self.costs = torch.tensor(costs, dtype=torch.float32)
+    def __call__(self, logits, target, **kwargs):
+        each = torch.nn.functional.cross_entropy(logits, target.long(), weight=self.func.weight, reduction='none')
+        cost = self.costs.to(logits.device)[target.long(), logits.detach().argmax(1)]
+        loss = torch.as_tensor(each * cost)
+        return loss.mean() if self.reduction == 'mean' else loss
+
+def check_costs(costs, k):
+    "A cost matrix that k classes can use, or a refusal; empty means none"
+    ok = not len(costs) or (len(costs) == k and all(len(r) == k and all(math.isfinite(c) and c >= 0 for c in r) and max(r) > 0 for r in costs))
+    if not ok: raise RecipeError(f'costs = {costs}; give {k} rows of {k} numbers from 0 (row: true class, column: called class), none all zero, or [] for none.')
+    return costs
+
 # %% ../nbs/10_learner.ipynb #cxr-learner
 IMBALANCE = ('none', 'weighted_loss', 'oversample')
+OPTIMISERS = ('adam', 'sgd')
 
 def cxr_learner(dls,                                # from `cxr_dls`
                 arch: str = 'resnet50',             # one of `model.ARCHS`
@@ -66,17 +88,24 @@ def cxr_learner(dls,                                # from `cxr_dls`
                 path = '.',                         # where fastai may put files
                 seed: int = 0,                      # for the initial weights of the head (and of the body with weights='none')
                 mixed_precision: bool = True,       # only on a GPU
+                optimiser: str = 'adam',            # 'adam', or 'sgd' with momentum
+                momentum: float = .9,               # of 'sgd' (its first moment for 'adam' is fastai's .9)
+                costs = (),                         # (k, k) cost of true class (row) called class (column); empty: none
                ) -> Learner:                        # metrics accuracy and auc; `learn.cxr` says what was built
     "A fastai Learner that fine-tunes a grey-channel backbone on the classes of `dls`"
     if imbalance not in IMBALANCE: raise RecipeError(f"unknown imbalance '{imbalance}'{nearest(imbalance, IMBALANCE)} (known: {', '.join(IMBALANCE)})")
+    if optimiser not in OPTIMISERS: raise RecipeError(f"unknown optimiser '{optimiser}'{nearest(optimiser, OPTIMISERS)} (known: {', '.join(OPTIMISERS)})")
     classes = list(dls.vocab)
+    costs = [list(r) for r in check_costs(costs, len(classes))]
     with keep_random_state():
         torch.manual_seed(seed)
         model = cxr_model(arch, len(classes), weights).to(memory_format=torch.channels_last)
     w = torch.tensor(class_weights(dls.train_ds.items['label'], classes), dtype=torch.float32, device=dls.device) if imbalance == 'weighted_loss' else None
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(weight=w), opt_func=Adam, splitter=split_params, wd=wd, path=Path(path),
+    loss = CostLoss(costs, weight=w) if costs else CrossEntropyLossFlat(weight=w)
+    learn = Learner(dls, model, loss_func=loss, opt_func=Adam if optimiser == 'adam' else partial(SGD, mom=momentum), splitter=split_params, wd=wd, path=Path(path),
                     metrics=[accuracy, AccumMetric(_softmax_auc, name='auc', flatten=False)])
     learn.cxr = dict(arch=arch, weights=str(weights), classes=classes, mean=MEAN, std=STD, rule=_rule_of(dls).to_dict())
+    learn.cxr_training = dict(optimiser=optimiser, momentum=momentum, costs=costs, imbalance=imbalance)
     if str(weights) != 'none': learn.freeze()
     if mixed_precision and torch.device(dls.device).type == 'cuda': learn.to_fp16()
     return learn
@@ -88,6 +117,8 @@ def _rule_of(dls):
     raise TableError('these DataLoaders do not read with an ImageRule; make them with cxr_dls.')
 
 # %% ../nbs/10_learner.ipynb #rounds
+SCHEDULES = ('one_cycle', 'flat', 'exp_decay')
+
 @dataclass(frozen=True)
 class Round:
     "One lr_find + fit_one_cycle"
@@ -109,6 +140,11 @@ def fit_epochs(rounds, epochs: int) -> list:
         if left: out.append(Round(min(r.epochs, left), r.frozen, r.lr)); left -= out[-1].epochs
     return [*out[:-1], Round(out[-1].epochs + left, out[-1].frozen, out[-1].lr)] if left else out
 
+# %% ../nbs/10_learner.ipynb #epoch-lr
+def epoch_lr(schedule: str, lr: float, epoch: int, decay: float) -> float: # None where fastai's one-cycle decides, batch by batch
+    "The rate of one epoch (0, 1, ...) of a round"
+    return None if schedule == 'one_cycle' else lr if schedule == 'flat' else lr * decay ** epoch
+
 # %% ../nbs/10_learner.ipynb #keeper
 def _seed_all(dls, *numbers):
     "Set every source of chance from a few whole numbers"
@@ -123,6 +159,8 @@ class EpochKeeper(Callback):
     def before_epoch(self):
         _seed_all(self.dls, self.run_.seed, self.run_.state['round'], self.epoch)
         self.total, self.count, self.begun = 0., 0, time.perf_counter()
+        lr = epoch_lr(self.run_.schedule, self.run_.state['lr'], self.epoch, self.run_.decay)
+        if lr is not None: self.opt.set_hypers(lr=slice(lr / 100, lr) if self.run_.sliced else lr)
     def after_batch(self):
         if not self.training: return
         if not math.isfinite(self.loss_grad.item()):
@@ -141,7 +179,9 @@ class EpochKeeper(Callback):
 # %% ../nbs/10_learner.ipynb #rounds-run
 class RoundsRun:
     "Where a training stands: its checkpoint folder, its history, its best epoch"
-    def __init__(self, learn, folder, key, seed, monitor, patience, total, log):
+    def __init__(self, learn, folder, key, seed, monitor, patience, total, log, schedule='one_cycle', decay=.9):
+        if schedule not in SCHEDULES: raise RecipeError(f"schedule='{schedule}'{nearest(schedule, SCHEDULES)} (known: {', '.join(SCHEDULES)})")
+        self.schedule, self.decay, self.sliced = schedule, decay, False
         self.learn, self.folder, self.key, self.seed, self.patience, self.log = learn, Path(folder), key, seed, patience, log
         if monitor not in ('valid_loss', 'auc', 'accuracy'): raise RecipeError(f"monitor='{monitor}'{nearest(monitor, ('valid_loss', 'auc', 'accuracy'))} (known: valid_loss, auc, accuracy)")
         self.monitor, self.sign, self.total = monitor, -1 if monitor == 'valid_loss' else 1, total
@@ -240,11 +280,17 @@ def fit_rounds(learn: Learner,           # from `cxr_learner`
                lr_find_it: int = 100,    # steps of lr_find, 40 or more
                key: str = '',            # what else must be the same to resume, e.g. a hash of the table
                log = print,              # takes one line of text
+               schedule: str = 'one_cycle', # how the rate goes within a round: 'one_cycle', 'flat' or 'exp_decay'
+               decay: float = .9,        # factor of 'exp_decay' after every epoch
+               keep: str = 'best',       # the weights at the end: of the 'best' epoch, or of the 'last' one
               ) -> pd.DataFrame:         # the history: one row per epoch
     "Train in rounds of lr_find + fit_one_cycle, resuming where a killed run stopped; the Learner ends with its best weights"
+    if keep not in ('best', 'last'): raise RecipeError(f"keep='{keep}'{nearest(keep, ('best', 'last'))} (known: best, last)")
+    if not 0 < decay <= 1: raise RecipeError(f'decay={decay}; give a factor above 0 and at most 1.')
     rounds = [r if isinstance(r, Round) else Round(**r) for r in rounds]
-    key = sha256_text(key, seed, monitor, patience, lr_find_it, sorted(learn.cxr.items()), [asdict(r) for r in rounds], learn.dls.bs)
-    run = RoundsRun(learn, folder, key, seed, monitor, patience, sum(r.epochs for r in rounds), log)
+    key = sha256_text(key, seed, monitor, patience, lr_find_it, sorted(learn.cxr.items()), [asdict(r) for r in rounds], learn.dls.bs,
+                      schedule, decay, sorted(learn.cxr_training.items()))
+    run = RoundsRun(learn, folder, key, seed, monitor, patience, sum(r.epochs for r in rounds), log, schedule, decay)
     run.folder.mkdir(parents=True, exist_ok=True)
     with keep_random_state(), _quiet(learn):
         opt = run.load()
@@ -253,7 +299,7 @@ def fit_rounds(learn: Learner,           # from `cxr_learner`
             if i > run.state['round'] or opt is None: run.state.update(round=i, epoch=0, lr=None)
             _fit_round(run, rounds[i], opt, lr_find_it)
             opt = None
-    if (run.folder / 'best.pt').exists(): learn.model.load_state_dict(torch.load(run.folder / 'best.pt', map_location='cpu', weights_only=True))
+    if keep == 'best' and (run.folder / 'best.pt').exists(): learn.model.load_state_dict(torch.load(run.folder / 'best.pt', map_location='cpu', weights_only=True))
     learn.history, learn.lr_curves = run.history(), pd.DataFrame(run.state['lr_curves'])
     return learn.history
 
@@ -270,8 +316,10 @@ def _fit_round(run, rnd, opt, lr_find_it):
         learn.opt = None                                          # a fresh optimizer: lr_find leaves its momentum behind
         learn.freeze() if rnd.frozen and pretrained else learn.unfreeze()
     else: s['lr'] = float(rnd.lr)
-    lr = slice(s['lr'] / 100, s['lr']) if pretrained and not rnd.frozen else s['lr']
-    try: learn.fit_one_cycle(rnd.epochs, lr, start_epoch=s['epoch'], cbs=EpochKeeper(run, s['epoch']))
+    run.sliced = pretrained and not rnd.frozen
+    lr = slice(s['lr'] / 100, s['lr']) if run.sliced else s['lr']
+    fit = learn.fit_one_cycle if run.schedule == 'one_cycle' else learn.fit
+    try: fit(rnd.epochs, lr, start_epoch=s['epoch'], cbs=EpochKeeper(run, s['epoch']))
     except Exception:
         if run.refusal is not None: raise run.refusal from None
         raise

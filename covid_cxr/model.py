@@ -11,7 +11,7 @@ from torch import nn
 from .core import WeightsError, VocabularyError, nearest
 
 # %% auto #0
-__all__ = ['MEAN', 'STD', 'ARCHS', 'normalise', 'ConcatPool', 'imagenet_file', 'cxr_model']
+__all__ = ['MEAN', 'STD', 'ARCHS', 'OWN', 'normalise', 'ConcatPool', 'imagenet_file', 'cxr_model']
 
 # %% ../nbs/08_model.ipynb #constants
 MEAN, STD = 0.449, 0.226      # means of ImageNet's (.485, .456, .406) and (.229, .224, .225)
@@ -38,13 +38,20 @@ def _to_one_channel(body):
 
 # %% ../nbs/08_model.ipynb #body
 ARCHS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext50_32x4d', 'wide_resnet50_2', 'densenet121', 'densenet169', 'vgg16_bn',
-         'efficientnet_b0', 'efficientnet_b3', 'mobilenet_v3_small', 'mobilenet_v3_large', 'convnext_tiny')
+         'efficientnet_b0', 'efficientnet_b3', 'mobilenet_v3_small', 'mobilenet_v3_large', 'convnext_tiny', 'cnn3', 'vgg_small')
+OWN = dict(cnn3=((32, 64, 128), 128), vgg_small=((32, 64, 128, 512), 0))     # channels of the convolutions, width of the dense layer (0: none)
 
 def _check_arch(arch):
     if arch not in ARCHS: raise VocabularyError(f"unknown architecture '{arch}'{nearest(arch, ARCHS)} (known: {', '.join(ARCHS)})")
 
+def _own_body(channels):
+    "3x3 convolution, ReLU, 2x2 max-pool, once per number of channels; for one grey channel"
+    layers = [(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)) for a, b in zip((1, *channels), channels)]
+    return _he(nn.Sequential(*(layer for block in layers for layer in block)))
+
 def _backbone(arch):
-    "A torchvision classifier without its classifier, for three channels"
+    "A torchvision classifier without its classifier, for three channels; one of ours, for one"
+    if arch in OWN: return _own_body(OWN[arch][0])
     m = torchvision.models.get_model(arch, weights=None)
     if arch.startswith(('resnet', 'resnext', 'wide_resnet')): return nn.Sequential(*list(m.children())[:-2])
     return nn.Sequential(m.features, nn.ReLU(inplace=True)) if arch.startswith('densenet') else nn.Sequential(m.features)
@@ -64,15 +71,28 @@ class ConcatPool(nn.Module):
 def _head(n_features, n_out, hidden=512, dropout=.5):
     head = nn.Sequential(ConcatPool(), nn.Flatten(), nn.BatchNorm1d(2 * n_features), nn.Dropout(dropout / 2), nn.Linear(2 * n_features, hidden, bias=False),
                          nn.ReLU(inplace=True), nn.BatchNorm1d(hidden), nn.Dropout(dropout), nn.Linear(hidden, n_out))
-    for m in head:
-        if isinstance(m, nn.Linear):
+    return _he(head)
+
+def _he(layers):
+    "He's initial weights, for layers that feed a ReLU"
+    for m in layers:
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(m.weight)
             if m.bias is not None: nn.init.zeros_(m.bias)
+    return layers
+
+def _flat_head(n_features, n_out, hidden, grid=8, dropout=.5):
+    "The head of the small networks: an 8x8 grid flattened (so that any picture size fits), a dense layer with ReLU, the classes"
+    last = [nn.Dropout(dropout), nn.Linear(hidden or n_features * grid * grid, n_out)]
+    dense = [nn.Linear(n_features * grid * grid, hidden), nn.ReLU(inplace=True)] if hidden else []
+    head = _he(nn.Sequential(nn.AdaptiveAvgPool2d(grid), nn.Flatten(), *dense, *last))
+    nn.init.xavier_normal_(head[-1].weight)                       # no ReLU follows: smaller first logits
     return head
 
 # %% ../nbs/08_model.ipynb #imagenet-file
 def imagenet_file(arch: str) -> tuple:  # (url, Path where torchvision looks for it)
     "Where the ImageNet weights of an architecture come from, and where they lie once they are here"
+    if arch in OWN: raise WeightsError(f"nobody trained {arch} on ImageNet; use weights='none', the path of weights made by a run of this library, or an architecture of torchvision.")
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     return url, Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1]
 
@@ -110,6 +130,7 @@ def _load_body(body, state, arch, origin):
     "Fill the three-channel body from a torchvision state, or the one-channel body from ours"
     own = {k[2:]: v for k, v in state.items() if k.startswith('0.')}         # a whole network of this library: body is '0.', head is '1.'
     if own: return _fill(_to_one_channel(body), own, arch, origin)
+    if arch in OWN: return _fill(body, {}, arch, origin)                     # says what is missing
     full = torchvision.models.get_model(arch, weights=None)
     named = dict(zip(_backbone_names(full, arch), body.state_dict()))        # torchvision's names -> ours
     return _to_one_channel(_fill(body, {named[k]: v for k, v in state.items() if k in named}, arch, origin))
@@ -138,4 +159,5 @@ def cxr_model(arch: str = 'resnet50',       # one of `ARCHS`
     if str(weights) == 'none': body = _to_one_channel(body)
     elif str(weights) == 'imagenet': body = _load_body(body, _imagenet_state(arch), arch, 'from ImageNet')
     else: body = _load_body(body, _read_state(weights), arch, f'in {weights}')
-    return nn.Sequential(body, _head(_n_features(body), n_out))
+    n = _n_features(body)
+    return nn.Sequential(body, _flat_head(n, n_out, OWN[arch][1]) if arch in OWN else _head(n, n_out))

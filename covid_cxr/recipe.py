@@ -4,23 +4,24 @@
 
 # %% ../nbs/15_recipe.ipynb #imports
 from __future__ import annotations
-import dataclasses, importlib.resources, re, sys, typing
+import dataclasses, importlib.resources, math, re, sys, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cache import ImageCache, check_images
-from .core import RecipeError, SourceError, canonical_finding, exclude, is_finding, nearest, sha256_text, used
+from .core import RecipeError, SourceError, TableError, LeakError, canonical_finding, exclude, is_finding, nearest, sha256_file, sha256_text, used
 from .images import ImageRule
 from .licences import LICENCE_RULES, keep_licences
 from .sources import SOURCES, read_source
-from .table import as_task, check_split, drop_repeats, group_leaksafe, join_tables, keep_views, label_for, split_by_group, split_official, split_random
+from .table import (as_task, check_split, drop_repeats, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, split_by_group,
+                             split_official, split_random, use_fold)
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
 __all__ = ['SourceSpec', 'DataSpec', 'SplitSpec', 'ImageSpec', 'ModelSpec', 'RoundSpec', 'TrainingSpec', 'EvaluationSpec',
            'Recipe', 'parse_recipe', 'check_recipe', 'list_recipes', 'load_recipe', 'dump_recipe', 'recipe_hash',
-           'override', 'sample_patients', 'read_one_source', 'build_table']
+           'override', 'sample_patients', 'read_one_source', 'split_published', 'check_pretrained', 'build_table']
 
 # %% ../nbs/15_recipe.ipynb #fields
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class SourceSpec:
     metadata: str = ''              # another metadata file than the collection's own, below the data folder
     findings: list[str] = field(default_factory=list) # keep only these findings and their kinds; empty: all
     sample: int = 0                 # use about so many images, whole patients drawn by the seed; 0: all
+    images: list[str] = field(default_factory=list) # folders below the data folder that hold the files (a collection that is only a table: coronahack)
+    min_age: float = 0.             # years; younger people, and those of unknown age, are left out; 0: all
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -39,15 +42,19 @@ class DataSpec:
     views: list[str] = field(default_factory=list)  # e.g. ["PA"]; empty: all
     licences: str = 'all'           # 'all', 'stated' (a licence is given) or 'commercial' (one that permits commercial use)
     duplicates: str = 'near'        # pictures that join groups: 'near', 'exact' or 'none'
+    repeats: str = 'drop'           # a picture that is there twice: 'drop' uses it once, 'keep' as often as it stands there (an article's protocol)
     on_bad: str = 'raise'           # a file that cannot be read: 'raise' stops the run, 'exclude' leaves it out and says so in the table
     phantom_patients: int = 0       # make synthetic radiographs of so many patients when no data folder is given
 
 @dataclass(frozen=True)
 class SplitSpec:
     "Who is trained on and who is judged: `[split]`"
-    kind: str = 'group'             # 'group' (leak-safe), 'official' (the source's own test) or 'image' (leaks; an article's protocol)
-    valid_pct: float = .2           # share of the images for validation
-    test_pct: float = .2            # share of the images for the test; not used by 'official'
+    kind: str = 'group'             # 'group' (leak-safe), 'official' (the source's own test, validation carved out by group), 'published' (all three parts
+                                    # of the source), 'fold' (leak-safe cross-validation) or 'image' (leaks; an article's protocol)
+    valid_pct: float = .2           # share of the images for validation; not used by 'published'
+    test_pct: float = .2            # share of the images for the test; 'group' and 'image' only
+    n_folds: int = 5                # 'fold': so many folds,
+    fold: int = 0                   # of which this one, from 0, is the test part
     allow_leak: bool = False        # go on although a group stands on both sides; the results then say so
 
 @dataclass(frozen=True)
@@ -80,10 +87,17 @@ class TrainingSpec:
     monitor: str = 'valid_loss'     # what the best epoch is chosen by: 'valid_loss', 'auc' or 'accuracy'
     patience: int = 0               # stop after so many epochs without a better one; 0: never
     lr_find_it: int = 100           # steps of lr_find
+    optimiser: str = 'adam'         # 'adam' or 'sgd'
+    momentum: float = .9            # of 'sgd'
+    schedule: str = 'one_cycle'     # the rate within a round: 'one_cycle', 'flat' or 'exp_decay'
+    decay: float = .9               # 'exp_decay': factor of the rate after every epoch
+    costs: list[list[float]] = field(default_factory=list) # cost of true class (row) called class (column), times the loss; empty: none
+    keep: str = 'best'              # the weights that are judged: of the 'best' epoch, or of the 'last' one
     rotate: float = 10.             # augmentation: degrees
     zoom: float = 1.1               # augmentation: factor
     lighting: float = .2            # augmentation: share
     flip: bool = False              # augmentation: mirror left and right
+    shift: float = 0.               # augmentation: share of the side
     num_workers: int = 0            # processes that read ahead
 
 @dataclass(frozen=True)
@@ -147,18 +161,30 @@ def check_recipe(recipe: Recipe) -> Recipe:
         for f in s.findings: canonical_finding(f)
     ImageRule(**dataclasses.asdict(recipe.image))
     s, t = recipe.split, recipe.training
-    _one_of('split.kind', s.kind, ('group', 'official', 'image'))
+    _one_of('split.kind', s.kind, ('group', 'official', 'published', 'fold', 'image'))
+    if not (s.n_folds > 1 and 0 <= s.fold < s.n_folds): raise RecipeError(f'split.fold = {s.fold} of split.n_folds = {s.n_folds}; there must be two folds or more, and fold counts from 0.')
     _one_of('data.licences', recipe.data.licences, LICENCE_RULES)
     _one_of('data.on_bad', recipe.data.on_bad, ('raise', 'exclude'))
     _one_of('data.duplicates', recipe.data.duplicates, ('near', 'exact', 'none'))
     _one_of('training.imbalance', t.imbalance, ('none', 'weighted_loss', 'oversample'))
-    _one_of('training.monitor', t.monitor, ('valid_loss', 'auc', 'accuracy'))
+    _one_of('data.repeats', recipe.data.repeats, ('drop', 'keep'))
+    for k, v, known in (('monitor', t.monitor, ('valid_loss', 'auc', 'accuracy')), ('optimiser', t.optimiser, ('adam', 'sgd')),
+                        ('schedule', t.schedule, ('one_cycle', 'flat', 'exp_decay')), ('keep', t.keep, ('best', 'last'))): _one_of(f'training.{k}', v, known)
+    _check_training(t, len(task.classes))
     if not (0 < s.valid_pct < 1 and 0 <= s.test_pct < 1 and s.valid_pct + s.test_pct < 1): raise RecipeError(f'split.valid_pct={s.valid_pct} and split.test_pct={s.test_pct} must be shares that leave something to train on.')
     for k, v, low in (('training.bs', t.bs, 2), ('training.lr_find_it', t.lr_find_it, 40), ('evaluation.n_boot', recipe.evaluation.n_boot, 100), ('training.rounds', len(t.rounds), 1), ('seed', recipe.seed, 0)):
         if v < low: raise RecipeError(f'{k} = {v}; it must be {low} or more.')
     for i, r in enumerate(t.rounds):
         if r.epochs < 1 or not 0 <= r.lr < 10: raise RecipeError(f'training.rounds[{i}] has epochs={r.epochs}, lr={r.lr}; epochs must be 1 or more, lr between 0 (ask lr_find) and 10.')
     return recipe
+
+def _check_training(t, k):
+    "Numbers of the schedule, the augmentation and the cost matrix"
+    for name, v, ok, want in (('momentum', t.momentum, 0 <= t.momentum < 1, 'from 0 to below 1'), ('decay', t.decay, 0 < t.decay <= 1, 'above 0 and at most 1'),
+                              ('shift', t.shift, 0 <= t.shift < .5, 'a share of the side from 0 to below 0.5')):
+        if not ok: raise RecipeError(f'training.{name} = {v}; it must be {want}.')
+    square = len(t.costs) == k and all(len(r) == k and all(math.isfinite(c) and c >= 0 for c in r) and max(r) > 0 for r in t.costs)
+    if t.costs and not square: raise RecipeError(f'training.costs = {t.costs}; this task needs {k} rows of {k} numbers from 0 (row: true class, column: called class), none all zero.')
 
 def _one_of(where, v, known):
     if v not in known: raise RecipeError(f"{where} = '{v}' is unknown{nearest(v, known)} (known: {', '.join(known)})")
@@ -167,8 +193,8 @@ def _one_of(where, v, known):
 def _shipped(): return {p.name[:-5]: p for p in importlib.resources.files('covid_cxr').joinpath('recipes').iterdir() if p.name.endswith('.toml')}
 
 def list_recipes() -> pd.DataFrame: # columns name, title, task
-    "The recipes that come with the library"
-    rows = [parse_recipe(p.read_text(encoding='utf-8'), n) for n, p in sorted(_shipped().items())]
+    "The recipes that come with the library: the demo, then article by article"
+    rows = sorted((parse_recipe(p.read_text(encoding='utf-8'), n) for n, p in _shipped().items()), key=lambda r: (r.name != 'demo', r.title, r.name))
     return pd.DataFrame([dict(name=r.name, title=r.title, task=r.task) for r in rows])
 
 def load_recipe(name  # name of a shipped recipe, or path of a TOML file
@@ -258,15 +284,54 @@ def sample_patients(table: pd.DataFrame, # rows of one source
     chosen = sizes.index[(sizes.cumsum() - sizes) < n]
     return exclude(table, table.index.isin(u.index) & ~table.index.isin(u.index[key.isin(chosen)]), f'not in the sample of {n} images (seed {seed})')
 
-def read_one_source(spec: SourceSpec, data, seed: int) -> pd.DataFrame:
+def read_one_source(spec: SourceSpec, data, seed: int,
+                    **options            # more for the reader, e.g. patient=r'(p\d+)_' of `read_folder`
+                   ) -> pd.DataFrame:
     "One source as the recipe wants it: its findings, its sample"
     kw = dict(metadata=Path(data) / spec.metadata) if spec.metadata else {}
-    t = read_source(spec.name, _find_root(spec, data), **kw)
+    if spec.images: kw['roots'] = [Path(data).resolve() / f for f in spec.images]
+    t = read_source(spec.name, _find_root(spec, data), **kw, **options)
     if spec.findings:
         want = [canonical_finding(f) for f in spec.findings]
         keep = [not isinstance(f, str) or any(is_finding(f, w) for w in want) for f in t['finding']]     # not stated stays for label_for to say so
         t = exclude(t, ~np.array(keep, bool), [f'finding not wanted: {f}' for f in t['finding']])
+    if spec.min_age: t = exclude(exclude(t, t['age_years'] < spec.min_age, f'younger than {spec.min_age:g} years'), t['age_years'].isna(), 'age not recorded')
     return sample_patients(t, spec.sample, seed)
+
+def _split(t, s, seed):
+    "The split that a recipe asks for"
+    if s.kind == 'official': return split_official(t, valid_pct=s.valid_pct, seed=seed)
+    if s.kind == 'published': return split_published(t)
+    if s.kind == 'fold': return use_fold(fold_by_group(t, s.n_folds, seed), s.fold, valid_pct=s.valid_pct, seed=seed)
+    return (split_by_group if s.kind == 'group' else split_random)(t, valid_pct=s.valid_pct, test_pct=s.test_pct, seed=seed)
+
+def split_published(table: pd.DataFrame) -> pd.DataFrame: # `split` filled in for used rows
+    "All three parts as the publisher made them, the validation part too, however small"
+    rows = used(table)
+    part = rows['official_split'].replace('val', 'valid') if 'official_split' in rows else pd.Series(np.nan, index=rows.index, dtype=object)
+    if not part.isin(['train', 'valid', 'test']).all():
+        raise TableError(f"split 'published': {(~part.isin(['train', 'valid', 'test'])).sum()} used rows have no published part; use split.kind='official' or 'group'.")
+    table = table.copy()
+    table['split'] = part.reindex(table.index).astype(object)
+    return table
+
+# %% ../nbs/15_recipe.ipynb #check-pretrained
+def check_pretrained(weights,             # 'none', 'imagenet' or a path, as in `ModelSpec`
+                     table: pd.DataFrame, # with its split
+                    ) -> int:             # images that the weights were trained and validated on, as far as that is recorded
+    "Refuse weights that have seen an image of the test part, by image, patient, group and file hash"
+    at = Path(str(weights))
+    seen_by = next((f for f in (at.parent / 'table.csv', at.parent.parent / 'table.csv') if f.is_file()), None)
+    if str(weights) in ('none', 'imagenet') or seen_by is None: return 0
+    seen = pd.read_csv(seen_by, dtype=str, low_memory=False)
+    seen, test = seen[seen['excluded'].isna() & seen['split'].isin(['train', 'valid'])], used(table)[used(table)['split'] == 'test']
+    for key in ('image_id', 'patient', 'group'):
+        both = sorted(set(seen[key].dropna()) & set(test[key].dropna()))
+        if both: raise LeakError(f"the weights {at} were trained on {len(both)} {key}s of this test part (e.g. '{both[0]}'); take other weights, or leave that source out.")
+    known = {sha256_file(p) for p in seen['path'].dropna() if Path(p).is_file()} if len(test) else set()
+    both = [p for p in test['path'] if sha256_file(p) in known]
+    if both: raise LeakError(f"the weights {at} were trained on {len(both)} files of this test part (e.g. '{Path(both[0]).name}', same bytes); take other weights, or leave that source out.")
+    return len(seen)
 
 # %% ../nbs/15_recipe.ipynb #build-table
 def build_table(recipe: Recipe,
@@ -282,8 +347,8 @@ def build_table(recipe: Recipe,
     t = label_for(t, recipe.task)
     t = check_images(t, rule, cache, on_bad=d.on_bad)
     t = group_leaksafe(t, duplicates=d.duplicates, cache_file=cache_file)
-    if d.duplicates != 'none': t = drop_repeats(t, cache_file=cache_file)
-    if s.kind == 'official': t = split_official(t, valid_pct=s.valid_pct, seed=recipe.seed)
-    else: t = (split_by_group if s.kind == 'group' else split_random)(t, valid_pct=s.valid_pct, test_pct=s.test_pct, seed=recipe.seed)
+    if d.duplicates != 'none' and d.repeats == 'drop': t = drop_repeats(t, cache_file=cache_file)
+    t = _split(t, s, recipe.seed)
     check_split(t, allow_leak=s.allow_leak)
+    check_pretrained(recipe.model.weights, t)
     return t
