@@ -34,7 +34,17 @@ def keep(run, name, command=''):
     state.update(command=command, cpu=cpu_model(), cores=os.cpu_count(), images_trained=int(h['images'].sum()), training_seconds=float(h['seconds'].sum()),
                  seconds_per_image=float(h['seconds'].sum() / h['images'].sum()))
     (out / 'run.json').write_text(json.dumps(state, indent=1) + '\n')
+    keep_ladder(run, out)
     print(out)
+
+
+def keep_ladder(run, out):
+    "What the frozen model did on other collections: ladder.json, and the predictions of every rung without paths"
+    if not (Path(run) / 'ladder.json').exists(): return
+    shutil.copy(Path(run) / 'ladder.json', Path(out) / 'ladder.json')
+    (Path(out) / 'ladder').mkdir(exist_ok=True)
+    for rung in json.loads((Path(run) / 'ladder.json').read_text())['rungs']:
+        pd.read_csv(Path(run) / rung['predictions']).drop(columns='path').to_csv(Path(out) / rung['predictions'], index=False)
 
 
 if __name__ == '__main__':

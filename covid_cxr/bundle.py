@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, shutil, tempfile
 from pathlib import Path
 from .core import BundleError, RunError, nearest, sha256_file, versions, write_json
+from .gate import Gate
 from .images import ImageRule
 
 # %% auto #0
@@ -24,6 +25,7 @@ def save_bundle(learn,                       # a Learner made by `cxr_learner`
                 provenance: dict = None,     # recipe, table hash, metric: whatever the run knows
                 synthetic: bool = False,     # was it trained on phantoms?
                 pickle: bool = True,         # also write export.pkl for fastai users
+                gate: Gate = None,           # of `fit_gate`: what is declined before the model answers; None answers everything
                ) -> Path:                    # the folder
     "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
     from safetensors.torch import save_file
@@ -39,7 +41,7 @@ def save_bundle(learn,                       # a Learner made by `cxr_learner`
             format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, synthetic=synthetic, arch=spec['arch'], classes=spec['classes'], image=spec['rule'],
             mean=spec['mean'], std=spec['std'], threshold=threshold, temperature=temperature, operating_point=operating_point or {},
             weights=dict(file='weights.safetensors', sha256=sha256_file(tmp / 'weights.safetensors'), started_from=spec['weights']),
-            provenance=provenance or {}, versions=versions()))
+            provenance=provenance or {}, **({} if gate is None else dict(gate=gate.to_dict())), versions=versions()))
         if pickle: _export_pickle(learn, tmp / 'export.pkl')
         if folder.exists(): shutil.rmtree(folder)
         tmp.rename(folder)
@@ -97,6 +99,7 @@ def _check_values(b, folder):
     if not (isinstance(t, (int, float)) and 0 <= t <= 1): raise BundleError(f'{folder} has threshold {t!r}; it must lie between 0 and 1.')
     if not (isinstance(b['temperature'], (int, float)) and b['temperature'] > 0): raise BundleError(f"{folder} has temperature {b['temperature']!r}; it must be above 0.")
     ImageRule.from_dict(b['image'])
+    if b.get('gate') is not None: Gate.from_dict(b['gate'])
 
 def load_model(bundle: dict):  # from `read_bundle`
     "The network of a bundle in evaluation mode; torch is imported here and fastai is not"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from .bundle import load_model, read_bundle
-from .core import ImageError, atomic_path
+from .core import ImageError, atomic_path, nearest
+from .gate import Gate, check_colour
 from .images import ImageRule, apply_rule, load_image
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame', 'save_predictions']
+__all__ = ['SUFFIXES', 'GATES', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
+           'save_predictions']
 
 # %% ../nbs/14_predict.ipynb #prediction
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Prediction:
     threshold: float         # the last class is called from here on (two classes); None for more, where the largest wins
     declined: str = None     # why there is no answer
     synthetic: bool = False  # was the model trained on synthetic phantoms?
+    warning: str = None      # why the input gate would have declined, when a person asked to be answered all the same
 
     def to_row(self) -> dict:
         "One row of a CSV: path, predicted, prob_<class>..., threshold, declined"
         probs = {f'prob_{c}': p for c, p in (self.probabilities or {}).items()}
-        return dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined)
+        return dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined, **({} if self.warning is None else dict(warning=self.warning)))
 
 # %% ../nbs/14_predict.ipynb #list-images
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.gif', '.webp', '.dcm', '.dicom')
@@ -48,6 +51,8 @@ def list_images(inputs  # a path, or a list of paths: files and folders
     return out
 
 # %% ../nbs/14_predict.ipynb #predictor
+GATES = ('decline', 'warn', 'off')
+
 class Predictor:
     "A bundle, loaded: `predict` one picture or many"
     def __init__(self, folder, device: str = None):
@@ -55,20 +60,23 @@ class Predictor:
         self.classes, self.rule = self.bundle['classes'], ImageRule.from_dict(self.bundle['image'])
         self.threshold = self.bundle['threshold'] if len(self.classes) == 2 else None
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
+        self.gate = Gate.from_dict(self.bundle['gate']) if self.bundle.get('gate') is not None else None
         self.model = load_model(self.bundle).to(self.device)
 
     def predict(self, x,            # a file, a folder, a list of them, or a (h, w) array of uint8 or uint16
                 bs: int = 8,        # pictures per batch
                 on_bad: str = 'raise', # 'raise', or 'decline': an unreadable file gets a Prediction that says why
+                gate: str = 'decline', # 'decline' what is unlike the training pictures, 'warn' and answer, or 'off'
                ):                   # a Prediction for one file or array, a list of them for a folder or a list
         "Predictions in the order of the files, each with its path"
-        if isinstance(x, np.ndarray): return self._answers([None], [self._pixels(x)])[0]
+        if gate not in GATES: raise ImageError(f"gate='{gate}' is unknown{nearest(gate, GATES)} (known: {', '.join(GATES)})")
+        if isinstance(x, np.ndarray): return self._answers([None], [self._pixels(x)], gate)[0]
         if on_bad not in ('raise', 'decline'): raise ImageError(f"on_bad='{on_bad}' is unknown; use 'raise' or 'decline'.")
         one = isinstance(x, (str, os.PathLike)) and not Path(x).is_dir()
-        out = list(self.stream(list_images(x), bs, on_bad))
+        out = list(self.stream(list_images(x), bs, on_bad, gate))
         return out[0] if one else out
 
-    def stream(self, files, bs=8, on_bad='raise'):
+    def stream(self, files, bs=8, on_bad='raise', gate='decline'):
         "Predictions one by one, reading a batch at a time, so that a large folder needs no large memory"
         for i in range(0, len(files), bs):
             part, pixels = files[i:i + bs], []
@@ -77,7 +85,7 @@ class Predictor:
                 except ImageError as e:
                     if on_bad == 'raise': raise
                     pixels.append(str(e))
-            yield from self._answers(part, pixels)
+            yield from self._answers(part, pixels, gate)
 
     def probabilities(self, pixels  # (n, size, size) uint8, as `load_image` gives them
                      ) -> np.ndarray: # (n, k) float64
@@ -91,13 +99,20 @@ class Predictor:
 
     def _pixels(self, array): return apply_rule(array, self.rule)
 
-    def _answers(self, paths, pixels):
-        probs = iter(self.probabilities([p for p in pixels if not isinstance(p, str)]))
-        return [Prediction(f, None, None, self.threshold, p, self.synthetic) if isinstance(p, str) else self._call(f, next(probs)) for f, p in zip(paths, pixels)]
+    def _why_not(self, path, pixels):
+        "What the gate says of a picture that was read: None, or a sentence"
+        if self.gate is None: return None
+        return (check_colour(path) if path is not None else None) or self.gate.check(pixels)
 
-    def _call(self, path, p):
+    def _answers(self, paths, pixels, gate):
+        why = [None if isinstance(p, str) or gate == 'off' else self._why_not(f, p) for f, p in zip(paths, pixels)]
+        stop = [p if isinstance(p, str) else w if gate == 'decline' else None for p, w in zip(pixels, why)]
+        probs = iter(self.probabilities([p for p, s in zip(pixels, stop) if s is None]))
+        return [Prediction(f, None, None, self.threshold, s, self.synthetic) if s is not None else self._call(f, next(probs), w) for f, s, w in zip(paths, stop, why)]
+
+    def _call(self, path, p, warning=None):
         i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
-        return Prediction(path, self.classes[i], dict(zip(self.classes, map(float, p))), self.threshold, None, self.synthetic)
+        return Prediction(path, self.classes[i], dict(zip(self.classes, map(float, p))), self.threshold, None, self.synthetic, warning)
 
 def load_predictor(folder,        # a bundle, or the run directory that holds one
                    device: str = None # 'cpu' (default) or 'cuda'
@@ -107,10 +122,11 @@ def load_predictor(folder,        # a bundle, or the run directory that holds on
 
 # %% ../nbs/14_predict.ipynb #to-csv
 def predictions_frame(predictions) -> pd.DataFrame:
-    "One row per prediction: path, predicted, prob_<class>..., threshold, declined"
+    "One row per prediction: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
     rows = [p.to_row() for p in predictions]
     probs = sorted({c for r in rows for c in r if c.startswith('prob_')}, key=lambda c: next(i for r in rows for i, k in enumerate(r) if k == c))
-    return pd.DataFrame(rows, columns=['path', 'predicted', *probs, 'threshold', 'declined'])
+    warned = ['warning'] if any('warning' in r for r in rows) else []
+    return pd.DataFrame(rows, columns=['path', 'predicted', *probs, 'threshold', 'declined', *warned])
 
 def save_predictions(predictions, path) -> Path:
     "Write predictions as CSV, whole or not at all"

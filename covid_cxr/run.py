@@ -15,6 +15,7 @@ from .core import (COLUMNS, NUMERIC, SYNTHETIC, CxrError, RunError, atomic_path,
                             write_json, write_text)
 from .evaluate import choose_threshold, evaluate
 from .images import ImageRule
+from .ledger import append_ledger, count_looks, ledger_head, looks_words
 from .phantom import write_phantom_trees
 from .recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
 from .table import as_task, check_split, reconcile
@@ -126,15 +127,17 @@ def _learner(recipe, table, out, device, cache_dir):
     from covid_cxr.learner import cxr_learner
     t, rule = recipe.training, ImageRule(**dataclasses.asdict(recipe.image))
     dls = cxr_dls(table, rule=rule, bs=t.bs, classes=as_task(recipe.task).classes, oversample=t.imbalance == 'oversample', allow_leak=recipe.split.allow_leak,
-                  device=device, num_workers=t.num_workers, augment=cxr_augment(t.rotate, t.zoom, t.lighting, t.flip),
+                  device=device, num_workers=t.num_workers, augment=cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift),
                   cache=ImageCache(Path(cache_dir) / 'images', rule) if cache_dir else None)
-    return cxr_learner(dls, recipe.model.arch, recipe.model.weights, t.imbalance, t.wd, path=out, seed=recipe.seed)
+    return cxr_learner(dls, recipe.model.arch, recipe.model.weights, t.imbalance, t.wd, path=out, seed=recipe.seed, optimiser=t.optimiser,
+                       momentum=t.momentum, costs=t.costs)
 
 def _fit(recipe, learn, table, out, log):
     from covid_cxr.learner import Round, fit_rounds
     t = recipe.training
     rounds = [Round(r.epochs, r.frozen, r.lr or 'find') for r in t.rounds]
-    history = fit_rounds(learn, rounds, out / 'checkpoints', recipe.seed, t.monitor, t.patience, t.lr_find_it, key=sha256_file(out / 'table.csv'), log=log)
+    history = fit_rounds(learn, rounds, out / 'checkpoints', recipe.seed, t.monitor, t.patience, t.lr_find_it, key=sha256_file(out / 'table.csv'), log=log,
+                         schedule=t.schedule, decay=t.decay, keep=t.keep)
     with atomic_path(out / 'history.csv') as tmp: history.to_csv(tmp, index=False)
     if len(learn.lr_curves):
         with atomic_path(out / 'lr_find.csv') as tmp: learn.lr_curves.to_csv(tmp, index=False)
@@ -183,7 +186,7 @@ def _line(result, metric):
     e = result[metric]
     return f"{metric.replace('_', ' '):>20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
 
-def _summary(recipe, state, part, point, result, floor, history):
+def _summary(recipe, state, part, point, result, floor, history, looks):
     seen = history['images'].sum()
     lines = ['SYNTHETIC PHANTOMS: these numbers say nothing about patients.'] if state['synthetic'] else []
     lines += [f"LEAK: {state['leaking_groups']} groups stand on both sides of the split; these numbers are too good."] if state['leaking_groups'] else []
@@ -191,6 +194,7 @@ def _summary(recipe, state, part, point, result, floor, history):
               f"trained {len(history)} epochs, {seen} images at {recipe.image.size} px in {history['seconds'].sum():.0f} s ({history['seconds'].sum() / max(seen, 1):.3f} s per image)",
               f"judged on the {part} part: {result.n_images} images of {result.n_groups} groups of patients never trained on, 95 % intervals over patients"
               + ('' if part == 'test' else ' - there is no test part, so the threshold was chosen on these very images')]
+    lines += [looks] if looks else []
     lines += [_line(result, m) for m in HEADLINE if m in result.estimates]
     if point is not None: lines += [f'threshold {point.threshold:.4f} for {recipe.task.replace("_", " ")}, chosen on the validation part ({point.goal}) and frozen']
     if floor is not None: lines += [_line(floor, 'auc').replace('auc', 'source only').strip() + '   <- AUC of a rival that is told the collection and never sees the image']
@@ -210,6 +214,14 @@ def _draw(out, recipe, state, result, history, curves, y, p):
         draw(f'lr_find_{r}', plots.plot_lr_find(c['lr'].to_numpy(), c['loss'].to_numpy(), float(chosen.iloc[0]) if len(chosen) else None, synthetic=synth))
 
 # %% ../nbs/16_run.ipynb #results
+def _note_look(out, state, part, judged, result):
+    "Write the look at the test part into the ledger, unless a killed process already did; returns the words for the summary"
+    if part != 'test': return ''
+    entry = append_ledger(out, 'train', metrics={m: result.estimates[m] for m in HEADLINE if m in result.estimates}, threshold=result.threshold,
+                          images=judged['image_id'], once=True)
+    state['ledger'] = ledger_head(entry)
+    return looks_words(out)
+
 def _results(recipe, learn, table, out, state, history, log):
     "Predictions, judgement, pictures, export: everything after training"
     from covid_cxr.learner import predict_table
@@ -219,11 +231,12 @@ def _results(recipe, learn, table, out, state, history, log):
     pred['predicted'] = _call(pred, classes, result.threshold)
     first = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in classes)]
     with atomic_path(out / 'predictions.csv') as tmp: pred[[*first, 'image_id', 'source']].to_csv(tmp, index=False)
+    judged = pred[pred['split'] == part]
+    looks = _note_look(out, state, part, judged, result)
     write_json(out / 'evaluation.json', dict(part=part, synthetic=state['synthetic'], leaking_groups=state['leaking_groups'], task=recipe.task,
                operating_point=point.to_dict() if point is not None else None, **{part: result.to_dict()}, source_only=floor.to_dict() if floor is not None else None))
-    judged = pred[pred['split'] == part]
     _draw(out, recipe, state, result, history, learn.lr_curves, judged['label'].to_numpy(), judged[f'prob_{classes[-1]}'].to_numpy())
-    summary = _summary(recipe, state, part, point, result, floor, history)
+    summary = _summary(recipe, state, part, point, result, floor, history, looks)
     write_text(out / 'summary.txt', summary + '\n')
     save_bundle(learn, out / 'bundle', threshold=float(result.threshold) if len(classes) == 2 else .5, operating_point=point.to_dict() if point is not None else None,
                 provenance=dict(recipe=recipe.name, recipe_hash=state['recipe_hash'], table_sha256=state['table_sha256'], part=part,
@@ -232,6 +245,12 @@ def _results(recipe, learn, table, out, state, history, log):
     log(summary)
 
 # %% ../nbs/16_run.ipynb #train
+def _show_again(out, log):
+    "The summary of a finished run; showing it is no look, but looks since it was written are told"
+    log(f'{out} is already finished')
+    log((out / 'summary.txt').read_text(encoding='utf-8').rstrip())
+    if count_looks(out) > 1: log(f'since then: {looks_words(out)}')
+
 def train(recipe,               # a `Recipe`, the name of a shipped one, or the path of a TOML file
           data = None,          # folder that holds the collections; None: phantoms, if the recipe makes them
           out = 'runs/run',     # the run directory; an unfinished run there is resumed
@@ -244,7 +263,7 @@ def train(recipe,               # a `Recipe`, the name of a shipped one, or the 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out, device, data = Path(out), _check_device(device), str(Path(data).resolve()) if data is not None else None
     if out.is_dir() and (out / 'run.json').exists() and read_run(out).get('status') == 'finished':
-        with _claimed(out, recipe, data): log(f'{out} is already finished'); log((out / 'summary.txt').read_text(encoding='utf-8').rstrip()); return out
+        with _claimed(out, recipe, data): _show_again(out, log); return out
     cxr_model(recipe.model.arch, 2, recipe.model.weights)
     with _claimed(out, recipe, data) as state:
         cache_dir = Path(cache_dir) if cache_dir else out / 'cache'
