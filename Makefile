@@ -33,6 +33,12 @@ readme: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/input_pipeline.py --data ../shared/data
+	$(BIN)/python benchmarks/near_duplicates.py
+	$(BIN)/python benchmarks/near_duplicates.py --data ../shared/data
+	$(BIN)/python benchmarks/nih_table.py --data ../shared/data
+	$(BIN)/python benchmarks/audit_matrix.py --quick
+	$(BIN)/python benchmarks/measure_facts.py --data ../shared/data
+	$(BIN)/python benchmarks/check_articles.py --articles ../shared/articles
 
 .venv/installed: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "covid_cxr needs Python 3.10, 3.11 or 3.12 (with venv); none was found on PATH."; exit 1; }

@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=['covid_cxr', 'covid_cxr.*']),
     package_data={'covid_cxr': ['recipes/*.toml']},
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={extra: shlex.split(cfg[f'{extra}_requirements']) for extra in ('dev', 'explain')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts'])},
     zip_safe=False,
 )

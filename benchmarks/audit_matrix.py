@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, pandas as pd
-from covid_cxr.audit import Case, audit_case, headline, worst
+from covid_cxr.audit import Case, audit_case, audit_lungs_only, headline, worst
 from covid_cxr.core import versions
 from covid_cxr.evaluate import evaluate
 from covid_cxr.phantom import FAMILY, phantom_family
@@ -36,7 +36,7 @@ def phantom_case(name, patients=160, size=64, seed=0, n_boot=1000, epochs=8):
     t = t if FAMILY[name].has_site else t.drop(columns='site')
     test = (t['split'] == 'test').to_numpy()
     net = fit_small_net(x[~test], (t['label'] == 'ill')[~test], seed=seed, epochs=epochs)
-    return Case(t, x, net.score(x), ('well', 'ill'), films=x[test], score=net.score, features=net.features, explained=(net.net, net.mean, net.std), masks=m,
+    return Case(t, x, net.score(x), ('well', 'ill'), films=x[test], score=net.score, features=net.features, masks=m,
                 operating_point=dict(goal='fixed=0.5'), n_boot=n_boot, seed=seed), net
 
 
@@ -58,9 +58,10 @@ if __name__ == '__main__':
     for name in a.phantoms:
         case, net = phantom_case(name, a.patients, a.size)
         rows, floors, _ = audit_case(case, a.quick)
+        alone = next((r for r in rows if r.name == 'network trained on the lungs alone'), None) or audit_lungs_only(case)[0]
         out = outside_auc(name, net, a.patients, a.size)
         audits = sorted({r.audit for r in rows if r.verdict != 'INFO'}, key=lambda v: int(v[1:]))
-        verdicts[f'{name} {WORDS[name]}'] = {'AUC inside': f'{case.auc.value:.2f}', 'AUC outside': f'{out.value:.2f}', **{k: worst(rows, k) for k in audits}}
+        verdicts[f'{name} {WORDS[name]}'] = {'AUC inside': f'{case.auc.value:.2f}', 'AUC outside': f'{out.value:.2f}', 'AUC trained on lungs alone': f'{alone.value:.2f}', 'AUC above the floor': f"{headline(case, floors)['floor_adjusted_auc']['value']:+.2f}", **{k: worst(rows, k) for k in audits}}
         details[name] = dict(headline=headline(case, floors), rows=[r.to_dict() for r in rows])
         print(name, verdicts[f'{name} {WORDS[name]}'], f'{time.perf_counter() - start:.0f} s', flush=True)
     from keep_run import cpu_model

@@ -23,7 +23,7 @@ def keep(run, name, command=''):
     out.mkdir(parents=True, exist_ok=True)
     pred = pd.read_csv(run / 'predictions.csv')
     pred[['image_id', *(c for c in pred.columns if c not in ('path', 'image_id'))]].to_csv(out / 'predictions.csv', index=False)
-    for f in ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt'):
+    for f in ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'audit.json', 'audit.txt'):
         if (run / f).exists(): shutil.copy(run / f, out / f)
     e = json.loads((run / 'evaluation.json').read_text())
     for part in ('test', 'valid', 'source_only'):
@@ -35,6 +35,7 @@ def keep(run, name, command=''):
                  seconds_per_image=float(h['seconds'].sum() / h['images'].sum()))
     (out / 'run.json').write_text(json.dumps(state, indent=1) + '\n')
     keep_ladder(run, out)
+    keep_views(run, out)
     print(out)
 
 
@@ -45,6 +46,13 @@ def keep_ladder(run, out):
     (Path(out) / 'ladder').mkdir(exist_ok=True)
     for rung in json.loads((Path(run) / 'ladder.json').read_text())['rungs']:
         pd.read_csv(Path(run) / rung['predictions']).drop(columns='path').to_csv(Path(out) / rung['predictions'], index=False)
+
+
+def keep_views(run, out):
+    "The view of every used film, where the films of a run have several: a view can be a shortcut"
+    t = pd.read_csv(Path(run) / 'table.csv', low_memory=False)
+    t = t[t['excluded'].isna()]
+    if t['view'].nunique() > 1: t[['image_id', 'view']].to_csv(Path(out) / 'views.csv', index=False)
 
 
 if __name__ == '__main__':

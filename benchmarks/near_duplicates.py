@@ -129,7 +129,10 @@ def real(data, per_edit):
     twins = twins.agg(['size', 'nunique']).query('size > 1')
     film = {i: planted[i][1].split('#')[0] if i in planted else i.split('#')[0] for i in table['image_id']}
     sure = pairs[(pairs['verdict'] == 'duplicate') & (pairs['kind'] == 'near')]
-    other = sorted({tuple(sorted((film[a], film[b]))) for a, b in zip(sure['a'], sure['b'])} - {(f, f) for f in film.values()})
+    exact = joined(pairs[pairs['kind'] != 'near'], table['image_id'])
+    equal = {i.split('#')[0]: exact[i] for i in table['image_id'][::-1] if i not in planted}            # copies of one file are one film, whatever their names
+    other = sorted({tuple(sorted((film[a], film[b]))) for a, b in zip(sure['a'], sure['b'])})
+    other = [(a, b) for a, b in other if equal[a] != equal[b]]
     out = dict(what='real films', films=len(base) + len(again), planted_per_edit=per_edit, recall={k: round(v, 3) for k, v in recall.items()}, independent_copies=len(twins),
                independent_copies_found=int((twins['nunique'] == 1).sum()), pairs_under_other_names=[list(p) for p in other], to_look_at=int((pairs['verdict'] == 'look').sum()),
                cpu_seconds=round(seconds))

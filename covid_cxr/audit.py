@@ -14,7 +14,7 @@ from .compare import auc_covariance, auc_half_width, compare_auc, holm, paired_d
 from .core import CxrError, TableError, require_columns
 from .evaluate import Estimate, UndefinedMetric, design_effect, evaluate, oracle_gap
 from .floors import best_floor, blacken, fit_floors, group_folds, grow, held_out_scores, lung_box
-from .perturb import probe_acquisition, probe_markers, probe_occlusion
+from .perturb import ACQUISITION_FALL, ACQUISITION_SHIFT, MARKER_FALL, MARKER_RATIO, probe_acquisition, probe_markers, probe_occlusion
 from .smallnet import fit_small_net
 
 # %% auto #0
@@ -58,7 +58,6 @@ class Case:
     films: np.ndarray = None   # (m, h, w) uint8: the judged films as the model sees them
     score: object = None       # films -> (m,) probability of the last class, by the frozen model
     features: object = None    # films -> (m, f) what its last layer sees
-    explained: object = None   # the network itself (body, head) and its scaling, for maps: (net, mean, std)
     masks: np.ndarray = None   # (n, h, w) bool lung masks of all rows
     pairs: pd.DataFrame = None # near duplicates among the rows, from `duplicates.find_near`
     n_boot: int = 2000
@@ -266,30 +265,30 @@ def _resized(masks, shape):
 
 def audit_markers(case: Case, quick: bool = True) -> list: # of `AuditRow`
     "A7: letters, corners, bars"
-    rule = 'a marker that moves the healthy a quarter of the way to the ill, or that costs more than .02 AUC when it is equal for all, is a FAIL'
+    rule = 'a marker that closes a quarter of the gap between healthy and ill, or that costs more than .02 AUC when it is equal for all, is a FAIL'
     if not case.learned: return _coin(case, 'A7', 'marker pasted', rule)
     kw = dict(kinds=('L', 'R'), places=('upper left',)) if quick else {}
     k = case.asked
     m = probe_markers(case.score, case.films[k], case.y[k], case.groups[k], threshold=case.threshold, n_boot=min(case.n_boot, 500), seed=case.seed, **kw)
-    r, w = m.ratio, m.worst
-    bad = r.value >= .25 and r.low > .1
-    lost = w['fall'] > .02 and w['fall_low'] > 0
+    r, moved, w = m.closed, m.ratio, m.worst
+    bad = r.value >= MARKER_RATIO and r.low > .1
+    lost = w['fall'] > MARKER_FALL and w['fall_low'] > 0
     others = m.edits[~m.edits['edit'].eq(w['edit'])]
-    return [case.row('A7', f'marker pasted: {r.note}', 'share of the way from healthy to ill', r.value, rule, 'FAIL' if bad else 'WARN' if r.value >= .25 else 'PASS' if r.high - r.low < 1 else 'UNDERPOWERED',
-                     f'A pasted letter moves the healthy {100 * r.value:.0f} % of the way to the ill; a soft blob of the same light moves them {100 * m.sham["ratio"]:.0f} %.', r.low, r.high, case.asked_n, 'minutes'),
+    return [case.row('A7', f'marker pasted: {r.note}', 'share of the gap that closes', r.value, rule, 'FAIL' if bad else 'WARN' if r.value >= MARKER_RATIO else 'PASS' if r.high - r.low < 1 else 'UNDERPOWERED',
+                     f'A letter pasted on everybody closes {100 * r.value:.0f} % of the gap between healthy and ill (it moves the healthy by {100 * moved.value:.0f} % of it, what moves both alike closes nothing); a soft blob of the same light closes {100 * m.sham["closed"]:.0f} %.', r.low, r.high, case.asked_n, 'minutes'),
             case.row('A7', f"marker made equal for all: {w['edit']}", 'fall of the AUC', w['fall'], rule, 'FAIL' if lost else 'PASS' if (w['fall_high'] - w['fall_low']) / 2 <= WIDE else 'UNDERPOWERED',
                      f"When nobody can be told by the marker the AUC goes from {m.auc.value:.2f} to {w['auc']:.2f}." + (' The model reads the marker.' if lost else ''), w['fall_low'], w['fall_high'], case.asked_n, 'minutes'),
             *[case.row('A7', e.edit, 'fall of the AUC', e.fall, 'stated, not judged', 'INFO', f'AUC {e.auc:.2f} instead of {m.auc.value:.2f}.', e.fall_low, e.fall_high, case.asked_n, 'minutes') for e in others[~others['equalises'].eq('marker')].itertuples()]]
 
 def audit_acquisition(case: Case) -> list: # of `AuditRow`
     "A9: the same film along another way"
-    rule = 'a change of the file that moves one class by more than .25 logits more than the other (95 % interval) is a WARN'
+    rule = 'a change of the file that moves one class by more than .25 logits more than the other and costs more than .02 AUC (95 % intervals) is a WARN'
     if not case.learned: return _coin(case, 'A9', 'file saved another way', rule)
     k = case.asked
     t = probe_acquisition(case.score, case.films[k], case.y[k], case.groups[k], threshold=case.threshold, n_boot=min(case.n_boot, 500), seed=case.seed)
     out = []
     for r in t.itertuples():
-        suspect = r.difference_low > .25 or r.difference_high < -.25
+        suspect = (r.difference_low > ACQUISITION_SHIFT or r.difference_high < -ACQUISITION_SHIFT) and r.fall > ACQUISITION_FALL and r.fall_low > 0
         out.append(case.row('A9', r.change, 'logits, ill minus healthy', r.difference, rule if r.kind == 'file' else 'stated, not judged', 'INFO' if r.kind != 'file' else 'WARN' if suspect else 'PASS',
                             f'Moves the healthy by {r.shift_0:+.2f} and the ill by {r.shift_1:+.2f} logits; AUC {r.auc:.2f}, {100 * r.flips:.0f} % of the calls flip.' + (' One class carries the trace of how its files were made.' if suspect and r.kind == 'file' else ''),
                             r.difference_low, r.difference_high, case.asked_n, 'minutes'))

@@ -17,6 +17,7 @@ from .duplicates import find_near
 from .keys import check_keys
 from .evaluate import evaluate, wilson
 from .floors import lung_box
+from .gate import STRANGERS, change_films, judge_gate, make_strangers
 from .images import ImageRule, fit_to, read_grey
 from .ledger import append_ledger, count_looks
 from .predict import load_predictor
@@ -88,7 +89,7 @@ def case_of_run(run,                # folder of a finished run
     point = saved.get('operating_point')
     pairs = find_near(table, cache_file=cache_dir / 'fingerprints.npz') if copies else None
     case = Case(table, np.stack(small), pred[f'prob_{classes[-1]}'].to_numpy(float), tuple(classes), point['threshold'] if point else .5, point, judged, np.stack(films),
-                lambda x: _in_batches(predictor, x), lambda x: last_features(predictor, x), (predictor.model, predictor.bundle['mean'], predictor.bundle['std']),
+                lambda x: _in_batches(predictor, x), lambda x: last_features(predictor, x),
                 _mask_pictures(table), pairs, n_boot, recipe.seed)
     return case, predictor
 
@@ -146,42 +147,37 @@ def audit_key(case: Case, cache_file=None) -> list: # of `AuditRow`, one per sou
     "A1: does the patient key of each source mean anything?"
     out, rule = [], 'z below 3 means that the key carries no information: WARN'
     for r in check_keys(case.table, cache_file=cache_file, seed=case.seed).itertuples():
-        verdict = 'PASS' if r.z >= 3 and r.pairs >= 10 else 'WARN' if r.pairs >= 10 or not r.keys else 'UNDERPOWERED'
+        verdict = 'PASS' if r.z >= 3 and r.pairs >= 10 else 'WARN' if 'no information' in r.verdict or not r.keys else 'UNDERPOWERED'
         likeness = f'films of one key are alike {r.likeness:.2f}, by chance {r.by_chance:.2f}, z = {r.z:.1f}' if r.pairs >= 10 else f'{r.pairs} pairs of films share a key'
         out.append(case.row('A1', f'patient key of {r.source}', 'z', r.z, rule, verdict, f'{r.verdict[0].upper()}{r.verdict[1:]}: {likeness}.', n=f'{r.images} images, {r.keys} keys'))
     return out
 
-def audit_maps(case: Case) -> list: # of `AuditRow`
-    "A21: where Grad-CAM looks, beside a twin whose weights were shuffled"
-    import torch
-    from covid_cxr.explain import grad_cam, randomise_weights, rank_correlation, share_in_region
-    net, mean, std = case.explained
+def audit_maps(case: Case, predictor) -> list: # of `AuditRow`
+    "A21: where Grad-CAM looks, judged beside a twin whose weights were shuffled"
+    from covid_cxr.explain import grad_cam, network_input, randomise_weights, rank_correlation, share_in_region
     pick = np.random.default_rng(case.seed).permutation(len(case.films))[:60]
     films, groups = case.films[pick], case.groups[pick]
-    x = (torch.from_numpy(np.ascontiguousarray(films))[:, None].float() / 255 - mean) / std
-    maps, twin = grad_cam(net, x), grad_cam(randomise_weights(net, case.seed), x)
-    like = float(np.nanmean([rank_correlation(a, b) for a, b in zip(maps, twin)] or [np.nan]))
+    net, x = network_input(predictor, films)
+    maps, twins = grad_cam(net, x), grad_cam(randomise_weights(net, case.seed), x)
+    like = [rank_correlation(a, b) for a, b in zip(maps, twins)]
+    like = float(np.nanmean(like)) if np.isfinite(like).any() else np.nan
     box = lung_box(*films.shape[1:])
-    out = []
-    for name, m in (('the model', maps), ('its twin with shuffled weights', twin)):
-        e = share_in_region(m, box, groups, n_boot=min(case.n_boot, 500), seed=case.seed)
-        verdict = 'INFO' if m is twin else 'WARN' if e.low == e.low and e.high < 1 else 'PASS' if e.low > 1 else 'UNDERPOWERED'
-        out.append(case.row('A21', f'Grad-CAM of {name} in the lung box', 'share of the map over share of the area', e.value, 'stated beside its twin' if m is twin else 'an interval below 1 (the map avoids the lungs) is a WARN', verdict,
-                            f"The map of {name} lies {e.value:.2f} times as densely in the lung box as its area would give.", e.low, e.high, n=f'{len(films)} films', cost='minutes'))
-    return out + [case.row('A21', 'map against the map of the twin', 'rank correlation', like, 'above .5 the map shows the picture and not the model: WARN', 'UNDERPOWERED' if like != like else 'WARN' if like > .5 else 'PASS',
-                           'The map changes when the weights are shuffled.' if like <= .5 else 'The map looks much the same when the weights are shuffled: it shows the picture, not what was learned.' if like == like else 'The maps are empty.', n=f'{len(films)} films', cost='minutes')]
+    own, twin = (share_in_region(m, box, groups, n_boot=min(case.n_boot, 500), seed=case.seed) for m in (maps, twins))
+    verdict = 'UNDERPOWERED' if own.low != own.low else 'PASS' if own.low > max(1, twin.value) else 'WARN' if own.value <= max(1, twin.value) else 'UNDERPOWERED'
+    n = f'{len(films)} films'
+    return [case.row('A21', 'Grad-CAM in the lung box', 'share of the map over share of the area', own.value, 'must lie above 1 and above a twin with shuffled weights; not above is a WARN', verdict,
+                     f'The map lies {own.value:.2f} times as densely in the lung box as its area would give, that of a twin with shuffled weights {twin.value:.2f} times.' + (' It does not favour the lungs more than chance does.' if verdict == 'WARN' else ''), own.low, own.high, n, 'minutes'),
+            case.row('A21', 'map against the map of the twin', 'rank correlation', like, 'above .5 the map shows the picture and not the model: WARN', 'UNDERPOWERED' if like != like else 'WARN' if like > .5 else 'PASS',
+                     'The maps are empty.' if like != like else 'The map changes when the weights are shuffled.' if like <= .5 else 'The map looks much the same when the weights are shuffled: it shows the picture, not what was learned.', n=n, cost='minutes')]
 
 def audit_gate(case: Case, gate) -> list: # of `AuditRow`
     "A17: does the input gate let films pass and stop what is none?"
-    rng, films = np.random.default_rng(case.seed), case.films[:60]
-    stopped = lambda pictures: [gate.check(x) is not None for x in pictures]
-    v, low, high = _by_groups(stopped(case.films), case.groups)
+    films, size = case.films[:60], case.films.shape[1]
+    v, low, high = _by_groups([gate.check(x) is not None for x in case.films], case.groups)
     out = [case.row('A17', 'judged films declined', 'share', v, 'a lower bound above .10 is a WARN', 'WARN' if low > .1 else 'PASS', f'The input gate declines {100 * v:.0f} % of the judged films themselves.', low, high)]
-    others = {'noise': rng.integers(0, 256, films.shape, dtype=np.uint8), 'inverted films': 255 - films, 'films on their side': np.rot90(films, axes=(1, 2)), 'upside down': films[:, ::-1],
-              'gradients': np.stack([np.broadcast_to(np.linspace(0, 255, films.shape[2]).astype(np.uint8), films.shape[1:])] * 2)}
-    for name, pictures in others.items():
-        v = float(np.mean(stopped(pictures)))
-        out.append(case.row('A17', f'{name} stopped', 'share', v, 'below .95 is a WARN', 'PASS' if v >= .95 else 'WARN', f'{100 * v:.0f} % of {name} are stopped; the rest would get an answer.', n=f'{len(pictures)} pictures'))
+    others = {**{k: make_strangers(k, 20, size, case.seed) for k in STRANGERS}, **change_films(films)}
+    for r in judge_gate(gate, case.films, others).iloc[1:].itertuples():
+        out.append(case.row('A17', f'{r.kind} let through', 'share at 95 % of films kept', r.fpr95, 'above .05 is a WARN', 'PASS' if r.fpr95 <= .05 else 'WARN', f'{100 * r.fpr95:.0f} % of {r.kind} pictures pass where 95 % of the films do; at the limit that was frozen, {100 * r.passed:.0f} %.', n=f'{r.n} pictures'))
     return out
 
 # %% ../nbs/23e_audit_run.ipynb #run
@@ -222,7 +218,7 @@ def audit_run(run,                 # folder of a finished run
     if quick: case.most = _affordable(case)
     append_ledger(run, 'audit', case.judged, dict(auc=case.auc), case.threshold, once=True)
     rows, floors, not_run = audit_case(case, quick, log)
-    rows += audit_key(case, (Path(cache_dir) if cache_dir else run / 'cache') / 'fingerprints.npz') + audit_numbers(run, case) + audit_history(run, case) + audit_ladder(run, case) + audit_maps(case)
+    rows += audit_key(case, (Path(cache_dir) if cache_dir else run / 'cache') / 'fingerprints.npz') + audit_numbers(run, case) + audit_history(run, case) + audit_ladder(run, case) + audit_maps(case, predictor)
     gate = getattr(predictor, 'gate', None)
     if gate is not None: rows += audit_gate(case, gate)
     else: not_run.append(dict(audit='A17', why='this bundle carries no input gate'))

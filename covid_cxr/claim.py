@@ -52,7 +52,7 @@ def _abstract(f, d): return ' '.join(in_short(f, d))
 def _background(f, d): return f"{f.bundle['not_for']} The question put to each film: class '{f.positive}' or not (task {f.recipe.task})."
 def _aims(f, d):
     goal = f" Operating point: {f.point.goal}, chosen on the validation part." if f.point else ''
-    return f"To estimate the AUC for '{f.recipe.task}' on patients not used for training, and how much of it needs the lungs. Primary metric: AUC.{goal} Both stand in the recipe with hash {f.state['recipe_hash'][:12]}, written before training."
+    return f"To estimate the AUC for '{f.recipe.task}' on patients not used for training, and how much of it needs the lungs. Primary metric: AUC.{goal} Split, goal and seed stand in the recipe with hash {f.state['recipe_hash'][:12]}, written before training."
 def _design(f, d): return 'Synthetic phantoms; no patient was studied.' if f.synthetic else 'Retrospective: films from published collections, a convenience sample; nobody was recruited.'
 def _goal(f, d): return 'Exploratory: model development, and a measurement of shortcuts in the collections. Not a study of clinical benefit.'
 

@@ -55,11 +55,13 @@ def do_demo(args):
 def do_predict(args):
     from covid_cxr.predict import list_images, load_predictor, save_predictions
     predictor = load_predictor(args.run, args.device)
-    out = predictor.predict(list_images(args.files), bs=args.bs, on_bad='decline' if args.on_bad == 'decline' else 'raise')
+    out = predictor.predict(list_images(args.files), bs=args.bs, on_bad='decline' if args.on_bad == 'decline' else 'raise', gate=args.gate)
     if args.csv: save_predictions(out, args.csv)
     if predictor.synthetic: print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
     for p in out:
         print(f'{p.path}: declined: {p.declined}' if p.declined else f"{p.path}: {p.label} (" + ', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items()) + ')')
+    for p in out:
+        if p.warning: print(f'warning: {p.path}: {p.warning}', file=sys.stderr)
     print(predictor.bundle['not_for'], file=sys.stderr)
     return 0
 
@@ -215,6 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
     p.add_argument('--csv', metavar='FILE', help='also write one row per image to this CSV')
     p.add_argument('--on-bad', choices=('stop', 'decline'), default='stop', help="an unreadable file: 'stop' with an error (default), or 'decline' it in its row and go on")
+    p.add_argument('--gate', choices=('decline', 'warn', 'off'), default='decline', help="a picture that is unlike the training films: 'decline' it (default), 'warn' and answer, or 'off'")
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
     p = command('evaluate', do_evaluate, 'metrics of a finished run with intervals over patients; with --on, its frozen model on another collection', 'covid-cxr evaluate runs/first --on nih_chest_xrays --data data --min-age 18')

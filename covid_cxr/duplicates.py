@@ -524,7 +524,7 @@ def show_pairs(table: pd.DataFrame,     # rows with image_id and path
     for ax in axes.flat: ax.axis('off')
     for k, p in enumerate(pairs.itertuples()):
         for ax, i in zip(axes[k // columns, 2 * (k % columns):], (p.a, p.b)):
-            ax.imshow(to_8bit(read_grey(path[i])), cmap='gray')
+            ax.imshow(to_8bit(read_grey(path[i])), cmap=plt.get_cmap('gray', 64))
             ax.set_title(f'{i}\n' + (f'{p.verdict} {p.score:.2f}' if i == p.a else ' '), fontsize=7)
     fig.tight_layout()
     return fig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
 from .core import CxrError, ImageError, nearest
-from .evaluate import Estimate, check_scores, group_resamples, percentile_interval
+from .evaluate import Estimate, check_scores, group_resamples, percentile_interval, wilson
 from .perturb import to_logit
 from .plots import new_figure
 
@@ -188,11 +188,14 @@ def _check_maps(maps, masks):
     if not np.isfinite(maps).all(): raise ImageError(f'{int((~np.isfinite(maps)).any((1, 2)).sum())} of {len(maps)} maps hold NaN or infinite values.')
     return maps, masks
 
-def _over_patients(top, bottom, groups, n_boot, seed, note):
+def _over_patients(top, bottom, groups, n_boot, seed, note, hits=False):
     "Ratio of two means with its interval over groups"
     s = check_scores(np.zeros(len(top), int), np.zeros(len(top)), groups)
-    draws = np.concatenate([(w @ top) / (w @ bottom) for w in group_resamples(s, n_boot, seed)]) if len(top) else np.empty(0)
-    return Estimate(float(top.mean() / bottom.mean()) if len(top) else np.nan, *(percentile_interval(draws)[:2] if len(top) else (np.nan, np.nan)), len(top), note)
+    if not len(top): return Estimate(np.nan, np.nan, np.nan, 0, note)
+    value, draws = float(top.mean() / bottom.mean()), np.concatenate([(w @ top) / (w @ bottom) for w in group_resamples(s, n_boot, seed)])
+    low, high, _ = percentile_interval(draws)
+    if hits and value in (0, 1): low, high = map(float, wilson(value * s.n_groups, s.n_groups))      # resamples without a single miss have no spread
+    return Estimate(value, low, high, len(top), note)
 
 def pointing_game(maps,            # (n, h, w): the peak counts
                   masks,           # (n, h, w) or (h, w) bool: where it should be
@@ -205,7 +208,7 @@ def pointing_game(maps,            # (n, h, w): the peak counts
     at = maps.reshape(len(maps), -1).argmax(1)
     hit = masks.reshape(len(masks), -1)[np.arange(len(masks)), at] & (np.ptp(maps, axis=(1, 2)) > 0)
     note = f'the regions are {masks[keep].mean() if keep.any() else np.nan:.3f} of the pictures' + (f'; {int((~keep).sum())} pictures without a region left out' if not keep.all() else '')
-    return _over_patients(hit[keep].astype(float), np.ones(keep.sum()), None if groups is None else np.asarray(groups, object)[keep], n_boot, seed, note)
+    return _over_patients(hit[keep].astype(float), np.ones(keep.sum()), None if groups is None else np.asarray(groups, object)[keep], n_boot, seed, note, hits=True)
 
 def share_in_region(maps,          # (n, h, w): absolute values count
                     masks,         # (n, h, w) or (h, w) bool
@@ -233,7 +236,7 @@ def _draw(ax, image, m, title):
         top = max(float(np.abs(m).max()), 1e-12)
         if m.min() < 0: ax.imshow(m / top, cmap='PiYG', vmin=-1, vmax=1, alpha=.55)      # green for, red against
         else: ax.imshow(m / top, cmap='inferno', vmin=0, vmax=1, alpha=.5)
-    ax.set_title(title, fontsize=9); ax.set_axis_off()
+    ax.set_title(title, loc='left', fontsize=9); ax.set_axis_off()
 
 def plot_explanation(images,            # (n, h, w) uint8
                      maps,              # (n, h, w)

@@ -322,10 +322,15 @@ def _beaten(f, gap, floor, words):
     h = f.audit['headline']
     if not h.get(floor) or _estimate(h.get(gap))['low'] > 0: return None
     e, rival = _estimate(h[floor].get('auc')), h[floor]['name']
-    return f"{words}: AUC {show_interval(*_estimate(h['model_auc']).values())}; {rival}, {'which saw no lung' if floor == 'pixel_floor' else 'which never saw a picture'}, {show_interval(*e.values())}."
+    return f"{words}: AUC {show_interval(*f.result['auc'][:3])}; {rival}, {'which saw no lung' if floor == 'pixel_floor' else 'which never saw a picture'}, {show_interval(*e.values())}."
+
+def _other_audit(f):
+    "A sentence when the audit was made of another model than the one in this folder"
+    mine, theirs = f.result['auc'].value if 'auc' in f.result.estimates else np.nan, _estimate(f.audit['headline'].get('model_auc'))['value']
+    return f'AUDIT OF ANOTHER MODEL: audit.json speaks of an AUC of {show_number(theirs)}, this run of {show_number(mine)}; run covid-cxr audit RUN again.' if abs(mine - theirs) > 1e-6 else None
 
 def _floor_banners(f, d):
-    if f.audit: return [_beaten(f, 'floor_adjusted_auc', 'pixel_floor', 'NOT ABOVE THE FLOOR'), _beaten(f, 'above_provenance', 'provenance_floor', 'SOURCE ALONE EXPLAINS THIS NUMBER')]
+    if f.audit: return [_other_audit(f), _beaten(f, 'floor_adjusted_auc', 'pixel_floor', 'NOT ABOVE THE FLOOR'), _beaten(f, 'above_provenance', 'provenance_floor', 'SOURCE ALONE EXPLAINS THIS NUMBER')]
     if d is None or d.gain.low > 0: return []
     return [f'NOT ABOVE THE FLOOR: AUC {show_number(d.gain.first)}; a rival that is told the collection and never sees a picture, {show_number(d.gain.second)} (difference {d.gain.difference:+.3f} [{d.gain.low:+.3f}, {d.gain.high:+.3f}]).']
 

@@ -116,7 +116,7 @@ class Gate:
         if fit[best] <= self.limit: return f'not an upright frontal chest film: it looks {best.strip()}'
         off = np.maximum(self.low - stats, stats - self.high) / self.spread[-len(STATISTICS):]
         i = int(off.argmax())
-        if off[i] > .3: return f'not a frontal chest film like those of the training: {_WORDS[STATISTICS[i]][int(stats[i] > self.high[i])]} than any of the {self.n}'
+        if off[i] > .3: return f'not a frontal chest film like those of the training: {_WORDS[STATISTICS[i]][int(stats[i] > self.high[i])]} any of the {self.n}'
         return 'unlike the frontal chest films of the training in its light and dark parts: another view, another region or another kind of picture'
 
     def to_dict(self) -> dict:
@@ -137,20 +137,24 @@ class Gate:
         if not np.isfinite(gate.limit) or (gate.spread <= 0).any(): raise BundleError('the input gate of this bundle is damaged (its limit or spread is no positive number); export the run again.')
         return gate
 
-_WORDS = dict(shape=('narrower', 'wider'), mirror=('left and right are less alike', 'left and right are more alike'), grain=('smoother', 'grainier'), detail=('smoother from pixel to pixel', 'rougher from pixel to pixel'),
-              brightness=('darker', 'brighter'), contrast=('flatter', 'of more contrast'), filling=('a smaller part of the picture is filled', 'a larger part of the picture is filled'))
+_WORDS = dict(shape=('narrower than', 'wider than'), mirror=('left and right are less alike than in', 'left and right are more alike than in'), grain=('smoother than', 'grainier than'),
+              detail=('smoother from pixel to pixel than', 'rougher from pixel to pixel than'), brightness=('darker than', 'brighter than'), contrast=('flatter than', 'of more contrast than'),
+              filling=('a smaller part of the picture is filled than in', 'a larger part of the picture is filled than in'))
 
 # %% ../nbs/12b_gate.ipynb #fit
 _LEAST, _SHRINK = 24, .1     # least number of pictures; share of the identity in the correlation
+_FLOOR = np.array([.15, .1, .1, .1, .04, .1, .2])     # least spread of each statistic: pictures framed all alike must not forbid every other frame
 
 def _fit_once(z, stats):
     "Everything of a gate except its limit"
     mean, k = z.mean(0), min(WAVES, len(z) // 6)
     waves = np.linalg.svd(z - mean, full_matrices=False)[2][:k]
     f = _features(mean, waves, z, stats)
-    centre, spread = f.mean(0), np.maximum(f.std(0), .02)
+    centre, spread = f.mean(0), np.maximum(f.std(0), np.r_[np.full(k + 1, .05), _FLOOR])
     g = (f - centre) / spread
-    return dict(mean=mean, waves=waves, centre=centre, spread=spread, precision=np.linalg.inv((1 - _SHRINK) * g.T @ g / len(g) + _SHRINK * np.eye(f.shape[1])), low=stats.min(0), high=stats.max(0), n=len(z))
+    corr = g.T @ g / len(g)
+    np.fill_diagonal(corr, 1)
+    return dict(mean=mean, waves=waves, centre=centre, spread=spread, precision=np.linalg.inv((1 - _SHRINK) * corr + _SHRINK * np.eye(len(corr))), low=stats.min(0), high=stats.max(0), n=len(z))
 
 def _left_out_scores(z, stats, groups, seed, parts=5):
     "(n,) score of every picture under a gate that was fitted without its group"

@@ -12,7 +12,10 @@ from .core import SPLITS, TableError, require_columns, used
 from .duplicates import KeyCheck, _prints_of, _save_prints, _stamp, check_patient_key, wave_hash
 
 # %% auto #0
-__all__ = ['key_overlaps', 'KeyReport', 'explain_key', 'check_keys']
+__all__ = ['ENOUGH_PAIRS', 'key_overlaps', 'KeyReport', 'explain_key', 'check_keys']
+
+# %% ../nbs/07c_keys.ipynb #enough
+ENOUGH_PAIRS = 100     # below this a low z says nothing about a key
 
 # %% ../nbs/07c_keys.ipynb #overlaps-helpers
 def _part_column(table, part=None):
@@ -59,8 +62,10 @@ class KeyReport:
     def verdict(self) -> str:
         "'complete', 'lacks <within>', 'no information' or 'not known'"
         if not self.joined.pairs >= 10 or not self.across.pairs >= 10: return 'not known'
-        if self.joined.z < 3: return 'no information'
-        return 'complete' if self.across.z >= 3 else f'lacks {self.within}'
+        if self.joined.z < 3: return 'no information' if self.joined.pairs >= ENOUGH_PAIRS else 'not known'
+        if self.across.z >= 3: return 'complete'
+        could = (self.joined.same - self.joined.chance) / max(self.across.sd, 1e-9)          # z across, were these films of one person too
+        return f'lacks {self.within}' if could >= 6 else 'not known'
 
     def __str__(self):
         out = []
@@ -133,7 +138,8 @@ def _check_source(rows, **check):
     n = rows['patient'].value_counts()
     c = check_patient_key(rows, **check)
     over = key_overlaps(rows)['what'].value_counts()
-    verdict = 'no patient key' if not len(n) else c.verdict
+    few = c.pairs < ENOUGH_PAIRS and not c.z >= 3
+    verdict = 'no patient key' if not len(n) else 'too few pairs to say' if few else c.verdict
     return dict(source=rows['source'].iloc[0], images=len(rows), keys=len(n), several=int((n > 1).sum()), pairs=c.pairs, likeness=c.same, by_chance=c.chance, z=c.z, verdict=verdict,
                 two_labels=int(over.get('two labels', 0)), two_parts=int(over.get('two parts', 0)))
 

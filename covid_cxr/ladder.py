@@ -79,7 +79,9 @@ def read_rung(frozen: FrozenRun,
               options: dict = None, # more for the source's reader
              ) -> pd.DataFrame:  # labelled, every unused row with its reason
     "An external collection in the classes of the run's task; it need not hold all of them"
-    if isinstance(source, pd.DataFrame): t = source.copy()
+    if isinstance(source, pd.DataFrame):
+        if root or metadata or findings or options: raise TableError('root, metadata, findings and options are for a collection that is read by name; this table is already read, select its rows yourself.')
+        t = source.copy()
     else:
         spec = source if isinstance(source, SourceSpec) else SourceSpec(source, root=[root] if root else [], metadata=metadata, findings=list(findings))
         t = read_one_source(spec, data, frozen.recipe.seed, **(options or {}))
@@ -208,7 +210,9 @@ def rung_floors(frozen: FrozenRun,
     for kind, X in features.items():
         if not X.shape[1]: continue
         score = held_out_scores(X.to_numpy(), y, groups, 'forest', learn, seed)[~learn]
-        out[kind] = evaluate(y[~learn], score, groups[~learn], n_boot=n_boot, seed=seed)['auc']
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UndefinedMetric)          # a rival may call every film alike; only its AUC is asked for
+            out[kind] = evaluate(y[~learn], score, groups[~learn], n_boot=n_boot, seed=seed)['auc']
     return out
 
 # %% ../nbs/23_ladder.ipynb #words
@@ -231,6 +235,7 @@ def rung_words(run, rung: dict, classes) -> str:
         out.append(f"Of {films} with {classes[1]}, the frozen model finds {right}: sensitivity {_ci(e['recall'])}{_at_home(run, 'recall')}. This set says nothing about false calls.")
     elif 'auc' in e: out.append(f"{films}: AUC {_ci(e['auc'])}{_at_home(run, 'auc')}; at the frozen threshold sensitivity {_ci(e['recall'])}, specificity {_ci(e['specificity'])}.")
     else: out.append(f"{films}: accuracy {_ci(e['accuracy'])}{_at_home(run, 'accuracy')}.")
+    if rung['gate_warnings']: out.append(f"The input gate would have declined {rung['gate_warnings']} of these films; they are counted all the same.")
     o = rung['overlap']
     if o['images']: out.append(f"{o['images']} more films of {o['groups']} patients were left out because the model was made with them ({o['exact']} the same picture, {o['near']} an edited copy, {o['patient']} the same patient).")
     if o['with_own_test']: out.append(f"{o['with_own_test']} films share patients with the run's own test part: they are no new evidence.")
@@ -271,16 +276,17 @@ def _put_rung(ladder, rung):
 def _predict(predictor, table, on_bad):
     "Probabilities and calls of the used rows; a file that cannot be read stops the rung, or is excluded with its reason"
     rows = used(table)
-    p = predictions_frame(predictor.predict(list(rows['path']), on_bad='decline' if on_bad == 'exclude' else 'raise'))
+    answers = predictor.predict(list(rows['path']), on_bad='decline' if on_bad == 'exclude' else 'raise', gate='warn')     # every film counts, also those the gate would decline
+    p = predictions_frame(answers).assign(gate_warning=pd.Series([a.warning for a in answers], dtype=object))
     probs = [f'prob_{c}' for c in predictor.classes]
-    p = p.reindex(columns=['predicted', *probs, 'declined']).set_index(rows.index)
+    p = p.reindex(columns=['predicted', *probs, 'declined', 'gate_warning']).set_index(rows.index)
     bad = p['declined'].reindex(table.index)
     table = exclude(table, bad.notna(), [f'unreadable: {w}' for w in bad])
-    return table.drop(columns=[c for c in p if c in table]).join(p[['predicted', *probs]])
+    return table.drop(columns=[c for c in p if c in table]).join(p[['predicted', *probs, 'gate_warning']])
 
 def _default_name(source, root, findings, min_age, views):
     first = Path(root).name if root else 'table' if isinstance(source, pd.DataFrame) else _name_of(source)
-    kinds = [canonical_finding(f).split('/')[-1] for f in findings]
+    kinds = [canonical_finding(f).split('/')[-1] for f in findings or getattr(source, 'findings', ())]
     return ', '.join(filter(None, [' '.join([first, ' + '.join(kinds)]).strip(), f'age {min_age:g} and above' if min_age is not None else '', views if isinstance(views, str) else ' '.join(views or [])]))
 
 # %% ../nbs/23_ladder.ipynb #write-rung
@@ -292,13 +298,13 @@ def _rung_dict(frozen, name, table, estimates, account, floors, asked):
     return dict(name=name, **asked, date=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'), n_images=len(rows), n_groups=int(rows['group'].nunique()),
                 images_per_class={c: int((rows['label'] == c).sum()) for c in classes}, groups_per_class={c: int(rows['group'][rows['label'] == c].nunique()) for c in classes},
                 classes_present=present, one_class=len(present) == 1, threshold=frozen.predictor.threshold, estimates=e, false_call_rate=e.get('false_positive_rate'), sensitivity=e.get('recall'),
-                floors={k: None if v is None else _plain(v) for k, v in floors.items()}, overlap=account, excluded={r.rule: int(r.excluded) for r in flow(table).itertuples()},
+                floors={k: None if v is None else _plain(v) for k, v in floors.items()}, overlap=account, gate_warnings=int(rows['gate_warning'].notna().sum()), excluded={r.rule: int(r.excluded) for r in flow(table).itertuples()},
                 synthetic=bool(frozen.state.get('synthetic')) or is_synthetic(table))
 
 def _write_rung(frozen, rung, table, ladder):
     "The table, the predictions, the look in the ledger, then ladder.json"
     run, slug, rows = frozen.folder, _file_name(rung['name'], ladder), used(table).assign(split='external')
-    first = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in frozen.classes), 'image_id', 'source', 'finding', 'view', 'age_years', 'sex', 'overlap_part', 'overlap_with']
+    first = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in frozen.classes), 'image_id', 'source', 'finding', 'view', 'age_years', 'sex', 'overlap_part', 'overlap_with', 'gate_warning']
     save_table(table, run / 'ladder' / f'{slug}-table.csv')
     with atomic_path(run / 'ladder' / f'{slug}.csv') as tmp: rows[first].to_csv(tmp, index=False)
     rung.update(table=f'ladder/{slug}-table.csv', table_sha256=sha256_file(run / 'ladder' / f'{slug}-table.csv'), predictions=f'ladder/{slug}.csv', predictions_sha256=sha256_file(run / 'ladder' / f'{slug}.csv'))

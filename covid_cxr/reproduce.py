@@ -15,7 +15,7 @@ from .table import as_task
 
 # %% auto #0
 __all__ = ['CLAIMS', 'EXTRA', 'ABSENT', 'RUN_COLUMNS', 'OUTSIDE', 'QUICK', 'Claim', 'Article', 'find_results', 'score_results',
-           'reproduce_table', 'runs_table', 'plot_ledger', 'judge_outside', 'reproduce', 'table_markdown']
+           'reproduce_table', 'runs_table', 'leak_table', 'plot_ledger', 'judge_outside', 'reproduce', 'table_markdown']
 
 # %% ../nbs/25_reproduce.ipynb #claims
 @dataclass(frozen=True)
@@ -169,6 +169,25 @@ def runs_table(results_dir,   # folder of result folders
                                  images=e[e['part']]['n_images'], groups=e[e['part']]['n_groups'], leaking_groups=e['leaking_groups'], seed=c.seed, minutes=round(h['seconds'].sum() / 60, 1),
                                  synthetic=bool(e['synthetic'])))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+# %% ../nbs/25_reproduce.ipynb #leak-table
+def leak_table(results_dir,    # folder of result folders
+               only = None,    # keys of `CLAIMS`; None: all
+               n_boot = 2000,  # resamples of patients
+              ) -> pd.DataFrame: # one row per run and kind of film: 'known patient' or 'new patient'
+    "The judged films of every leaky run, split by whether their group also stands in another part"
+    found, rows = find_results(results_dir), []
+    for r in [r for key in _articles(only) for r in found.get(CLAIMS[key].protocol, []) if r['evaluation']['leaking_groups']]:
+        p = pd.read_csv(r['folder'] / 'predictions.csv', dtype=dict(patient=str, group=str))
+        other, t = p[p['split'] != r['evaluation']['part']], p[p['split'] == r['evaluation']['part']]
+        classes, known = list(as_task(r['recipe'].task).classes), t['group'].isin(other['group'])
+        for kind, x in (('known patient', t[known]), ('new patient', t[~known])):
+            if not len(x): continue
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', UndefinedMetric)
+                e = evaluate(x['label'].to_numpy(object), x[f'prob_{classes[1]}'].to_numpy(float), x['group'].to_numpy(object), .5, classes, n_boot, r['recipe'].seed)
+            rows.append(dict(run=r['folder'].name, films=kind, images=len(x), groups=e.n_groups, **{m: _words(*e[m][:3]) for m in ('accuracy', 'recall', 'specificity', 'auc')}))
+    return pd.DataFrame(rows, columns=['run', 'films', 'images', 'groups', 'accuracy', 'recall', 'specificity', 'auc'])
 
 # %% ../nbs/25_reproduce.ipynb #plot-ledger
 def plot_ledger(results_dir, only=None, n_boot=200, metric_of=None):

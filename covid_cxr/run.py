@@ -11,9 +11,10 @@ import numpy as np, pandas as pd
 from . import plots
 from .bundle import save_bundle
 from .cache import ImageCache
-from .core import (COLUMNS, NUMERIC, SYNTHETIC, CxrError, RunError, atomic_path, new_table, sha256_file, sha256_text, used, versions,
+from .core import (COLUMNS, NUMERIC, SYNTHETIC, CxrError, RunError, TableError, atomic_path, new_table, sha256_file, sha256_text, used, versions,
                             write_json, write_text)
 from .evaluate import choose_threshold, evaluate
+from .gate import fit_gate
 from .images import ImageRule
 from .ledger import append_ledger, count_looks, ledger_head, looks_words
 from .phantom import write_phantom_trees
@@ -213,6 +214,21 @@ def _draw(out, recipe, state, result, history, curves, y, p):
         chosen = history.loc[history['round'] == r, 'lr']
         draw(f'lr_find_{r}', plots.plot_lr_find(c['lr'].to_numpy(), c['loss'].to_numpy(), float(chosen.iloc[0]) if len(chosen) else None, synthetic=synth))
 
+# %% ../nbs/16_run.ipynb #gate
+_GATE_IMAGES = 2000          # training pictures that are enough for a gate
+
+def _fit_gate(learn, table, part, seed, log):
+    "The input gate of the training pictures, and how many pictures of the judged part it declines; (None, None) when they are too few"
+    read = next(t for t in learn.dls.train_ds.tfms[0].fs if hasattr(t, 'cache'))
+    pixels = lambda rows: (np.asarray(read(p)[0]) for p in rows['path'])
+    rows, judged = (used(table)[used(table)['split'] == s] for s in ('train', part))
+    if len(rows) > _GATE_IMAGES: rows = rows.sample(_GATE_IMAGES, random_state=seed)
+    try: gate = fit_gate(pixels(rows), rows['group'].fillna(rows['image_id']).tolist(), seed=seed)
+    except TableError as e: log(f'no input gate: {e}'); return None, None
+    declined = sum(gate.check(x) is not None for x in pixels(judged))
+    log(f'input gate: fitted on {gate.n} training images; it declines {declined} of the {len(judged)} images of the {part} part ({1 - gate.keep:.0%} are expected)')
+    return gate, dict(part=part, images=len(judged), declined=declined, keep=gate.keep)
+
 # %% ../nbs/16_run.ipynb #results
 def _note_look(out, state, part, judged, result):
     "Write the look at the test part into the ledger, unless a killed process already did; returns the words for the summary"
@@ -238,8 +254,9 @@ def _results(recipe, learn, table, out, state, history, log):
     _draw(out, recipe, state, result, history, learn.lr_curves, judged['label'].to_numpy(), judged[f'prob_{classes[-1]}'].to_numpy())
     summary = _summary(recipe, state, part, point, result, floor, history, looks)
     write_text(out / 'summary.txt', summary + '\n')
-    save_bundle(learn, out / 'bundle', threshold=float(result.threshold) if len(classes) == 2 else .5, operating_point=point.to_dict() if point is not None else None,
-                provenance=dict(recipe=recipe.name, recipe_hash=state['recipe_hash'], table_sha256=state['table_sha256'], part=part,
+    gate, gated = _fit_gate(learn, table, part, recipe.seed, log)
+    save_bundle(learn, out / 'bundle', gate=gate, threshold=float(result.threshold) if len(classes) == 2 else .5, operating_point=point.to_dict() if point is not None else None,
+                provenance=dict(recipe=recipe.name, recipe_hash=state['recipe_hash'], table_sha256=state['table_sha256'], part=part, input_gate=gated,
                                 headline={m: e.value for m, e in result.estimates.items() if m in HEADLINE}), synthetic=state['synthetic'])
     (out / 'bundle' / 'export.pkl').replace(out / 'export.pkl')
     log(summary)

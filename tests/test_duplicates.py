@@ -7,7 +7,7 @@ from conftest import DATA, ROOT, needs_data
 # Least share of planted copies that must be found. Crops and turns are where hashes alone find none.
 FLOORS = {'half size': 1., 'JPEG quality 30': 1., 'brighter': .95, 'more contrast': .9, 'black frame': .95, 'mirrored': 1., 'inverted': 1.,
           'cropped 3 %': .95, 'cropped 6 %': .9, 'corner cropped 5 %': .9, 'turned 3 degrees': .9}
-N, OTHERS = 20, 60
+N, OTHERS = 14, 60
 RAPID = 'covid-19-rapidly-progressive-acute-respiratory-distress-syndrome-ards'
 SAME_FILM = [  # patients of the June 2020 state, and the two files that show one film; each pair was laid on each other and looked at
     ('97', '178', f'{RAPID}-admission.jpg', '16660_2_1.jpg'), ('97', '178', f'{RAPID}-day-1.jpg', '16660_3_1.jpg'),
@@ -21,7 +21,7 @@ TWICE_LISTED = {frozenset(p) for p in (('285', '339'), ('287', '340'))}         
 
 @pytest.fixture(scope='module')
 def planted(tmp_path_factory):
-    "Synthetic films 'film:p' with a second film of the patient, one copy per edit and strangers; and the pairs that were called duplicates"
+    "Synthetic films 'film:p' with one copy per edit, and strangers: the pairs, and the group of each picture"
     from covid_cxr.duplicates import EDITS, find_near
     from covid_cxr.phantom import make_phantom
     d, rows = tmp_path_factory.mktemp('copies'), []
@@ -32,7 +32,6 @@ def planted(tmp_path_factory):
     for p in range(N):
         film = make_phantom(11, p, 0, size=256).image
         add(f'film:{p}', film)
-        add(f'second:{p}', make_phantom(11, p, 1, size=256).image)
         for e in FLOORS: add(f'{e}:{p}', EDITS[e](film))
     for p in range(OTHERS): add(f'stranger:{p}', make_phantom(11, N + p, 0, size=256).image)
     pairs = find_near(pd.DataFrame(rows))
@@ -67,12 +66,6 @@ def test_no_stranger_is_called_a_copy(planted):
     assert len(sure) >= N, 'nothing was found at all'
     wrong = [(p.a, p.b) for p in sure.itertuples() if p.a.split(':')[1] != p.b.split(':')[1] or p.a.startswith('stranger')]
     assert wrong == []
-
-
-def test_two_films_of_one_patient_are_two_films(planted):
-    pairs, group = planted
-    assert [p for p in range(N) if group[f'film:{p}'] == group[f'second:{p}']] == []
-    assert not set(pairs.loc[pairs['verdict'] == 'duplicate', ['a', 'b']].to_numpy().ravel()) & {f'second:{p}' for p in range(N)}
 
 
 def test_the_order_of_the_rows_means_nothing(tmp_path):
@@ -119,8 +112,8 @@ def test_no_other_patients_of_the_covid_set_are_joined(covid_pairs):
 
 
 @needs_data
-def test_what_is_for_a_person_to_look_at_is_of_one_patient(covid_pairs):
-    "Alike, but not one film: serial films of one patient; none of them joins anything"
+def test_two_films_of_one_patient_are_two_films(covid_pairs):
+    "Serial films are for a person to look at and join nothing. (Synthetic ones would not show it: their anatomy is redrawn exactly.)"
     t, pairs = covid_pairs
     look = pairs[pairs['verdict'] == 'look']
     assert len(look) and all(number(t, a) == number(t, b) for a, b in zip(look['a'], look['b']))

@@ -1,8 +1,9 @@
 "The report of a run: every number is the run's own, what is bad stands in red, nothing is left out, hostile text stays text, the page asks nothing of anybody"
-import json, re, shutil
+import html, json, re, shutil
 from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from covid_cxr.audit_run import audit_run
 from covid_cxr.claim import ITEMS, claim_items
 from covid_cxr.core import RunError, sha256_file, write_json, write_text
 from covid_cxr.evaluate import evaluate
@@ -78,18 +79,9 @@ def assert_sound(page):
     assert tables == captions > 10
 
 
-def estimate(v): return dict(zip(('value', 'low', 'high'), v))
+def estimate(*v): return dict(zip(('value', 'low', 'high'), v))
 
-def audit_json(**headline):
-    "A small audit with every verdict, written by hand in the format of audit.json"
-    row = lambda audit, name, statistic, verdict, v=(None, None, None): dict(audit=audit, name=name, statistic=statistic, **estimate(v), n='64 images of 32 groups', rule=f'rule of {audit}', verdict=verdict, words=f'words of {audit} {name}', cost='seconds')
-    head = dict(model_auc=estimate((.8261, .7173, .9222)), pixel_floor=dict(name='border ring', auc=estimate((.6123, .5124, .7125))), floor_adjusted_auc=estimate((.2138, .1019, .3231)),
-                provenance_floor=dict(name='source and year', auc=estimate((.5511, .4512, .6513))), above_provenance=estimate((.275, .1751, .3752)), sentence='It gains over the border.', reads_lungs=True)
-    rows = [row('A1', 'the same group on both sides', 'groups that cross', 'PASS', (0, None, None)), row('A3', 'file', 'AUC', 'WARN', (.61, .55, .7)), row('A5', 'border ring', 'AUC', 'FAIL', (.6123, .5124, .7125)),
-            row('A6', 'lungs hidden', 'AUC', 'INFO', (.5417, .4418, .6419)), row('A8', 'source probe among covid', 'AUC', 'WARN', (.9991, .98, 1.)), row('A16', 'worst subgroup', 'AUC gap', 'UNDERPOWERED')]
-    return dict(format='covid_cxr audit', version=1, run='demo', synthetic=True, quick=True, part='test', seconds=3., finished='2020-01-01T00:00:00Z', versions={}, headline=head | headline, rows=rows,
-                not_run=[dict(audit='A10', why='it takes hours')], floors=[dict(name='border ring', kind='pixels', auc=head['pixel_floor']['auc'], seen='the outer tenth'),
-                dict(name='source and year', kind='provenance', auc=head['provenance_floor']['auc'], seen='two columns')], verdicts=dict(PASS=1, WARN=2, FAIL=1, UNDERPOWERED=1, INFO=1))
+ABOVE = dict(model_auc=estimate(.83, .72, .92), floor_adjusted_auc=estimate(.2138, .1019, .3231), above_provenance=estimate(.275, .1751, .3752), reads_lungs=True, sentence='It gains over the border.')
 
 
 @pytest.fixture(scope='module')
@@ -101,12 +93,20 @@ def copy(example, tmp_path): return Path(shutil.copytree(example, tmp_path / 'ru
 @pytest.fixture(scope='module')
 def finished(phantom_run, tmp_path_factory):
     "The phantom run, a second look at its test part, and a rung on new phantoms; then its report"
-    run = Path(shutil.copytree(phantom_run, tmp_path_factory.mktemp('finished') / 'demo', ignore=shutil.ignore_patterns('checkpoints', 'cache', 'export.pkl')))
+    run = Path(shutil.copytree(phantom_run, tmp_path_factory.mktemp('finished') / 'demo', ignore=shutil.ignore_patterns('checkpoints', 'cache', 'export.pkl', 'audit.*', 'ladder*', 'report.html', 'model-card.md')))
     append_ledger(run, 'evaluate')
     trees = tmp_path_factory.mktemp('elsewhere')
     write_phantom_trees(trees, seed=99, size=96, n_patients=12, n_normal=10, n_pneumonia=2)
     evaluate_on(run, 'covid_chestxray', trees, root='covid-chestxray-dataset', name='new phantoms', n_boot=100, check_files=False, log=lambda text: None)
     return run, Page(write_report(run))
+
+
+@pytest.fixture(scope='module')
+def audited(finished, tmp_path_factory):
+    "The same run after a real, quick audit: the folder, its page, its audit.json"
+    run = Path(shutil.copytree(finished[0], tmp_path_factory.mktemp('audited') / 'demo'))
+    audit_run(run, quick=True, n_boot=200, log=lambda text: None)
+    return run, Page(write_report(run)), json.loads((run / 'audit.json').read_text())
 
 
 def test_the_page_of_a_trained_run_is_sound_and_says_first_what_it_is_not_for(finished):
@@ -169,38 +169,47 @@ def test_a_run_without_an_audit_says_so_where_the_number_would_stand(finished):
     assert 'NOT AUDITED' in (run / 'model-card.md').read_text()
 
 
-def test_audit_first_all_rows_all_verdicts_in_words(copy):
-    a = audit_json()
-    write_json(copy / 'audit.json', a)
-    page = Page(write_report(copy))
+def test_audit_first_all_rows_all_verdicts_in_words(audited):
+    run, page, a = audited
     assert_sound(page)
-    head = page.said()
-    assert 'Floor-adjusted AUC +0.214 [0.102, 0.323] It gains over the border.' in head and 'NOT AUDITED' not in head and 'ABOVE THE FLOOR' not in head
-    assert head.index('+0.214') < head.index('0.826')
-    for v in ('0.826 [0.717, 0.922]', '0.612 [0.512, 0.713]', '0.551 [0.451, 0.651]', '0.275 [0.175, 0.375]'): assert v in head
-    for r in a['rows']:
-        row = next(x for x in page.rows['audit'] if x.startswith(f"{r['audit']}  {r['name']}"))
-        for k in ('verdict', 'words', 'n', 'rule'): assert r[k] in row
-        assert ('not estimable' if r['value'] is None else 'cross 0 ' if r['audit'] == 'A1' else f"{r['value']:.3f}") in row
+    h, head, show = a['headline'], page.said(), lambda e: show_interval(e['value'], e['low'], e['high'])
+    assert re.search(r'Floor-adjusted AUC \+?' + re.escape(show(h['floor_adjusted_auc']) + ' ' + h['sentence']), head) and 'NOT AUDITED' not in page.source
+    own = read_facts(run).result['auc']
+    assert own.value == pytest.approx(h['model_auc']['value'], abs=1e-6)
+    assert head.index(show(h['floor_adjusted_auc'])) < head.index('Model AUC ' + show_interval(*own[:3]))
+    for k in ('pixel_floor', 'provenance_floor'): assert show(h[k]['auc']) + ' ' + h[k]['name'] in head
+    assert show(h['above_provenance']) in head
+    rows = page.rows['audit'][1:len(a['rows']) + 1]
+    for r, row in zip(a['rows'], rows, strict=True):
+        assert row.startswith(f"{r['audit']}  {r['name']}") and f" {r['verdict']} " in row and r['words'] in row and r['n'] in row and r['rule'] in row
+        v = r['value']
+        assert 'not estimable' in row if v is None else show(r) in row if r['low'] is not None else (f' {v:,.0f} ' if v == int(v) else f'{v:.3f}') in row
     shortcut = page.said('shortcut')
-    for name in ('the model', 'border ring', 'source and year', 'A6 lungs hidden'): assert name in shortcut
-    assert 'probe' not in shortcut                                  # tells the source, not the class: no rival
-    limits, card = page.said('limits'), (copy / 'model-card.md').read_text()
-    for r in a['rows']:
-        for text in (limits, card): assert (r['words'] in text) == (r['verdict'] in ('FAIL', 'WARN', 'UNDERPOWERED')), r
-    assert 'it takes hours' in limits and 'it takes hours' in card and 'it takes hours' in page.said('audit')
-    assert '0.214 [0.102, 0.323]' in card
-    status = {i.number: i.status for i in claim_items(read_facts(copy))}
-    assert status[30] == 'FROM THE RUN' and status[31] == 'NOT REPORTED'
+    assert all(f['name'] in shortcut and show(f['auc']) in shortcut for f in a['floors']) and 'probe' not in shortcut      # a probe tells the source, not the class: no rival
+
+
+def test_limitations_are_written_from_every_bad_row_and_every_row_not_run(audited):
+    run, page, a = audited
+    bad = [r for r in a['rows'] if r['verdict'] in ('FAIL', 'WARN', 'UNDERPOWERED')]
+    limits, card = page.said('limits'), html.unescape((run / 'model-card.md').read_text().replace('\\', ''))
+    assert len(bad) > 5 and len(a['not_run']) > 2
+    for text in (limits, card):
+        for r in bad: assert r['words'] in text
+        for n in a['not_run']: assert n['why'] in text and n['why'] in page.said('audit')
+    assert sum(where.startswith('A') for _, where, _ in list_limits(read_facts(run))) == len(bad) + len(a['not_run'])
+    assert show_interval(*(a['headline']['floor_adjusted_auc'][k] for k in ('value', 'low', 'high'))) in card
+    status = {i.number: i.status for i in claim_items(read_facts(run))}
+    assert status[30] == status[31] == 'FROM THE RUN'
 
 
 @pytest.mark.parametrize('headline, words', [
-    (dict(floor_adjusted_auc=estimate((.02, -.05, .09)), reads_lungs=False), 'NOT ABOVE THE FLOOR'), (dict(floor_adjusted_auc=estimate((None, None, None)), reads_lungs=False), 'NOT ABOVE THE FLOOR'),
-    (dict(above_provenance=estimate((-.1, -.2, .01))), 'SOURCE ALONE EXPLAINS'), (dict(pixel_floor=None, provenance_floor=None, reads_lungs=False), None), ({}, None)])
-def test_an_auc_that_is_not_above_the_floor_is_said_in_red(copy, headline, words):
-    write_json(copy / 'audit.json', audit_json(**headline))
+    (dict(floor_adjusted_auc=estimate(.02, -.05, .09), reads_lungs=False), 'NOT ABOVE THE FLOOR'), (dict(floor_adjusted_auc=estimate(None, None, None), reads_lungs=False), 'NOT ABOVE THE FLOOR'),
+    (dict(above_provenance=estimate(-.1, -.2, .01)), 'SOURCE ALONE EXPLAINS'), (dict(pixel_floor=None, provenance_floor=None, reads_lungs=False), None), ({}, None)])
+def test_an_auc_that_is_not_above_the_floor_is_said_in_red(copy, audited, headline, words):
+    write_json(copy / 'audit.json', audited[2] | dict(headline=audited[2]['headline'] | ABOVE | headline))
     said = ' '.join(find_banners(read_facts(copy)))
     assert ('THE FLOOR' in said or 'SOURCE ALONE' in said) == (words is not None) and (words or '') in said
+    assert 'AUDIT OF ANOTHER MODEL' in said                          # its AUC is not that of the example run
 
 
 def test_leaks_alterations_broken_ledgers_and_a_missing_test_part_are_said_in_red(copy):
@@ -233,7 +242,7 @@ def test_children_joined_with_adults_are_said_in_red(copy):
     assert any(b.startswith('CHILDREN JOINED WITH ADULTS') for b in find_banners(read_facts(copy)))
 
 
-def test_hostile_text_stays_text_and_nothing_fetches_anything(copy):
+def test_hostile_text_stays_text_and_nothing_fetches_anything(copy, audited):
     t = load_table(copy / 'table.csv')
     pred = pd.read_csv(copy / 'predictions.csv')
     names = {i: f'{i}{HOSTILE}' for i in t['image_id']}
@@ -241,7 +250,8 @@ def test_hostile_text_stays_text_and_nothing_fetches_anything(copy):
     t.loc[:2, 'excluded'] = HOSTILE
     save_table(t, copy / 'table.csv'); save_table(pred.assign(image_id=pred['image_id'].map(names)), copy / 'predictions.csv')
     write_text(copy / 'recipe.toml', dump_recipe(load_recipe('demo')).replace('title = "', f'title = {json.dumps(HOSTILE)}\n#"'))
-    a = audit_json(sentence=HOSTILE)
+    a = json.loads(json.dumps(audited[2]))
+    a['headline']['sentence'] = HOSTILE
     for r in a['rows']: r.update(name=HOSTILE, words=HOSTILE, rule=HOSTILE, n=HOSTILE, statistic=HOSTILE)
     write_json(copy / 'audit.json', a)
     write_text(copy / 'answers.toml', f'signed = {json.dumps(HOSTILE)}\n[claim]\n41 = {json.dumps(HOSTILE)}\n')

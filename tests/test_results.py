@@ -28,3 +28,62 @@ def test_a_kept_run_follows_from_its_predictions(run):
         for k in ('value', 'low', 'high'): assert (again[m][k] is None) == (kept[k] is None) and (kept[k] is None or again[m][k] == pytest.approx(kept[k], abs=1e-9)), (m, k)
     summary = (run / 'summary.txt').read_text()
     assert f"auc {e[e['part']]['estimates']['auc']['value']:.3f}" in summary
+
+
+AUDITED = [r for r in RUNS if (r / 'audit.json').exists()]
+LADDERS = [r for r in RUNS if (r / 'ladder.json').exists()]
+
+
+def test_there_are_audits_and_ladders(): assert AUDITED and LADDERS
+
+
+@pytest.mark.parametrize('run', AUDITED, ids=lambda p: p.name)
+def test_a_kept_audit_speaks_of_this_run(run):
+    a, e = json.loads((run / 'audit.json').read_text()), json.loads((run / 'evaluation.json').read_text())
+    h = a['headline']
+    assert h['model_auc']['value'] == pytest.approx(e[a['part']]['estimates']['auc']['value'], abs=1e-9)
+    for kind, floor, gap in (('pixels', 'pixel_floor', 'floor_adjusted_auc'), ('provenance', 'provenance_floor', 'above_provenance')):
+        best = max(f['auc']['value'] for f in a['floors'] if f['kind'] == kind)
+        assert h[floor]['auc']['value'] == best and h[gap]['value'] == pytest.approx(h['model_auc']['value'] - best, abs=1e-9)
+    assert h['reads_lungs'] == (h['floor_adjusted_auc']['low'] > 0 and h['model_auc']['low'] > .5)
+    assert sum(a['verdicts'].values()) == len(a['rows']) and all(a['verdicts'][v] == sum(r['verdict'] == v for r in a['rows']) for v in a['verdicts'])
+    text = (run / 'audit.txt').read_text()
+    assert h['sentence'] in text and all(r['words'][:60] in text for r in a['rows'])
+
+
+@pytest.mark.parametrize('run', LADDERS, ids=lambda p: p.name)
+def test_a_kept_rung_follows_from_its_predictions(run):
+    for rung in json.loads((run / 'ladder.json').read_text())['rungs']:
+        p = pd.read_csv(run / rung['predictions'])
+        prob = [c for c in p if c.startswith('prob_')][-1]
+        assert len(p) == rung['n_images'] and 'path' not in p
+        if rung['one_class']:
+            threshold = json.loads((run / 'evaluation.json').read_text())['operating_point']['threshold']
+            rate = rung.get('false_call_rate') or rung['sensitivity']
+            assert (p[prob] >= threshold).mean() == pytest.approx(rate['value'], abs=1e-9)
+
+
+def test_the_facts_page_prints_what_was_measured():
+    facts = json.loads((ROOT / 'benchmarks/results/facts.json').read_text())['facts']
+    page = (ROOT / 'nbs/recipes/00_shortcuts.ipynb').read_text()
+    value = lambda f, start: next(r['value'] for r in facts[f] if r['what'].startswith(start))
+    assert value('F1', 'person numbers') == 170 and value('F1', 'patients (number and kind)') == 0 and value('F3', 'sets of identical') == 30
+    assert value('F6', 'small network, cross-validated') - value('F6', 'small network, official test') > 0, 'the fall to the official test'
+    for f in ('F6', 'F7', 'F8', 'F9'):
+        for r in facts[f]: assert f"{r['value']:.3f}" in page, (f, r['what'])
+
+
+def test_the_verdict_matrix_in_the_docs_is_the_one_expected():
+    from test_audit import EXPECTED
+    m = json.loads((ROOT / 'benchmarks/results/audit_matrix.json').read_text())
+    for name, row in m['verdicts'].items():
+        for audit, right in EXPECTED[name.split()[0]].items(): assert row[audit] in right, (name, audit, row[audit])
+    assert {n.split()[0] for n in m['verdicts']} == set(EXPECTED)
+
+
+def test_the_articles_numbers():
+    "Kermany's headline is flagged, the numbers of the small CNN fit exactly one matrix, the published CSVs say what the article says (HONESTY of the sources)"
+    a = json.loads((ROOT / 'benchmarks/results/article_numbers.json').read_text())
+    fits = {c['article'].split(',')[0].split(' (')[0]: c['matrices'] for c in a['claims']}
+    assert fits['Kermany et al. 2018'] == 0 and fits['pneumonia-cnn'] == 1
+    assert all(f['agrees'] for f in a['files'].values())
