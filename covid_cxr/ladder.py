@@ -23,7 +23,7 @@ from .table import _label_of, as_task, drop_repeats, flow, group_leaksafe, keep_
 # %% auto #0
 __all__ = ['KINDS', 'LADDER', 'FORMAT', 'FORMAT_VERSION', 'EXPECTED_FALL', 'FrozenRun', 'open_frozen', 'keep_ages', 'read_rung',
            'find_overlap', 'patient_wilson', 'judge_rung', 'rung_floors', 'rung_words', 'read_ladder', 'evaluate_on',
-           'ladder_table', 'show_ladder', 'plot_ladder', 'add_rung_options', 'do_evaluate_on']
+           'ladder_table', 'show_ladder', 'plot_ladder']
 
 # %% ../nbs/23_ladder.ipynb #frozen
 @dataclass(frozen=True)
@@ -397,25 +397,3 @@ def plot_ladder(run         # directory of a finished run
     return fig
 
 def _wrap(text, most=34): return text if len(text) <= most else text[:most - 1] + '…'
-
-# %% ../nbs/23_ladder.ipynb #cli
-def add_rung_options(parser) -> None:
-    "Options of `covid-cxr evaluate RUN --on SOURCE`"
-    parser.add_argument('--on', metavar='SOURCE', help="another collection by name (see 'covid-cxr download'): the frozen model is taken there and the rung added to RUN/ladder.json")
-    parser.add_argument('--data', default='.', metavar='DIR', help='folder that holds the collections')
-    parser.add_argument('--root', default='', metavar='FOLDER', help="the collection's folder below --data")
-    parser.add_argument('--metadata', default='', metavar='FILE', help="another metadata file than the collection's own, below --data")
-    parser.add_argument('--findings', nargs='+', default=[], metavar='F', help="only these findings, e.g. 'No Finding'")
-    parser.add_argument('--views', nargs='+', metavar='V', help="only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
-    parser.add_argument('--min-age', type=float, metavar='YEARS', help='only people of this age or above')
-    parser.add_argument('--name', metavar='N', help='name of the rung')
-    parser.add_argument('--exclude-bad', action='store_true', help='leave out files that cannot be read instead of stopping')
-    parser.add_argument('--duplicates', choices=('near', 'exact'), default='near', help="copies of the run's own films to look for: 'near' (edited ones too, default) or 'exact' (equal pictures, faster)")
-    parser.add_argument('--unchecked', action='store_true', help='go on when films that the model was made with are not on this disk; the rung says so')
-
-def do_evaluate_on(args) -> int:
-    "Take the frozen model of args.run to args.on and print the ladder"
-    evaluate_on(args.run, args.on, args.data, args.root, args.metadata, args.findings, args.views, args.min_age, args.name, on_bad='exclude' if args.exclude_bad else 'raise', duplicates=args.duplicates, check_files=not args.unchecked,
-                device=getattr(args, 'device', None))
-    print('\n' + show_ladder(args.run))
-    return 0

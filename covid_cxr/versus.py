@@ -19,8 +19,7 @@ from .run import read_run
 from .table import _components, _first_with_key, as_task
 
 # %% auto #0
-__all__ = ['LEAST', 'METRICS_COMPARED', 'JudgedRun', 'read_judged', 'groups_needed', 'findable', 'Comparison', 'compare_runs',
-           'add_compare_options', 'do_compare']
+__all__ = ['LEAST', 'METRICS_COMPARED', 'JudgedRun', 'read_judged', 'groups_needed', 'findable', 'Comparison', 'compare_runs']
 
 # %% ../nbs/23b_versus.ipynb #read
 @dataclass(frozen=True)
@@ -197,16 +196,3 @@ def compare_runs(*runs,                 # directories of two or more finished ru
     if len(judged) == 2: words += filter(None, [_films_for_calls(found[judged[0].name, judged[1].name]['accuracy'], judged[0].name, judged[1].name)])
     words.append(f"These runs' test parts were read {looks} times in all{'' if record else ', and this look was not written down'}; the more often, the less a difference means.")
     return Comparison(pd.DataFrame([dict(name=j.name, threshold=j.threshold, **values[j.name]) for j in judged]), table, ranking, words, len(ids), int(groups.max()) + 1, looks)
-
-# %% ../nbs/23b_versus.ipynb #cli
-def add_compare_options(parser) -> None:
-    "Options of `covid-cxr compare RUN RUN ...`"
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories, two or more')
-    parser.add_argument('--shared', action='store_true', help='when the test parts differ, compare on the films that all of them were tested on')
-    parser.add_argument('--margin', type=float, metavar='D', help='largest loss of AUC that would not matter, written down beforehand: adds a word on non-inferiority')
-    parser.add_argument('--n-boot', type=int, default=2000, metavar='N', help='bootstrap resamples of patients (default: 2000)')
-
-def do_compare(args) -> int:
-    "Print the comparison of args.runs"
-    print(compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot))
-    return 0
