@@ -36,7 +36,7 @@ def phantom_case(name, patients=160, size=64, seed=0, n_boot=1000, epochs=8):
     t = t if FAMILY[name].has_site else t.drop(columns='site')
     test = (t['split'] == 'test').to_numpy()
     net = fit_small_net(x[~test], (t['label'] == 'ill')[~test], seed=seed, epochs=epochs)
-    return Case(t, x, net.score(x), ('well', 'ill'), films=x[test], score=net.score, features=net.features, masks=m,
+    return Case(t, x, net.score(x), ('well', 'ill'), films=x[test], score=net.score, features=net.features, masks=m, film_masks=m[test],
                 operating_point=dict(goal='fixed=0.5'), n_boot=n_boot, seed=seed), net
 
 

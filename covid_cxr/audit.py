@@ -59,6 +59,7 @@ class Case:
     score: object = None       # films -> (m,) probability of the last class, by the frozen model
     features: object = None    # films -> (m, f) what its last layer sees
     masks: np.ndarray = None   # (n, h, w) bool lung masks of all rows
+    film_masks: np.ndarray = None # (m, h, w) bool lung masks of the judged films; all False where a film has none
     pairs: pd.DataFrame = None # near duplicates among the rows, from `duplicates.find_near`
     n_boot: int = 2000
     seed: int = 0
@@ -107,7 +108,7 @@ class Case:
         chosen = set(size.index[(size.shift(fill_value=0) < self.most)])
         return np.flatnonzero([g in chosen for g in self.groups])
     @property
-    def asked_n(self) -> str: return f'{len(self.asked)} images of {len(set(self.groups[self.asked]))} groups'
+    def asked_n(self) -> str: return _count(self, self.asked)
     def row(self, audit, name, statistic, value, rule, verdict, words, low=np.nan, high=np.nan, n=None, cost='seconds'):
         return AuditRow(audit, name, statistic, float(value), float(low), float(high), n or self.n, rule, verdict, words, cost)
 
@@ -168,7 +169,7 @@ def audit_facts(case: Case, floors) -> list: # of `AuditRow`
         verdict = 'FAIL' if e.low > .7 else 'WARN' if e.low > .55 else 'PASS' if _half(e) <= WIDE else 'UNDERPOWERED'
         meaning = 'tells the classes apart without a pixel' if e.low > .55 else 'does not tell the classes apart' if verdict == 'PASS' else 'cannot be judged on so few patients'
         out.append(case.row('A3' if f.kind == 'file' else 'A4', f.name, 'AUC', e.value, rule if main else 'stated, not judged', verdict if main else 'INFO',
-                            f'Whoever knows {f.seen} and never sees the picture reaches AUC {e.value:.2f}: this {meaning}.', e.low, e.high))
+                            f"Whoever knows {_some(f.seen.split(', '), 5)} and never sees the picture reaches AUC {e.value:.2f}: this {meaning}.", e.low, e.high))
     return out
 
 def audit_no_lung(case: Case, floors) -> list: # of `AuditRow`
@@ -239,9 +240,13 @@ def audit_occlusion(case: Case, quick: bool = True) -> list: # of `AuditRow`
     "A6: hide the lungs, hide the rest"
     rules = dict(lungs='with the lungs hidden the AUC must fall to .55 or below', outside='with the rest hidden it must not fall by more than .03')
     if not case.learned: return _coin(case, 'A6', 'lungs hidden', rules['lungs'])
-    k = case.asked
-    masks = None if quick or case.masks is None else _resized(case.masks[case.at][k], case.films.shape[1:])
-    t = probe_occlusion(case.score, case.films[k], case.y[k], case.groups[k], _mean_picture(case), masks, ('mean',) if quick else ('mean', 'shuffle'), min(case.n_boot, 500), case.seed)
+    k, fills = case.asked, ('mean',) if quick else ('mean', 'shuffle')
+    ask = lambda k, masks, fills: probe_occlusion(case.score, case.films[k], case.y[k], case.groups[k], _mean_picture(case), masks, fills, min(case.n_boot, 500), case.seed).assign(n=_count(case, k))
+    t = ask(k, None, fills)
+    masked = k[case.film_masks[k].any((1, 2))] if case.film_masks is not None and not quick else []
+    if len(masked) and min(np.bincount(case.y[masked], minlength=2)) >= 5:
+        own = ask(masked, case.film_masks[masked], ('mean',))
+        t = pd.concat([t, own[own['region'] == 'lung masks']])
     out = []
     for r in t.itertuples():
         judge, half = r.fill == 'mean' and r.region == 'centre box', (r.auc_high - r.auc_low) / 2
@@ -250,18 +255,16 @@ def audit_occlusion(case: Case, quick: bool = True) -> list: # of `AuditRow`
         words = (f'With the lungs hidden the model still reaches AUC {r.auc:.2f}' if r.hidden == 'lungs' else f'With everything but the lungs hidden the AUC falls by {r.fall:.2f} to {r.auc:.2f}') + \
                 {'FAIL': ': it reads something else than lungs.', 'WARN': ': it may read something else too.', 'PASS': '.', 'UNDERPOWERED': '; the interval is too wide to judge.'}[verdict]
         out.append(case.row('A6', f"{'lungs' if r.hidden == 'lungs' else 'all but the lungs'} hidden ({r.region}, {r.fill})", 'AUC' if r.hidden == 'lungs' else 'fall of the AUC', v[0], rules[r.hidden] if judge else 'stated, not judged',
-                            verdict if judge else 'INFO', words, v[1], v[2], case.asked_n, 'minutes'))
+                            verdict if judge else 'INFO', words, v[1], v[2], r.n, 'minutes'))
     return out
+
+def _count(case, k): return f'{len(k)} images of {len(set(case.groups[k]))} groups'
 
 def _mean_picture(case):
     "Mean of the training pictures, at the size of the judged films"
     from PIL import Image
     m = Image.fromarray(case.small[case.train].mean(0).astype(np.uint8))
     return np.asarray(m.resize(case.films.shape[:0:-1], Image.Resampling.BICUBIC))
-
-def _resized(masks, shape):
-    from PIL import Image
-    return np.stack([np.asarray(Image.fromarray(m).resize(shape[::-1], Image.Resampling.NEAREST)) for m in masks])
 
 def audit_markers(case: Case, quick: bool = True) -> list: # of `AuditRow`
     "A7: letters, corners, bars"

@@ -54,6 +54,11 @@ def _mask_pictures(table, size=SMALL):
 
 def _in_batches(predictor, films, bs=16): return np.concatenate([predictor.probabilities(films[i:i + bs])[:, -1] for i in range(0, len(films), bs)])
 
+def _film_masks(rows, rule):
+    "Lung masks of films at the size of the model's pictures, all False where a film has none; None where nobody has one"
+    if 'mask' not in rows or rows['mask'].isna().all(): return None
+    return np.stack([np.zeros((rule.size,) * 2, bool) if pd.isna(m) or not Path(m).is_file() else fit_to(read_grey(m), rule.size, rule.how) > 127 for m in rows['mask']])
+
 def last_features(predictor, films, bs=16) -> np.ndarray: # (n, f)
     "What the network's last linear layer sees"
     import torch
@@ -90,7 +95,7 @@ def case_of_run(run,                # folder of a finished run
     pairs = find_near(table, cache_file=cache_dir / 'fingerprints.npz') if copies else None
     case = Case(table, np.stack(small), pred[f'prob_{classes[-1]}'].to_numpy(float), tuple(classes), point['threshold'] if point else .5, point, judged, np.stack(films),
                 lambda x: _in_batches(predictor, x), lambda x: last_features(predictor, x),
-                _mask_pictures(table), pairs, n_boot, recipe.seed)
+                _mask_pictures(table), _film_masks(table[table['split'] == judged], predictor.rule), pairs, n_boot, recipe.seed)
     return case, predictor
 
 # %% ../nbs/23e_audit_run.ipynb #more
@@ -163,10 +168,10 @@ def audit_maps(case: Case, predictor) -> list: # of `AuditRow`
     like = float(np.nanmean(like)) if np.isfinite(like).any() else np.nan
     box = lung_box(*films.shape[1:])
     own, twin = (share_in_region(m, box, groups, n_boot=min(case.n_boot, 500), seed=case.seed) for m in (maps, twins))
-    verdict = 'UNDERPOWERED' if own.low != own.low else 'PASS' if own.low > max(1, twin.value) else 'WARN' if own.value <= max(1, twin.value) else 'UNDERPOWERED'
+    verdict = 'UNDERPOWERED' if own.low != own.low else 'PASS' if own.low > np.nanmax([1, twin.value]) else 'WARN' if own.value <= np.nanmax([1, twin.value]) else 'UNDERPOWERED'
     n = f'{len(films)} films'
     return [case.row('A21', 'Grad-CAM in the lung box', 'share of the map over share of the area', own.value, 'must lie above 1 and above a twin with shuffled weights; not above is a WARN', verdict,
-                     f'The map lies {own.value:.2f} times as densely in the lung box as its area would give, that of a twin with shuffled weights {twin.value:.2f} times.' + (' It does not favour the lungs more than chance does.' if verdict == 'WARN' else ''), own.low, own.high, n, 'minutes'),
+                     f'The map lies {own.value:.2f} times as densely in the lung box as its area would give, that of a twin with shuffled weights ' + (f'{twin.value:.2f} times.' if twin.value == twin.value else 'is empty.') + (' It does not favour the lungs more than chance does.' if verdict == 'WARN' else ''), own.low, own.high, n, 'minutes'),
             case.row('A21', 'map against the map of the twin', 'rank correlation', like, 'above .5 the map shows the picture and not the model: WARN', 'UNDERPOWERED' if like != like else 'WARN' if like > .5 else 'PASS',
                      'The maps are empty.' if like != like else 'The map changes when the weights are shuffled.' if like <= .5 else 'The map looks much the same when the weights are shuffled: it shows the picture, not what was learned.', n=n, cost='minutes')]
 
