@@ -328,7 +328,8 @@ def probe_source(case: Case, by: str, least: int = 8) -> tuple: # (name of the c
         s = (case.rows[by] == names[0]).to_numpy()[at].astype(int) if len(names) == 2 else np.zeros(0, int)
         g = case.groups[at]
         if len(names) < 2 or min(len(set(g[s == j])) for j in (0, 1)) < least: continue
-        e = evaluate(s, held_out_scores(X[at], s, g, 'logistic', seed=case.seed), g, n_boot=min(case.n_boot, 500), seed=case.seed)['auc']
+        units = [f'{a} from {b}' for a, b in zip(g, s)]          # a patient with films of both sources is one unit in each
+        e = evaluate(s, held_out_scores(X[at], s, g, 'logistic', seed=case.seed), units, n_boot=min(case.n_boot, 500), seed=case.seed)['auc']
         out.append((c, e))
     return out
 
@@ -351,7 +352,7 @@ def audit_probe(case: Case) -> list: # of `AuditRow`; empty without features
     for by in _sources(case) if case.features is not None and case.films is not None else []:
         for c, e in probe_source(case, by):
             out.append(case.row('A8', f'{by} probe among {c}', 'AUC', e.value, 'lower bound above .7 is a WARN: encoded is not used', 'WARN' if e.low > .7 else 'PASS' if _half(e) <= WIDE else 'UNDERPOWERED',
-                                f"The model's features {'name' if e.low > .7 else 'hardly name'} the {by} of films of one class (AUC {e.value:.2f}).", e.low, e.high, cost='minutes'))
+                                f"The model's features {'name' if e.low > .7 else 'do not surely name'} the {by} of films of one class (AUC {e.value:.2f}).", e.low, e.high, cost='minutes'))
     return out
 
 def audit_left_out(case: Case, by: str = 'source', least: int = 8) -> list: # of `AuditRow`

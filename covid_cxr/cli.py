@@ -47,7 +47,7 @@ def do_demo(args):
     new = out / 'new-image.png'
     patient = recipe.data.phantom_patients + 10_000          # nobody of the training
     Image.fromarray(make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image).save(new)
-    p = load_predictor(out).predict(new)
+    p = load_predictor(out).predict(new, gate='warn')
     print(f'new image (a phantom with planted opacities): {new}\nprediction: {p.label}, ' + ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
           + f', threshold {p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
 

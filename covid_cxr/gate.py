@@ -110,7 +110,7 @@ class Gate:
 
     def _why(self, pixels, stats):
         "The most telling sentence: a change that would make it fit, else the statistic that is farthest out, else no more than that it is unlike"
-        changed = {'inverted (a negative)': 255 - pixels, 'upside down': pixels[::-1, ::-1], 'turned by 90 degrees': np.rot90(pixels), 'turned by 90 degrees ': np.rot90(pixels, 3)}
+        changed = {'inverted (a negative)': 255 - pixels, 'upside down': pixels[::-1, ::-1], 'upside down ': pixels[::-1], 'turned by 90 degrees': np.rot90(pixels), 'turned by 90 degrees ': np.rot90(pixels, 3)}
         fit = dict(zip(changed, self.score(changed.values())))
         best = min(fit, key=fit.get)
         if fit[best] <= self.limit: return f'not an upright frontal chest film: it looks {best.strip()}'
