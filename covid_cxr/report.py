@@ -105,7 +105,8 @@ def html_dots(rows,       # list of dicts: name, value, low, high, note, cls ('m
 
 # %% ../nbs/24_report.ipynb #head
 def _not_for(f):
-    views = f" It has seen {' and '.join(f.recipe.data.views)} films only." if f.recipe.data.views else ''
+    blank = int(f.rows['view'].isna().sum())
+    views = f" It has seen {' and '.join(f.recipe.data.views)} films{f', and {blank:,} whose view nobody recorded' if blank else ' only'}." if f.recipe.data.views else ''
     return f'<p class=notfor><strong>Not for patients.</strong> {_esc(f.bundle["not_for"])} Do not use it on films of another view, age, machine or hospital than those below.{_esc(views)}</p>'
 
 def _small(label, e, note=''): return f'<div class=small><dt>{_esc(label)}</dt><dd><b>{_esc(show_number(e.get("value")))}</b> <span>{_esc(_interval_only(e))}</span><small>{_esc(note)}</small></dd></div>'

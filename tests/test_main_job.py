@@ -40,7 +40,7 @@ def test_evaluation_json_follows_from_predictions_csv(phantom_run):
 def test_fresh_processes_predict_what_the_learner_did(phantom_run, tmp_path):
     "The bundle through the command line, and the pickle through fastai, both in processes of their own"
     pred = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"').reset_index(drop=True)
-    p = cli('predict', phantom_run, *pred.path, '--csv', tmp_path / 'out.csv')
+    p = cli('predict', phantom_run, *pred.path, '--csv', tmp_path / 'out.csv', '--gate', 'off')
     assert p.returncode == 0, p.stderr
     got = pd.read_csv(tmp_path / 'out.csv')
     assert list(got.path) == list(pred.path) and list(got.predicted) == list(pred.predicted)
