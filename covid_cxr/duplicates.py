@@ -544,13 +544,12 @@ class KeyCheck:
     def __repr__(self): return f'{self.verdict}: likeness {self.same:.3f} over {self.pairs:,} pairs of one key, {self.chance:.3f} +- {self.sd:.3f} by chance, z = {self.z:.1f}'
 
 # %% ../nbs/06_duplicates.ipynb #key-helpers
-def _pairs_of_key(rows, fp, across, rng, most=20):
-    "Positions of pairs that share the patient key, show different pictures, and differ in the column `across` if one is named; at most 20 per key"
+def _pairs_of_key(rows, fp, rng, most=20):
+    "Positions of pairs that share the patient key and show different pictures; at most 20 per key"
     out = []
     for _, at in pd.Series(np.arange(len(rows))).groupby(rows['patient'].to_numpy()):
         i, j = (at.to_numpy()[k] for k in np.triu_indices(len(at), 1))
         keep = fp.pixel_hash[i] != fp.pixel_hash[j]
-        if across is not None: keep &= rows[across].to_numpy()[i] != rows[across].to_numpy()[j]
         pick = np.flatnonzero(keep)
         pick = rng.choice(pick, most, replace=False) if len(pick) > most else pick
         out.append(np.stack([i[pick], j[pick]]))
@@ -558,23 +557,22 @@ def _pairs_of_key(rows, fp, across, rng, most=20):
 
 # %% ../nbs/06_duplicates.ipynb #check-patient-key
 def check_patient_key(table: pd.DataFrame,  # used rows with a patient and a file are looked at
-                      across: str = None,   # only pairs that differ in this column, e.g. a kind or a part of the split
                       cache_file=None,      # .npz that keeps fingerprints between calls
                       workers: int = 1,     # processes that read pictures
                       n_perm: int = 200,    # permutations
                       seed: int = 0,
                      ) -> KeyCheck:         # pairs, same, chance, sd, z, verdict
     "Are films of one patient key more alike than films of the same source and finding at random?"
-    require_columns(table, ['image_id', 'path', 'patient', 'source', 'finding', 'excluded'] + [across] * (across is not None), 'check_patient_key')
+    require_columns(table, ['image_id', 'path', 'patient', 'source', 'finding', 'excluded'], 'check_patient_key')
     rows = used(table)
     rows = rows[rows['patient'].notna()]
     fp, ids = _prints_of(rows, cache_file, workers, 'check_patient_key')
     rng, good = np.random.default_rng(seed), np.flatnonzero(fp.problem == '')
     fp, rows = fp.take(good), rows.set_index('image_id').loc[ids[good]]
-    i, j = _pairs_of_key(rows, fp, across, rng)
+    i, j = _pairs_of_key(rows, fp, rng)
     if not len(i): return KeyCheck(0, np.nan, np.nan, np.nan, np.nan)
     h = _unit(np.where(_WITHOUT_MEAN, wave_hash(fp.thumb), 0).astype(np.float32))
-    stratum = pd.factorize(rows['source'].astype(str) + rows['finding'].astype(str) + (rows[across].astype(str) if across else ''))[0][j]
+    stratum = pd.factorize(rows['source'].astype(str) + rows['finding'].astype(str))[0][j]
     by = np.argsort(stratum, kind='stable')                        # partners sorted by stratum; a shuffle within strata is a sort by (stratum, chance)
     def shuffled():
         out = np.empty_like(j)
