@@ -475,7 +475,10 @@ def audit_subgroups(case: Case) -> list: # of `AuditRow`
 # %% ../nbs/22_audit.ipynb #all
 def _known(f, *a):
     "The rows of one audit; a refusal of the library becomes a row, any other error is an error"
-    try: return f(*a)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UndefinedMetric)      # what is not estimable is said in the row
+            return f(*a)
     except CxrError as e:
         name = f.__name__.removeprefix('audit_').replace('_', ' ')
         return [AuditRow(_NUMBER[f.__name__], name, 'none', np.nan, np.nan, np.nan, '-', 'the audit must be possible', 'UNDERPOWERED', f'Not possible on these films: {e}')]
