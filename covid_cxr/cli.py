@@ -158,7 +158,7 @@ def do_inspect(args):
 
 def do_recipes(args):
     from covid_cxr.recipe import list_recipes
-    for r in list_recipes().itertuples(): print(f'{r.name:<20} {r.title} ({r.task})')
+    for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
 
 # %% ../nbs/30_cli.ipynb #parser
 def _run_options(p):

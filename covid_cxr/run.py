@@ -193,7 +193,7 @@ def _summary(recipe, state, part, point, result, floor, history, looks):
     lines += [f"LEAK: {state['leaking_groups']} groups stand on both sides of the split; these numbers are too good."] if state['leaking_groups'] else []
     lines += [f'{recipe.name}: {recipe.title}' if recipe.title else recipe.name,
               f"trained {len(history)} epochs, {seen} images at {recipe.image.size} px in {history['seconds'].sum():.0f} s ({history['seconds'].sum() / max(seen, 1):.3f} s per image)",
-              f"judged on the {part} part: {result.n_images} images of {result.n_groups} groups of patients never trained on, 95 % intervals over patients"
+              f"judged on the {part} part: {result.n_images} images of {result.n_groups} groups of patients {'never trained on' if not state['leaking_groups'] else 'of whom some were trained on'}, 95 % intervals over patients"
               + ('' if part == 'test' else ' - there is no test part, so the threshold was chosen on these very images')]
     lines += [looks] if looks else []
     lines += [_line(result, m) for m in HEADLINE if m in result.estimates]
