@@ -166,8 +166,9 @@ def audit_facts(case: Case, floors) -> list: # of `AuditRow`
     for f in floors:
         if f.kind == 'pixels': continue
         e, main = f.auc, f.name in ('file properties', 'provenance')
-        verdict = 'FAIL' if e.low > .7 else 'WARN' if e.low > .55 else 'PASS' if _half(e) <= WIDE else 'UNDERPOWERED'
-        meaning = 'tells the classes apart without a pixel' if e.low > .55 else 'does not tell the classes apart' if verdict == 'PASS' else 'cannot be judged on so few patients'
+        same = np.ptp(f.scores) == 0
+        verdict = 'PASS' if same else 'FAIL' if e.low > .7 else 'WARN' if e.low > .55 else 'PASS' if _half(e) <= WIDE else 'UNDERPOWERED'
+        meaning = 'is the same for every film and tells nothing' if same else 'tells the classes apart without a pixel' if e.low > .55 else 'does not tell the classes apart' if verdict == 'PASS' else 'cannot be judged on so few patients'
         out.append(case.row('A3' if f.kind == 'file' else 'A4', f.name, 'AUC', e.value, rule if main else 'stated, not judged', verdict if main else 'INFO',
                             f"Whoever knows {_some(f.seen.split(', '), 5)} and never sees the picture reaches AUC {e.value:.2f}: this {meaning}.", e.low, e.high))
     return out
@@ -179,7 +180,7 @@ def audit_no_lung(case: Case, floors) -> list: # of `AuditRow`
     gain, out = case.auc.value - .5, []
     for f, sure in zip(pixels, np.asarray(p) < .05):
         r = (f.auc.value - .5) / gain if case.learned else np.nan
-        verdict = ('FAIL' if case.learned and r >= .25 else 'WARN') if sure else 'PASS' if _half(f.auc) <= WIDE else 'UNDERPOWERED'
+        verdict = ('FAIL' if case.learned and r >= .25 else 'WARN') if sure else 'PASS' if _half(f.auc) <= WIDE or np.ptp(f.scores) == 0 else 'UNDERPOWERED'
         words = f'{f.name}: AUC {f.auc.value:.2f} without any lung' + (f', {100 * max(r, 0):.0f} % of what the model gains over chance' if sure and case.learned else '') + '. ' + \
                 ('The picture tells its class outside the lungs.' if sure else 'Nothing was found there.' if verdict == 'PASS' else 'Too few patients to tell.')
         out.append(case.row('A5', f.name, 'AUC', f.auc.value, 'above chance (p < .05, Holm): WARN, and FAIL when it is a quarter or more of the model\'s gain', verdict, words, f.auc.low, f.auc.high,
