@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_run.ipynb #imports
 from __future__ import annotations
-import contextlib, dataclasses, json, shutil, time
+import contextlib, dataclasses, json, shutil, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -13,7 +13,7 @@ from .bundle import save_bundle
 from .cache import ImageCache
 from .core import (COLUMNS, NUMERIC, SYNTHETIC, CxrError, RunError, TableError, atomic_path, new_table, sha256_file, sha256_text, used, versions,
                             write_json, write_text)
-from .evaluate import choose_threshold, evaluate
+from .evaluate import UndefinedMetric, choose_threshold, evaluate
 from .gate import fit_gate
 from .images import ImageRule
 from .ledger import append_ledger, count_looks, ledger_head, looks_words
@@ -172,7 +172,9 @@ def _judge(recipe, predictions, log=None):
         threshold = point.threshold
     kw = dict(groups=t['group'].to_numpy(), threshold=threshold, classes=classes, n_boot=recipe.evaluation.n_boot, seed=recipe.seed)
     result = evaluate(t['label'].to_numpy(), t[probs[1]].to_numpy() if len(classes) == 2 else t[probs].to_numpy(), **kw)
-    floor = evaluate(t['label'].to_numpy(), source_only_scores(predictions, classes[1])[predictions['split'] == part], **kw) if len(classes) == 2 else None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UndefinedMetric)      # only the rival's AUC is read; its calls mean nothing
+        floor = evaluate(t['label'].to_numpy(), source_only_scores(predictions, classes[1])[predictions['split'] == part], **kw) if len(classes) == 2 else None
     return part, point, result, floor
 
 def _call(predictions, classes, threshold):
@@ -185,7 +187,7 @@ HEADLINE = ('auc', 'accuracy', 'precision', 'recall', 'specificity', 'false_posi
 
 def _line(result, metric):
     e = result[metric]
-    return f"{metric.replace('_', ' '):>20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
+    return f"{metric.replace('_', ' '):>20} {e.value:.3f}  " + ('' if np.isnan(e.low) else f'[{e.low:.3f}, {e.high:.3f}]')
 
 def _summary(recipe, state, part, point, result, floor, history, looks):
     seen = history['images'].sum()
