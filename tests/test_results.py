@@ -85,7 +85,7 @@ def test_the_verdict_matrix_in_the_docs_is_the_one_expected():
 
 
 def test_the_articles_numbers():
-    "Kermany's headline is flagged, the numbers of the small CNN fit exactly one matrix, the published CSVs say what the article says (HONESTY of the sources)"
+    "Kermany's headline is flagged, the numbers of the small CNN fit exactly one matrix, the published CSVs say what the article says"
     a = json.loads((ROOT / 'benchmarks/results/article_numbers.json').read_text())
     fits = {c['article'].split(',')[0].split(' (')[0]: c['matrices'] for c in a['claims']}
     assert fits['Kermany et al. 2018'] == 0 and fits['pneumonia-cnn'] == 1
