@@ -39,6 +39,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/audit_matrix.py --quick
 	$(BIN)/python benchmarks/measure_facts.py --data ../shared/data
 	$(BIN)/python benchmarks/check_articles.py --articles ../shared/articles
+	$(BIN)/python benchmarks/lung_box.py --data ../shared/data
+	$(BIN)/python benchmarks/input_gate.py --data ../shared/data
 
 .venv/installed: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "covid_cxr needs Python 3.10, 3.11 or 3.12 (with venv); none was found on PATH."; exit 1; }

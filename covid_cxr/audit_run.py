@@ -15,7 +15,8 @@ from .compare import check_published
 from .core import RunError, used, versions, write_json, write_text
 from .duplicates import find_near
 from .keys import check_keys
-from .evaluate import evaluate, wilson
+from .ladder import patient_wilson
+from .evaluate import evaluate
 from .floors import lung_box
 from .gate import STRANGERS, change_films, judge_gate, make_strangers
 from .images import ImageRule, fit_to, read_grey
@@ -142,12 +143,6 @@ def audit_ladder(run, case: Case) -> list: # of `AuditRow`; empty without RUN/la
                             f"At the frozen threshold {100 * v:.0f} % of these films are called {case.positive}" + (f', {100 * home.value:.0f} % of the unaffected at home.' if wrong_calls else f', {100 * home.value:.0f} % at home.'), low, high, n=n))
     return out
 
-def _by_groups(flags, groups):
-    "Share of films with a Wilson interval over groups"
-    share = pd.Series(np.asarray(flags, float)).groupby(pd.factorize(groups)[0]).mean()
-    low, high = wilson(share.sum(), len(share))
-    return float(np.mean(flags)), float(low), float(high)
-
 def audit_key(case: Case, cache_file=None) -> list: # of `AuditRow`, one per source
     "A1: does the patient key of each source mean anything?"
     out, rule = [], 'z below 3 means that the key carries no information: WARN'
@@ -178,7 +173,7 @@ def audit_maps(case: Case, predictor) -> list: # of `AuditRow`
 def audit_gate(case: Case, gate) -> list: # of `AuditRow`
     "A17: does the input gate let films pass and stop what is none?"
     films, size = case.films[:60], case.films.shape[1]
-    v, low, high = _by_groups([gate.check(x) is not None for x in case.films], case.groups)
+    v, low, high, *_ = patient_wilson([gate.check(x) is not None for x in case.films], case.groups)
     out = [case.row('A17', 'judged films declined', 'share', v, 'a lower bound above .10 is a WARN', 'WARN' if low > .1 else 'PASS', f'The input gate declines {100 * v:.0f} % of the judged films themselves.', low, high)]
     others = {**{k: make_strangers(k, 20, size, case.seed) for k in STRANGERS}, **change_films(films)}
     for r in judge_gate(gate, case.films, others).iloc[1:].itertuples():

@@ -1,7 +1,8 @@
 """Every committed result is derived again from its predictions: no number in prose without a file, no file without its predictions."""
-import json
+import json, sys
 import pandas as pd, pytest
 from conftest import ROOT
+sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 RUNS = sorted(p.parent for p in (ROOT / 'benchmarks' / 'results').glob('*/predictions.csv'))
 
@@ -90,3 +91,13 @@ def test_the_articles_numbers():
     fits = {c['article'].split(',')[0].split(' (')[0]: c['matrices'] for c in a['claims']}
     assert fits['Kermany et al. 2018'] == 0 and fits['pneumonia-cnn'] == 1
     assert all(f['agrees'] for f in a['files'].values())
+
+
+def test_the_lung_box_covers_what_the_notebooks_say():
+    from lung_box import measure, phantom_masks
+    kept = json.loads((ROOT / 'benchmarks/results/lung_box.json').read_text())
+    again = measure(phantom_masks())
+    for k in ('box', 'box_without_corners'): assert again[k] == pytest.approx(kept['phantoms'][k], abs=1e-9)
+    floors, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('19_floors.ipynb', '20_perturb.ipynb'))
+    assert f"{kept['real']['box']:.1%}".replace('%', ' %') in perturb and f"{kept['real']['box_without_corners']:.1%}".replace('%', ' %') in perturb
+    assert f"covers {100 * kept['real']['box']:.1f} and {100 * kept['phantoms']['box']:.1f} %" in floors and f"{100 * kept['visible']:.0f} % of the picture" in floors
