@@ -12,12 +12,12 @@ import numpy as np, pandas as pd
 from .audit import AuditError, AuditRow, Case, VERDICTS, audit_case, headline
 from .cache import ImageCache
 from .compare import check_published
-from .core import RunError, used, versions, write_json, write_text
+from .core import RunError, atomic_path, used, versions, write_json, write_text
 from .duplicates import find_near
 from .keys import check_keys
 from .ladder import patient_wilson
 from .evaluate import evaluate
-from .floors import lung_box
+from .floors import fit_floors, lung_box
 from .gate import STRANGERS, change_films, judge_gate, make_strangers
 from .images import ImageRule, fit_to, read_grey
 from .ledger import append_ledger, count_looks
@@ -28,7 +28,7 @@ from .table import as_task
 
 # %% auto #0
 __all__ = ['SMALL', 'PASSES', 'QUICK', 'last_features', 'case_of_run', 'audit_numbers', 'audit_history', 'audit_ladder',
-           'audit_key', 'audit_maps', 'audit_gate', 'describe_audit', 'audit_run']
+           'audit_key', 'audit_maps', 'audit_gate', 'keep_floors', 'describe_audit', 'audit_run']
 
 # %% ../nbs/23e_audit_run.ipynb #case
 SMALL = 64       # pixels of the pictures that rivals and small networks see
@@ -180,6 +180,22 @@ def audit_gate(case: Case, gate) -> list: # of `AuditRow`
         out.append(case.row('A17', f'{r.kind} let through', 'share at 95 % of films kept', r.fpr95, 'above .05 is a WARN', 'PASS' if r.fpr95 <= .05 else 'WARN', f'{100 * r.fpr95:.0f} % of {r.kind} pictures pass where 95 % of the films do; at the limit that was frozen, {100 * r.passed:.0f} %.', n=f'{r.n} pictures'))
     return out
 
+# %% ../nbs/23e_audit_run.ipynb #floors
+def _save_floors(run, case, floors):
+    "RUN/floors.csv: image_id, floor, kind, score of every judged film"
+    ids = case.rows['image_id'].to_numpy()
+    with atomic_path(Path(run) / 'floors.csv') as tmp:
+        pd.concat([pd.DataFrame(dict(image_id=ids, floor=f.name, kind=f.kind, score=np.round(f.scores, 6))) for f in floors], ignore_index=True).to_csv(tmp, index=False)
+
+def keep_floors(run,               # folder of a finished run
+                cache_dir = None,  # decoded films; None: RUN/cache
+                retrain: bool = True, # also train small networks on pictures without lungs
+               ) -> Path:          # RUN/floors.csv
+    "Score the judged films by every rival without lungs, without a whole audit"
+    case, _ = case_of_run(run, cache_dir, copies=False, n_boot=0)
+    _save_floors(run, case, fit_floors(case.table, case.small, case.positive, case.judged, case.masks if retrain else None, retrain=retrain, n_boot=0, seed=case.seed))
+    return Path(run) / 'floors.csv'
+
 # %% ../nbs/23e_audit_run.ipynb #run
 def _now(): return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
 
@@ -218,6 +234,7 @@ def audit_run(run,                 # folder of a finished run
     if quick: case.most = _affordable(case)
     append_ledger(run, 'audit', case.judged, dict(auc=case.auc), case.threshold, once=True)
     rows, floors, not_run = audit_case(case, quick, log)
+    _save_floors(run, case, floors)
     rows += audit_key(case, (Path(cache_dir) if cache_dir else run / 'cache') / 'fingerprints.npz') + audit_numbers(run, case) + audit_history(run, case) + audit_ladder(run, case) + audit_maps(case, predictor)
     gate = getattr(predictor, 'gate', None)
     if gate is not None: rows += audit_gate(case, gate)

@@ -16,8 +16,12 @@ __all__ = ['do_train', 'do_demo', 'do_predict', 'do_evaluate', 'do_audit', 'do_r
 # %% ../nbs/30_cli.ipynb #train
 def _recipe_from(args):
     "The recipe that is named, with the command line's overrides"
-    from covid_cxr.recipe import load_recipe, override
-    from covid_cxr.learner import Round, fit_epochs
+    from covid_cxr.recipe import load_recipe, override, with_epochs
+    recipe = override(load_recipe(args.recipe), _settings(args))
+    return recipe if getattr(args, 'epochs', None) is None else with_epochs(recipe, args.epochs)
+
+def _settings(args):
+    "Fields of a recipe that the command line overrides"
     settings = {}
     for text in args.set or []:
         key, eq, value = text.partition('=')
@@ -25,10 +29,7 @@ def _recipe_from(args):
         settings[key.strip()] = value.strip()
     for flag, key in dict(size='image.size', arch='model.arch', weights='model.weights', seed='seed').items():
         if getattr(args, flag, None) is not None: settings[key] = getattr(args, flag)
-    recipe = override(load_recipe(args.recipe), settings)
-    if getattr(args, 'epochs', None) is None: return recipe
-    rounds = fit_epochs([Round(r.epochs, r.frozen, r.lr or 'find') for r in recipe.training.rounds], args.epochs)
-    return override(recipe, {'training.rounds': [dict(epochs=r.epochs, frozen=r.frozen, lr=0. if r.lr == 'find' else r.lr) for r in rounds]})
+    return settings
 
 def do_train(args):
     from covid_cxr.run import train
@@ -115,7 +116,8 @@ def do_compare(args):
 
 def do_reproduce(args):
     from covid_cxr.reproduce import reproduce
-    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only)
+    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args), epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
+    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
 
 # %% ../nbs/30_cli.ipynb #export
 def do_export(args):
@@ -234,8 +236,10 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument('--margin', type=float, metavar='D', help='largest loss of AUC that would not matter, written down beforehand: adds a word on non-inferiority')
     p.add_argument('--n-boot', type=int, default=2000, metavar='N', help='bootstrap resamples of patients (default: 2000)')
     p = command('reproduce', do_reproduce, 'run the recipes of the five articles and write one table: claimed, their protocol, leak-safe, outside', 'covid-cxr reproduce --data data --out runs/articles --quick')
-    p.add_argument('--data', metavar='DIR', help='folder that holds the collections'); p.add_argument('--out', default='runs/articles', metavar='DIR', help='folder for the runs and the table (default: runs/articles)')
-    p.add_argument('--quick', action='store_true', help='small pictures and few epochs: minutes instead of hours'); p.add_argument('--only', nargs='+', metavar='RECIPE', help='only these recipes')
+    p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections'); p.add_argument('--out', default='runs/articles', metavar='DIR', help='folder for the runs and the tables (default: runs/articles); finished runs there are kept')
+    p.add_argument('--quick', action='store_true', help='tiny pictures, one epoch, two folds: minutes, to see that it works'); p.add_argument('--only', nargs='+', metavar='ARTICLE', help="only these: pneumonia-cnn, pneumonia-explained, covid-2020, coronahack-vgg, effusion-resnet, pretrain")
+    p.add_argument('--seeds', type=int, default=1, metavar='N', help='trainings of covid-2020 with seeds in a row (default: 1)')
+    p.add_argument('--cache', metavar='DIR', help='keep decoded pictures here (default: OUT/cache)'); _run_options(p)
     p = command('export', do_export, 'copy the bundle of a run to a folder that can be given away', 'covid-cxr export runs/first --to my-model')
     p.add_argument('run', metavar='RUN', help='run directory'); p.add_argument('--to', required=True, metavar='DIR', help='new folder')
     p.add_argument('--pickle', action='store_true', help='also the fastai Learner, export.pkl (opening a pickle runs its code)')

@@ -19,9 +19,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from .core import ImageError, RecipeError, nearest, sha256_text
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'MAX_BYTES', 'DEPTHS', 'HOWS', 'VERSION', 'STRETCHES', 'REDUCED_MEAN',
-           'REDUCED_P99', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'ImageRule', 'apply_rule', 'load_image',
-           'file_facts']
+__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'MAX_BYTES', 'DEPTHS', 'HOWS', 'VERSION', 'STRETCHES', 'SUPPRESSED',
+           'REDUCED_MEAN', 'REDUCED_P99', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
+           'apply_rule', 'load_image', 'file_facts']
 
 # %% ../nbs/01_images.ipynb #limits
 MAX_PIXELS = 100_000_000      # by the header, before decoding
@@ -458,6 +458,17 @@ def fit_to(array: np.ndarray,  # (h, w) uint8 or uint16
 # %% ../nbs/01_images.ipynb #rule
 VERSION = 1
 STRETCHES = ('none', 'minmax')
+SUPPRESSED = {'none': (), 'sternum': ((.10, .80, .44, .56),), 'diaphragm': ((.80, 1., 0., 1.),)}   # name -> boxes: top, bottom, left, right as shares of the picture
+SUPPRESSED['diaphragm+sternum'] = SUPPRESSED['diaphragm'] + SUPPRESSED['sternum']
+
+def suppressed_region(name,        # a name of `SUPPRESSED`
+                      size: int,   # side, pixels
+                     ) -> np.ndarray: # (size, size) bool
+    "The part of a square picture that a rule blackens"
+    if name not in SUPPRESSED: raise RecipeError(f"image suppress = {name!r} is unknown{nearest(name, SUPPRESSED)} (known: {', '.join(SUPPRESSED)})")
+    out = np.zeros((size, size), bool)
+    for top, bottom, left, right in SUPPRESSED[name]: out[round(top * size):round(bottom * size), round(left * size):round(right * size)] = True
+    return out
 
 @dataclass(frozen=True)
 class ImageRule:
@@ -465,18 +476,21 @@ class ImageRule:
     size: int = 512         # side, pixels, 16 to 4096
     how: str = 'pad'        # 'pad', 'crop' or 'squash'
     stretch: str = 'none'   # 'none', or 'minmax': darkest pixel of each film to 0, brightest to 255
+    suppress: str = 'none'  # a name of `SUPPRESSED`: parts of every picture that are blackened
 
     def __post_init__(self):
         if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or not 16 <= self.size <= 4096:
             raise RecipeError(f'image size = {self.size!r}; give a whole number of pixels from 16 to 4096.')
         object.__setattr__(self, 'size', int(self.size))
-        for name, known in (('how', HOWS), ('stretch', STRETCHES)):
+        for name, known in (('how', HOWS), ('stretch', STRETCHES), ('suppress', SUPPRESSED)):
             v = getattr(self, name)
             if v not in known: raise RecipeError(f"image {name} = {v!r} is unknown{nearest(v, known)} (known: {', '.join(known)})")
 
     def to_dict(self) -> dict:
         "Plain values and the code's version, for JSON"
-        return dict(dataclasses.asdict(self), version=VERSION)
+        values = dict(dataclasses.asdict(self), version=VERSION)
+        if self.suppress == 'none': del values['suppress']       # rules that were written before there was this field keep their key
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> ImageRule:
@@ -503,7 +517,12 @@ def apply_rule(array: np.ndarray,  # (h, w) uint8 or uint16
               ) -> np.ndarray:     # (size, size) uint8
     "The rule, for a picture that is already an array"
     _check_array(array)
-    return fit_to(_minmax(array) if rule.stretch == 'minmax' else array, rule.size, rule.how)
+    return _blacken(fit_to(_minmax(array) if rule.stretch == 'minmax' else array, rule.size, rule.how), rule)
+
+def _blacken(picture, rule):
+    "What the rule suppresses, black"
+    if rule.suppress != 'none': picture[suppressed_region(rule.suppress, rule.size)] = 0
+    return picture
 
 def _smallest(rule, w, h):
     "Width and height that a reduced decode must still have"
@@ -520,7 +539,7 @@ def load_image(path,             # any file that `read_grey` reads
     with _naming(path):
         if rule.stretch == 'minmax': return apply_rule(_decode(path)[0], rule)
         a, scale, whole = _decode(path, rule)
-        return np.array(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale))
+        return _blacken(np.array(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale)), rule)
 
 # %% ../nbs/01_images.ipynb #facts
 _PNG_MODES = {0: 'L', 2: 'RGB', 3: 'P', 4: 'LA', 6: 'RGBA'}

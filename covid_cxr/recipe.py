@@ -13,7 +13,7 @@ from .core import RecipeError, SourceError, TableError, LeakError, canonical_fin
 from .images import ImageRule
 from .licences import LICENCE_RULES, keep_licences
 from .sources import SOURCES, read_source
-from .table import (as_task, check_split, drop_repeats, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, split_by_group,
+from .table import (as_task, check_split, drop_repeats, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, split_by_group, split_by_source, split_by_time,
                              split_official, split_random, use_fold)
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -21,7 +21,8 @@ else: import tomli as tomllib
 # %% auto #0
 __all__ = ['SourceSpec', 'DataSpec', 'SplitSpec', 'ImageSpec', 'ModelSpec', 'RoundSpec', 'TrainingSpec', 'EvaluationSpec',
            'Recipe', 'parse_recipe', 'check_recipe', 'list_recipes', 'load_recipe', 'dump_recipe', 'recipe_hash',
-           'override', 'sample_patients', 'read_one_source', 'split_published', 'check_pretrained', 'build_table']
+           'override', 'with_epochs', 'sample_patients', 'read_one_source', 'split_published', 'check_pretrained',
+           'build_table']
 
 # %% ../nbs/15_recipe.ipynb #fields
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class DataSpec:
 class SplitSpec:
     "Who is trained on and who is judged: `[split]`"
     kind: str = 'group'             # 'group' (leak-safe), 'official' (the source's own test, validation carved out by group), 'published' (all three parts
-                                    # of the source), 'fold' (leak-safe cross-validation) or 'image' (leaks; an article's protocol)
+                                    # of the source), 'fold' (leak-safe cross-validation), 'source' (one collection left out),
+                                    # 'time' (the latest films are the test) or 'image' (leaks; an article's protocol)
     valid_pct: float = .2           # share of the images for validation; not used by 'published'
-    test_pct: float = .2            # share of the images for the test; 'group' and 'image' only
+    test_pct: float = .2            # share of the images for the test; 'group', 'time' and 'image' only
     n_folds: int = 5                # 'fold': so many folds,
     fold: int = 0                   # of which this one, from 0, is the test part
+    source: str = ''                # 'source': the collection that is the test part, whole
     allow_leak: bool = False        # go on although a group stands on both sides; the results then say so
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class ImageSpec:
     size: int = 512                 # side, pixels
     how: str = 'pad'                # 'pad', 'crop' or 'squash'
     stretch: str = 'none'           # 'none' or 'minmax'
+    suppress: str = 'none'          # parts of every picture that are blackened: a name of `images.SUPPRESSED`
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -161,7 +165,8 @@ def check_recipe(recipe: Recipe) -> Recipe:
         for f in s.findings: canonical_finding(f)
     ImageRule(**dataclasses.asdict(recipe.image))
     s, t = recipe.split, recipe.training
-    _one_of('split.kind', s.kind, ('group', 'official', 'published', 'fold', 'image'))
+    _one_of('split.kind', s.kind, ('group', 'official', 'published', 'fold', 'source', 'time', 'image'))
+    if s.kind == 'source': _one_of('split.source', s.source, [x.name for x in recipe.data.sources])
     if not (s.n_folds > 1 and 0 <= s.fold < s.n_folds): raise RecipeError(f'split.fold = {s.fold} of split.n_folds = {s.n_folds}; there must be two folds or more, and fold counts from 0.')
     _one_of('data.licences', recipe.data.licences, LICENCE_RULES)
     _one_of('data.on_bad', recipe.data.on_bad, ('raise', 'exclude'))
@@ -263,6 +268,15 @@ def _set_item(items, keys, value, whole):
     i = names[keys[0]]
     return [*items[:i], _set(items[i], keys[1:], value, whole), *items[i + 1:]]
 
+# %% ../nbs/15_recipe.ipynb #with-epochs
+def with_epochs(recipe: Recipe,
+                n: int,         # epochs in all
+               ) -> Recipe:     # its rounds cut, or the last one stretched
+    "The same recipe with another number of epochs"
+    from covid_cxr.learner import Round, fit_epochs
+    rounds = fit_epochs([Round(r.epochs, r.frozen, r.lr or 'find') for r in recipe.training.rounds], n)
+    return override(recipe, {'training.rounds': [dict(epochs=r.epochs, frozen=r.frozen, lr=0. if r.lr == 'find' else r.lr) for r in rounds]})
+
 # %% ../nbs/15_recipe.ipynb #find-root
 def _find_root(spec, data):
     "The first of a source's folders that exists below the data folder"
@@ -302,6 +316,8 @@ def _split(t, s, seed):
     "The split that a recipe asks for"
     if s.kind == 'official': return split_official(t, valid_pct=s.valid_pct, seed=seed)
     if s.kind == 'published': return split_published(t)
+    if s.kind == 'source': return split_by_source(t, s.source, valid_pct=s.valid_pct, seed=seed)
+    if s.kind == 'time': return split_by_time(t, test_pct=s.test_pct, valid_pct=s.valid_pct, seed=seed)
     if s.kind == 'fold': return use_fold(fold_by_group(t, s.n_folds, seed), s.fold, valid_pct=s.valid_pct, seed=seed)
     return (split_by_group if s.kind == 'group' else split_random)(t, valid_pct=s.valid_pct, test_pct=s.test_pct, seed=seed)
 

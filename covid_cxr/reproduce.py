@@ -8,14 +8,17 @@ import json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import RecipeError, RunError, atomic_path, nearest, write_text
+from .core import RecipeError, atomic_path, nearest, write_text
 from .evaluate import METRICS, UndefinedMetric, evaluate, wilson
-from .recipe import load_recipe, override, parse_recipe
+from .recipe import load_recipe, override, parse_recipe, with_epochs
+from .results import ablation_table, find_results, floor_gains, fold_table, score_ensemble, score_results, words
 from .table import as_task
 
 # %% auto #0
-__all__ = ['CLAIMS', 'EXTRA', 'ABSENT', 'RUN_COLUMNS', 'OUTSIDE', 'QUICK', 'Claim', 'Article', 'find_results', 'score_results',
-           'reproduce_table', 'runs_table', 'leak_table', 'plot_ledger', 'judge_outside', 'reproduce', 'table_markdown']
+__all__ = ['CLAIMS', 'EXTRA', 'BESIDE', 'ABLATION', 'SEEDS', 'ABSENT', 'RUN_COLUMNS', 'OFFICIAL', 'AIMS', 'OUTSIDE', 'QUICK',
+           'PRETRAIN', 'Claim', 'Article', 'reproduce_table', 'runs_table', 'crossval_table', 'gains_table',
+           'left_out_table', 'asides_table', 'official_table', 'aims_table', 'leak_table', 'plot_ledger',
+           'judge_outside', 'plan_runs', 'reproduce', 'more_tables', 'markdown_of', 'table_markdown']
 
 # %% ../nbs/25_reproduce.ipynb #claims
 @dataclass(frozen=True)
@@ -59,74 +62,26 @@ CLAIMS = {
 }
 EXTRA = {'pneumonia-cnn': ('auc',), 'pneumonia-explained': ('auc', 'recall'), 'covid-2020': ('auc', 'recall'), 'coronahack-vgg': ('auc', 'recall', 'specificity'),
          'effusion-resnet': ('recall', 'specificity')}          # measured too, though the article claims nothing
-
-# %% ../nbs/25_reproduce.ipynb #find-results
-def _read(folder):
-    "One result folder, or None when it is none"
-    if not all((folder / f).is_file() for f in ('recipe.toml', 'predictions.csv', 'evaluation.json', 'run.json')): return None
-    load = lambda f: json.loads((folder / f).read_text(encoding='utf-8'))
-    try: r = dict(folder=folder, recipe=parse_recipe((folder / 'recipe.toml').read_text(encoding='utf-8'), str(folder)), evaluation=load('evaluation.json'), run=load('run.json'),
-                  ladder=load('ladder.json') if (folder / 'ladder.json').is_file() else None)
-    except ValueError as e: raise RunError(f'{folder} holds a damaged result file ({e}); delete the folder and run it again.') from e
-    return r if r['run'].get('status') == 'finished' else None
-
-def find_results(results_dir,
-                 every: bool = False, # all results of a recipe, oldest first, and not only those that count
-                ) -> dict: # recipe name -> list of results: the newest one, or all folds of the newest cross-validation
-    "The results that count, by recipe"
-    root = Path(results_dir)
-    if not root.is_dir(): raise RunError(f'no folder {root}; give the folder that holds the runs, e.g. benchmarks/results.')
-    found = sorted(filter(None, map(_read, (p for p in root.iterdir() if p.is_dir()))), key=lambda r: r['run'].get('finished', ''))
-    out = {}
-    for r in found: out.setdefault(r['recipe'].name, []).append(r)
-    return out if every else {name: _of_one_kind(rs) for name, rs in out.items()}
-
-def _of_one_kind(results):
-    "The newest result, with the other folds of the same cross-validation"
-    last = results[-1]
-    if last['recipe'].split.kind != 'fold': return [last]
-    alike = lambda r: override(r['recipe'], {'split.fold': 0})
-    folds = {r['recipe'].split.fold: r for r in results if alike(r) == alike(last)}
-    return [folds[i] for i in sorted(folds)]
-
-# %% ../nbs/25_reproduce.ipynb #score-results
-def _centred(p, threshold):
-    "Probabilities in the same order, with the threshold moved to one half"
-    t = min(max(float(threshold), 1e-6), 1 - 1e-6)
-    return np.where(p >= threshold, .5 + .5 * (p - t).clip(0) / (1 - t), .5 * (p / t).clip(0, 1 - 1e-9))
-
-def score_results(results,        # from `find_results`, one recipe
-                  frozen: bool,   # at the frozen threshold; False: at one half, as the articles did
-                  n_boot = None,  # resamples of patients; None: as in the recipe
-                 ):                # an `Evaluation`
-    "All metrics of one run, or of all folds of one cross-validation together"
-    recipe, y, p, g = results[0]['recipe'], [], [], []
-    classes = list(as_task(recipe.task).classes)
-    if len(classes) != 2: raise RecipeError(f'recipe {recipe.name} has {len(classes)} classes; this table compares two-class recipes.')
-    for r in results:
-        pred = pd.read_csv(r['folder'] / 'predictions.csv', dtype=dict(patient=str, group=str))
-        pred = pred[pred['split'] == r['evaluation']['part']]
-        probs = pred[f'prob_{classes[1]}'].to_numpy(float)
-        y.append(pred['label'].to_numpy(object)); g.append(pred['group'].to_numpy(object))
-        p.append(_centred(probs, r['evaluation']['operating_point']['threshold']) if frozen else probs)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UndefinedMetric)                    # an undefined metric is printed as such
-        return evaluate(np.concatenate(y), np.concatenate(p), np.concatenate(g), .5, classes, recipe.evaluation.n_boot if n_boot is None else n_boot, recipe.seed)
+BESIDE = {'pneumonia-explained': ('pneumonia-suppressed', 'pneumonia-resnet'), 'covid-2020': ('covid-2020-adults', 'covid-2020-within', 'covid-2020-left-out', 'covid-2020-asides'),
+          'coronahack-vgg': ('coronahack-kinds',)}              # recipes that answer an article's next question
+ABLATION = ('effusion-resnet-honest', 'covid-2020-within')      # recipes that the in-domain weights are tried on: none of their films is in `pretrain`
+SEEDS = {'pneumonia-resnet': (1, 2, 3)}                         # members of the ensemble
 
 # %% ../nbs/25_reproduce.ipynb #reproduce-table
 ABSENT = 'not measured'
 
-def _words(value, low=None, high=None):
-    if value is None or np.isnan(value): return 'undefined'
-    return f'{value:.3f}' + ('' if low is None or np.isnan(low) else f' [{low:.3f}, {high:.3f}]')
-
 def _claimed(claims):
-    return '; '.join(_words(c.value, *(wilson(c.k, c.n) if c.n else ())) + (f' ({c.where})' if c.where else '') for c in claims) or 'nothing'
+    return '; '.join(words(c.value, *(wilson(c.k, c.n) if c.n else ())) + (f' ({c.where})' if c.where else '') for c in claims) or 'nothing'
 
-def _outside(results, metric):
-    "What the external rungs of these runs say about one metric"
-    rungs = [(r, x) for r in results if r['ladder'] for x in r['ladder']['rungs'] if metric in x['estimates'] and x['estimates'][metric]['value'] is not None]
-    return [f"{_words(*(float('nan') if x['estimates'][metric][k] is None else x['estimates'][metric][k] for k in ('value', 'low', 'high')))} ({x['name']}; run {r['folder'].name})" for r, x in rungs]
+def _outside(runs, metric):
+    "What the newest external rungs of the two recipes say about one metric"
+    said = {}
+    for whose, results in runs.items():
+        for r in results:
+            for x in (r['ladder'] or {}).get('rungs', ()):
+                e = x['estimates'].get(metric)
+                if e and e['value'] is not None: said.setdefault(x['name'], {})[whose] = words(*(float('nan') if e[k] is None else e[k] for k in ('value', 'low', 'high')))
+    return '; '.join(f"{name}: " + ', '.join(f'{v} ({w})' for w, v in by.items()) for name, by in said.items()) or ABSENT
 
 def reproduce_table(results_dir,    # folder of result folders, e.g. benchmarks/results
                     only = None,    # keys of `CLAIMS`; None: all
@@ -139,10 +94,9 @@ def reproduce_table(results_dir,    # folder of result folders, e.g. benchmarks/
         runs = {name: found.get(name, []) for name in (a.protocol, a.honest)}
         score = {a.protocol: score_results(runs[a.protocol], False, n_boot) if runs[a.protocol] else None, a.honest: score_results(runs[a.honest], True, n_boot) if runs[a.honest] else None}
         for metric in dict.fromkeys([*(c.metric for c in a.claims), *EXTRA[key]]):
-            cell = lambda name: _words(*score[name][metric][:3]) if score[name] is not None else ABSENT
-            outside = [o for name in (a.protocol, a.honest) for o in _outside(every.get(name, []), metric)]
+            cell = lambda name: words(*score[name][metric][:3]) if score[name] is not None else ABSENT
             rows.append(dict(article=key, metric=metric, claimed=_claimed([c for c in a.claims if c.metric == metric]), protocol=cell(a.protocol), leak_safe=cell(a.honest),
-                             outside='; '.join(outside) or ABSENT))
+                             outside=_outside({'protocol': every.get(a.protocol, []), 'leak-safe': every.get(a.honest, [])}, metric)))
     return pd.DataFrame(rows)
 
 def _articles(only):
@@ -161,7 +115,7 @@ def runs_table(results_dir,   # folder of result folders
     "Picture size, network, epochs, images, seed, minutes, leaks of every run behind the table"
     found, rows = find_results(results_dir), []
     for key in _articles(only):
-        for name in (CLAIMS[key].protocol, CLAIMS[key].honest):
+        for name in (CLAIMS[key].protocol, CLAIMS[key].honest, *BESIDE.get(key, ())):
             for r in found.get(name, []):
                 e, c = r['evaluation'], r['recipe']
                 h = pd.read_csv(r['folder'] / 'history.csv')
@@ -169,6 +123,77 @@ def runs_table(results_dir,   # folder of result folders
                                  images=e[e['part']]['n_images'], groups=e[e['part']]['n_groups'], leaking_groups=e['leaking_groups'], seed=c.seed, minutes=round(h['seconds'].sum() / 60, 1),
                                  synthetic=bool(e['synthetic'])))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+# %% ../nbs/25_reproduce.ipynb #folds
+def crossval_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, and the columns of `results.fold_table`
+    "Every cross-validation of two classes: its folds, and all together"
+    out = [fold_table(rs, n_boot).assign(recipe=name) for name, rs in find_results(results_dir).items() if rs[0]['recipe'].split.kind == 'fold' and _binary(rs[0])]
+    return pd.concat(out)[['recipe', *out[0].columns[:-1]]].reset_index(drop=True) if out else pd.DataFrame(columns=['recipe', 'part'])
+
+def _binary(result): return len(as_task(result['recipe'].task).classes) == 2
+
+def gains_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, films, model, kind, rival, its auc, gain
+    "What is left of each cross-validation's AUC above the best rival of each kind that saw no lung"
+    rows = []
+    for name, rs in find_results(results_dir).items():
+        if rs[0]['recipe'].split.kind != 'fold' or not _binary(rs[0]) or not all((r['folder'] / 'floors.csv').is_file() for r in rs): continue
+        g = floor_gains(rs, n_boot)
+        for kind, t in g.groupby('kind'):
+            b = t.iloc[0]
+            rows.append(dict(recipe=name, folds=len(rs), model=words(b['auc'] + b['gain']), kind=kind, rival=b['floor'], rival_auc=words(b['auc']), gain=f"{b['gain']:+.3f} [{b['low']:+.3f}, {b['high']:+.3f}]"))
+    return pd.DataFrame(rows, columns=['recipe', 'folds', 'model', 'kind', 'rival', 'rival_auc', 'gain'])
+
+def left_out_table(results_dir) -> pd.DataFrame: # recipe, source, films, groups, false_calls or auc
+    "Collections that a network never saw: false calls where they are of one class, AUC where they are of two"
+    newest = {(r['recipe'].name, r['recipe'].split.source): r for rs in find_results(results_dir, every=True).values() for r in rs if r['recipe'].split.kind == 'source'}
+    rows = []
+    for (name, source), r in newest.items():
+        e = score_results([r], True)
+        rows.append(dict(recipe=name, left_out=source, films=e.n_images, groups=e.n_groups, false_calls=words(*e['false_positive_rate'][:3]), auc=words(*e['auc'][:3])))
+    return pd.DataFrame(rows, columns=['recipe', 'left_out', 'films', 'groups', 'false_calls', 'auc'])
+
+# %% ../nbs/25_reproduce.ipynb #asides
+def asides_table(results_dir,    # folder of result folders
+                 n_boot = 2000,
+                ) -> pd.DataFrame: # network, size, epochs, first_loss, highest_loss, last_loss, valid_loss, accuracy, auc
+    "Losses and validation numbers of the article's asides: what each network and size did under one schedule"
+    rows = []
+    for r in find_results(results_dir, every=True).get('covid-2020-asides', []):
+        h, e = pd.read_csv(r['folder'] / 'history.csv'), score_results([r], False, n_boot)
+        rows.append(dict(network=r['recipe'].model.arch, size=r['recipe'].image.size, epochs=len(h), first_loss=round(h['train_loss'].iloc[0], 3), highest_loss=round(h['train_loss'].max(), 3), last_loss=round(h['train_loss'].iloc[-1], 3),
+                         valid_loss=round(h['valid_loss'].iloc[-1], 3), highest_valid_loss=round(h['valid_loss'].max(), 3), accuracy=words(*e['accuracy'][:3]), auc=words(*e['auc'][:3])))
+    return pd.DataFrame(rows, columns=['network', 'size', 'epochs', 'first_loss', 'highest_loss', 'last_loss', 'valid_loss', 'highest_valid_loss', 'accuracy', 'auc']).sort_values(['network', 'size'], ignore_index=True)
+
+# %% ../nbs/25_reproduce.ipynb #aims
+OFFICIAL = ('pneumonia-explained', 'pneumonia-explained-honest', 'pneumonia-suppressed', 'coronahack-vgg', 'pneumonia-resnet')
+AIMS = (('one network on the published test', 'pneumonia-resnet', 'accuracy', .93), ('one network on the published test', 'pneumonia-resnet', 'auc', .97),
+        ('several networks on the published test', 'pneumonia-resnet', 'auc', .98), ('effusion, cross-validation by patient', 'effusion-resnet-honest', 'auc', .80))
+
+def _seeds(results):
+    "The newest result of every seed, the same settings otherwise"
+    last = override(results[-1]['recipe'], {'seed': 0}) if results else None
+    return list({r['recipe'].seed: r for r in results if override(r['recipe'], {'seed': 0}) == last}.values())
+
+def official_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, network, size, seed, films, accuracy, sensitivity, specificity, auc
+    "Every kept network that was judged on the published test, at its frozen threshold, and the mean of the seeds"
+    every, rows = find_results(results_dir, every=True), []
+    def add(name, network, size, seed, e): rows.append(dict(recipe=name, network=network, size=size, seed=seed, films=e.n_images, **{k: words(*e[m][:3]) for k, m in (('accuracy', 'accuracy'), ('sensitivity', 'recall'), ('specificity', 'specificity'), ('auc', 'auc'))}))
+    for name in OFFICIAL:
+        seeds = sorted(_seeds(every.get(name, [])), key=lambda r: r['recipe'].seed)
+        for r in seeds: add(name, r['recipe'].model.arch, r['recipe'].image.size, r['recipe'].seed, score_results([r], True, n_boot))
+        if len(seeds) > 1: add(name, f'mean of {len(seeds)}', seeds[0]['recipe'].image.size, 'all', score_ensemble(seeds, n_boot))
+    return pd.DataFrame(rows, columns=['recipe', 'network', 'size', 'seed', 'films', 'accuracy', 'sensitivity', 'specificity', 'auc'])
+
+def aims_table(results_dir, n_boot = 2000) -> pd.DataFrame: # aim, metric, wanted, measured, reached
+    "The aims, and whether they were reached: 'yes' asks the whole interval to lie at or above the aim"
+    found, every, rows = find_results(results_dir), find_results(results_dir, every=True), []
+    for what, name, metric, wanted in AIMS:
+        seeds = sorted(_seeds(every.get(name, [])), key=lambda r: r['recipe'].seed)
+        if what.startswith('several'): e = score_ensemble(seeds, n_boot)[metric] if len(seeds) > 1 else None
+        elif what.startswith('one'): e = score_results(seeds[:1], True, n_boot)[metric] if seeds else None      # the first seed, not the best one
+        else: e = score_results(found[name], True, n_boot)[metric] if name in found else None
+        rows.append(dict(aim=what, metric=metric, wanted=wanted, measured=words(*e[:3]) if e else ABSENT, reached='-' if e is None else 'yes' if e.low >= wanted else 'perhaps' if e.value >= wanted else 'no'))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/25_reproduce.ipynb #leak-table
 def leak_table(results_dir,    # folder of result folders
@@ -186,7 +211,7 @@ def leak_table(results_dir,    # folder of result folders
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', UndefinedMetric)
                 e = evaluate(x['label'].to_numpy(object), x[f'prob_{classes[1]}'].to_numpy(float), x['group'].to_numpy(object), .5, classes, n_boot, r['recipe'].seed)
-            rows.append(dict(run=r['folder'].name, films=kind, images=len(x), groups=e.n_groups, **{m: _words(*e[m][:3]) for m in ('accuracy', 'recall', 'specificity', 'auc')}))
+            rows.append(dict(run=r['folder'].name, films=kind, images=len(x), groups=e.n_groups, **{m: words(*e[m][:3]) for m in ('accuracy', 'recall', 'specificity', 'auc')}))
     return pd.DataFrame(rows, columns=['run', 'films', 'images', 'groups', 'accuracy', 'recall', 'specificity', 'auc'])
 
 # %% ../nbs/25_reproduce.ipynb #plot-ledger
@@ -213,11 +238,12 @@ OUTSIDE = {     # recipe -> external sets: options of `ladder.evaluate_on`
     **{name: (dict(source='nih', root='nih-chest-xrays', name='NIH, pneumonia against no finding, all ages'),) for name in
        ('pneumonia-cnn', 'pneumonia-cnn-honest', 'pneumonia-explained', 'pneumonia-explained-honest', 'coronahack-vgg', 'coronahack-vgg-honest')},
     **{name: (dict(source='nih', root='nih-chest-xrays-512', findings=['No Finding'], min_age=18, name='NIH, adults without finding'),
+              dict(source='kaggle_pneumonia', root='chest-xray-pneumonia-512', findings=['No Finding'], name='Kaggle, normal children that were not trained on'),
               dict(source='kaggle_pneumonia', root='chest-xray-pneumonia-512', findings=['Pneumonia/Bacterial'], name='Kaggle, children with bacterial pneumonia'),
               dict(source='kaggle_pneumonia', root='chest-xray-pneumonia-512', findings=['Pneumonia/Viral'], name='Kaggle, children with viral pneumonia'))
        for name in ('covid-2020-article', 'covid-2020')},
 }
-QUICK = {'image.size': 32, 'model.arch': 'cnn3', 'model.weights': 'none', 'training.bs': 4, 'training.rounds': '[{epochs = 1, lr = 0.001}]', 'evaluation.n_boot': 100}
+QUICK = {'split.n_folds': 2, 'image.size': 32, 'model.arch': 'cnn3', 'model.weights': 'none', 'training.bs': 4, 'training.rounds': '[{epochs = 1, lr = 0.001}]', 'evaluation.n_boot': 100}
 
 def judge_outside(run,       # finished run directory
                   data,      # folder that holds the collections
@@ -231,39 +257,94 @@ def judge_outside(run,       # finished run directory
         out.append(evaluate_on(run, data=data, log=log, cache_dir=cache_dir, **{**o, **options}))
     return out
 
+# %% ../nbs/25_reproduce.ipynb #plan
+PRETRAIN = 'pretrain'
+_PRETRAINED = 'bundle/weights.safetensors'
+
+def _variants(recipe, seeds):
+    "Name endings and settings: every fold, every collection that can be left out, every seed, every aside"
+    s = recipe.split
+    if s.kind == 'fold': return [(f'-fold{i}', {'split.fold': i}) for i in range(s.n_folds)]
+    if s.kind == 'source': return [(f'-{x.name}', {'split.source': x.name}) for x in recipe.data.sources[1:]]      # the first holds the positives
+    if recipe.name == 'covid-2020-asides': return [('-resnet34', {'model.arch': 'resnet34'}), ('-resnet50', {'model.arch': 'resnet50'}), ('-resnet50-twice', {'model.arch': 'resnet50', 'image.size': 2 * recipe.image.size})]
+    more = SEEDS.get(recipe.name, (recipe.seed,)) if recipe.name != 'covid-2020' else tuple(range(recipe.seed, recipe.seed + seeds))
+    return [(f'-seed{k}' if len(more) > 1 else '', {'seed': k}) for k in more]
+
+def plan_runs(runs,                  # folder of the runs
+              only = None,           # keys of `CLAIMS`, or 'pretrain'; None: all
+              quick: bool = False,
+              settings: dict = None, # fields of every recipe to override
+              seeds: int = 1,        # trainings of the flagship `covid-2020`
+              epochs: int = None,    # of every training; None: as its recipe says
+             ) -> list:              # of (folder name, Recipe), in an order in which they build on each other
+    "Every training that the tables need"
+    from covid_cxr.model import imagenet_file
+    keys = [*CLAIMS, PRETRAIN] if only is None else [only] if isinstance(only, str) else list(only)
+    articles = _articles([k for k in keys if k != PRETRAIN])
+    change = {**(QUICK if quick else {}), **(settings or {})}
+    names = list(dict.fromkeys([n for k in articles for n in (CLAIMS[k].protocol, CLAIMS[k].honest, *BESIDE.get(k, ()))] + ([*ABLATION] if PRETRAIN in keys else [])))
+    made = lambda name, more: (lambda r: r if epochs is None else with_epochs(r, epochs))(override(load_recipe(name), {**change, **more}))
+    out = [(name + end, made(name, one)) for name in names for end, one in _variants(override(load_recipe(name), change), seeds)]
+    if PRETRAIN not in keys: return out
+    first = made(PRETRAIN, {})
+    arms = {'in-domain': str(Path(runs) / PRETRAIN / _PRETRAINED), **({'imagenet': 'imagenet'} if not quick and imagenet_file(first.model.arch)[1].is_file() else {})}
+    return out + [(PRETRAIN, first)] + [(f'{n}-{arm}{end}', made(n, {**one, 'model.weights': w})) for arm, w in arms.items() for n in ABLATION for end, one in _variants(override(load_recipe(n), change), seeds)]
+
 # %% ../nbs/25_reproduce.ipynb #reproduce
 def reproduce(data,                # folder that holds the collections
               out,                 # folder for runs/, reproduce.csv and reproduce.md; finished runs there are not trained again
               quick: bool = False, # tiny: to see that it works, not to learn anything
-              only = None,         # keys of `CLAIMS`; None: all
+              only = None,         # keys of `CLAIMS`, or 'pretrain'; None: all
               settings: dict = None, # fields of every recipe to override, e.g. {'image.size': 128, 'model.weights': 'none'}
               device: str = 'auto',
               cache_dir = None,    # keeps decoded pictures; None: OUT/cache
               log = print,
+              seeds: int = 1,      # trainings of the flagship `covid-2020`
+              epochs: int = None,  # of every training; None: as its recipe says
              ) -> pd.DataFrame:    # `reproduce_table`
-    "Train both recipes of every article, judge them outside, write the table as CSV and Markdown"
+    "Train every recipe of every article, judge them outside, write the tables as CSV and Markdown"
+    from covid_cxr.audit_run import keep_floors
     from covid_cxr.run import train
-    out, keys = Path(out), _articles(only)
-    cache = Path(cache_dir) if cache_dir else out / 'cache'
-    for name in dict.fromkeys(n for k in keys for n in (CLAIMS[k].protocol, CLAIMS[k].honest)):
-        run = out / 'runs' / name
-        train(override(load_recipe(name), {**(QUICK if quick else {}), **(settings or {})}), data=data, out=run, device=device, cache_dir=cache, log=log)
+    out = Path(out)
+    cache, plan = Path(cache_dir) if cache_dir else out / 'cache', plan_runs(out / 'runs', only, quick, settings, seeds, epochs)
+    _check_sources(plan, data)
+    for k, (name, recipe) in enumerate(plan, 1):
+        log(f'--- {k} of {len(plan)}: {name}')
+        run = train(recipe, data=data, out=out / 'runs' / name, device=device, cache_dir=cache, log=log)
         if not (run / 'ladder.json').exists(): judge_outside(run, data, log, cache, floors=not quick, **(dict(duplicates='exact', n_boot=100) if quick else {}))
-    table = reproduce_table(out / 'runs', keys)
+        if recipe.split.kind == 'fold' and not (run / 'floors.csv').exists(): keep_floors(run, cache, retrain=not quick)
+    keys = [k for k in CLAIMS if only is None or k in ([only] if isinstance(only, str) else only)]
+    table, n = reproduce_table(out / 'runs', keys), 100 if quick else 2000
     with atomic_path(out / 'reproduce.csv') as tmp: table.to_csv(tmp, index=False)
-    write_text(out / 'reproduce.md', table_markdown(table, runs_table(out / 'runs', keys), quick))
+    write_text(out / 'reproduce.md', table_markdown(table, runs_table(out / 'runs', keys), quick, more_tables(out / 'runs', n)))
     return table
 
-def _markdown(t):
+def _check_sources(plan, data):
+    "Say which collections are missing before hours of training, not after"
+    missing = {s.name: s.root for _, r in plan for s in r.data.sources if not any((Path(data) / f).is_dir() for f in s.root or ['.'])}
+    if missing: raise RecipeError(f"{data} lacks {'; '.join(f'{n} (looked for as {chr(44).join(f)})' for n, f in missing.items())}; put them there ('covid-cxr download NAME' says how), or name with --only the articles that do without.")
+
+def more_tables(results_dir, n_boot = 2000) -> dict: # title -> table; those without a row are left out
+    "Everything beside the four numbers"
+    tables = {'Cross-validations, fold by fold': crossval_table(results_dir, n_boot), 'Above the best rival that saw no lung': gains_table(results_dir, n_boot),
+              'Starting weights': ablation_table(results_dir, ABLATION, n_boot), 'A collection left out': left_out_table(results_dir),
+              'Asides of article 3': asides_table(results_dir, n_boot),
+              'The published test of 624 films': official_table(results_dir, n_boot), 'Aims': aims_table(results_dir, n_boot)}
+    return {k: t for k, t in tables.items() if len(t) and not ('measured' in t and (t['measured'] == ABSENT).all())}
+
+def markdown_of(t):
     "A frame as a Markdown table"
     rows = [list(t.columns), ['---'] * len(t.columns), *t.astype(str).to_numpy().tolist()]
     return '\n'.join('| ' + ' | '.join(str(x).replace('|', '/') for x in r) + ' |' for r in rows)
 
 def table_markdown(table: pd.DataFrame, # of `reproduce_table`
                    runs: pd.DataFrame,  # of `runs_table`
-                   quick: bool = False) -> str:
-    "The table and its conditions as Markdown"
+                   quick: bool = False,
+                   more: dict = None,   # of `more_tables`
+                  ) -> str:
+    "The tables and their conditions as Markdown"
     head = ['**Synthetic phantoms: these numbers say nothing about patients.**\n'] if len(runs) and runs['synthetic'].any() else []
     head += ['**Quick: tiny pictures, one epoch; these numbers show that it works and nothing else.**\n'] if quick else []
     names = dict(article='Article', metric='Metric', claimed='Claimed', protocol="Article's protocol", leak_safe='Leak-safe', outside='Outside')
-    return '\n'.join([*head, _markdown(table.rename(columns=names)), '', '95 % intervals: Wilson for claims, bootstrap over groups of patients for ours. The runs:', '', _markdown(runs), ''])
+    rest = [line for title, t in (more or {}).items() for line in ('', f'{title}:', '', markdown_of(t))]
+    return '\n'.join([*head, markdown_of(table.rename(columns=names)), '', '95 % intervals: Wilson for claims, bootstrap over groups of patients for ours. The runs:', '', markdown_of(runs), *rest, ''])
