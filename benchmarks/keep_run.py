@@ -23,7 +23,7 @@ def keep(run, name, command=''):
     out.mkdir(parents=True, exist_ok=True)
     pred = pd.read_csv(run / 'predictions.csv')
     pred[['image_id', *(c for c in pred.columns if c not in ('path', 'image_id'))]].to_csv(out / 'predictions.csv', index=False)
-    for f in ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'audit.json', 'audit.txt'):
+    for f in ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'audit.json', 'audit.txt', 'floors.csv'):
         if (run / f).exists(): shutil.copy(run / f, out / f)
     e = json.loads((run / 'evaluation.json').read_text())
     for part in ('test', 'valid', 'source_only'):

@@ -8,7 +8,7 @@ import os, re, warnings
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from .core import CxrError, TableError, require_columns
-from .evaluate import Estimate, evaluate
+from .evaluate import Estimate, UndefinedMetric, evaluate
 from .images import file_facts
 from .smallnet import fit_small_net
 
@@ -218,7 +218,9 @@ def fit_floors(table: pd.DataFrame,  # label, group, split; every other column o
         s = np.full(len(table), np.nan)
         s[keep] = held_out_scores(X[keep], y[keep], groups[keep], rival, train, seed)
         s = np.where(np.isnan(s), .5, s)[test]        # a film of a patient who leaks into training gets no opinion
-        out.append(Floor(name, kind, seen, evaluate(y[test], s, groups[test], n_boot=n_boot, seed=seed)['auc'], s))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UndefinedMetric)          # only the AUC is read; the calls of a rival mean nothing
+            out.append(Floor(name, kind, seen, evaluate(y[test], s, groups[test], n_boot=n_boot, seed=seed)['auc'], s))
     return out
 
 def best_floor(floors, kind: str): # a `Floor`, or None where there is none of this kind

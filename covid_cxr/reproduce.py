@@ -16,8 +16,8 @@ from .table import as_task
 
 # %% auto #0
 __all__ = ['CLAIMS', 'EXTRA', 'BESIDE', 'ABLATION', 'SEEDS', 'ABSENT', 'RUN_COLUMNS', 'OFFICIAL', 'AIMS', 'OUTSIDE', 'QUICK',
-           'PRETRAIN', 'Claim', 'Article', 'reproduce_table', 'runs_table', 'crossval_table', 'gains_table',
-           'left_out_table', 'asides_table', 'official_table', 'aims_table', 'leak_table', 'plot_ledger',
+           'PRETRAIN', 'Claim', 'Article', 'reproduce_table', 'runs_table', 'made_with', 'crossval_table',
+           'gains_table', 'left_out_table', 'asides_table', 'official_table', 'aims_table', 'leak_table', 'plot_ledger',
            'judge_outside', 'plan_runs', 'reproduce', 'more_tables', 'markdown_of', 'table_markdown']
 
 # %% ../nbs/25_reproduce.ipynb #claims
@@ -107,7 +107,7 @@ def _articles(only):
     return keys
 
 # %% ../nbs/25_reproduce.ipynb #runs-table
-RUN_COLUMNS = ('article', 'recipe', 'folder', 'size', 'arch', 'weights', 'epochs', 'judged_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes', 'synthetic')
+RUN_COLUMNS = ('article', 'recipe', 'folder', 'size', 'arch', 'weights', 'epochs', 'judged_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes', 'synthetic', 'machine', 'command')
 
 def runs_table(results_dir,   # folder of result folders
                only = None,   # keys of `CLAIMS`; None: all
@@ -121,8 +121,18 @@ def runs_table(results_dir,   # folder of result folders
                 h = pd.read_csv(r['folder'] / 'history.csv')
                 rows.append(dict(article=key, recipe=name, folder=r['folder'].name, size=c.image.size, arch=c.model.arch, weights=Path(c.model.weights).name, epochs=len(h), judged_on=e['part'],
                                  images=e[e['part']]['n_images'], groups=e[e['part']]['n_groups'], leaking_groups=e['leaking_groups'], seed=c.seed, minutes=round(h['seconds'].sum() / 60, 1),
-                                 synthetic=bool(e['synthetic'])))
+                                 synthetic=bool(e['synthetic']), machine=f"{r['run'].get('cpu', 'not stated')}, {r['run'].get('cores', '?')} cores" if r['run'].get('device', 'cpu') == 'cpu' else r['run']['device'], command=r['run'].get('command', '')))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+# %% ../nbs/25_reproduce.ipynb #made-with
+def made_with(results_dir, only=None) -> str:
+    "When the runs behind the table were made, on what machine, and with which versions"
+    found, keys = find_results(results_dir), _articles(only)
+    runs = [r['run'] for k in keys for name in (CLAIMS[k].protocol, CLAIMS[k].honest, *BESIDE.get(k, ())) for r in found.get(name, [])]
+    if not runs: return 'no run is kept yet'
+    days, machines = sorted({r['finished'][:10] for r in runs if 'finished' in r}), sorted({f"{r['cpu']}, {r['cores']} cores" for r in runs if 'cpu' in r})
+    of = lambda k: ' or '.join(sorted({str(r['versions'][k]) for r in runs if k in r.get('versions', {})}))
+    return f"{len(runs)} runs, finished {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}" + (f", on {'; '.join(machines)}" if machines else '') + '; ' + ', '.join(f'{k} {of(k)}' for k in ('covid_cxr', 'fastai', 'torch', 'python') if of(k)) + '.'
 
 # %% ../nbs/25_reproduce.ipynb #folds
 def crossval_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, and the columns of `results.fold_table`
@@ -276,13 +286,14 @@ def plan_runs(runs,                  # folder of the runs
               settings: dict = None, # fields of every recipe to override
               seeds: int = 1,        # trainings of the flagship `covid-2020`
               epochs: int = None,    # of every training; None: as its recipe says
+              beside: bool = True,   # also the recipes of `BESIDE`
              ) -> list:              # of (folder name, Recipe), in an order in which they build on each other
     "Every training that the tables need"
     from covid_cxr.model import imagenet_file
     keys = [*CLAIMS, PRETRAIN] if only is None else [only] if isinstance(only, str) else list(only)
     articles = _articles([k for k in keys if k != PRETRAIN])
     change = {**(QUICK if quick else {}), **(settings or {})}
-    names = list(dict.fromkeys([n for k in articles for n in (CLAIMS[k].protocol, CLAIMS[k].honest, *BESIDE.get(k, ()))] + ([*ABLATION] if PRETRAIN in keys else [])))
+    names = list(dict.fromkeys([n for k in articles for n in (CLAIMS[k].protocol, CLAIMS[k].honest, *(BESIDE.get(k, ()) if beside else ()))] + ([*ABLATION] if PRETRAIN in keys else [])))
     made = lambda name, more: (lambda r: r if epochs is None else with_epochs(r, epochs))(override(load_recipe(name), {**change, **more}))
     out = [(name + end, made(name, one)) for name in names for end, one in _variants(override(load_recipe(name), change), seeds)]
     if PRETRAIN not in keys: return out
@@ -301,18 +312,21 @@ def reproduce(data,                # folder that holds the collections
               log = print,
               seeds: int = 1,      # trainings of the flagship `covid-2020`
               epochs: int = None,  # of every training; None: as its recipe says
+              floors: bool = True, # also score the rivals without lungs on every fold
+              beside: bool = True, # also train the recipes of `BESIDE`
              ) -> pd.DataFrame:    # `reproduce_table`
     "Train every recipe of every article, judge them outside, write the tables as CSV and Markdown"
     from covid_cxr.audit_run import keep_floors
     from covid_cxr.run import train
     out = Path(out)
-    cache, plan = Path(cache_dir) if cache_dir else out / 'cache', plan_runs(out / 'runs', only, quick, settings, seeds, epochs)
+    cache, plan = Path(cache_dir) if cache_dir else out / 'cache', plan_runs(out / 'runs', only, quick, settings, seeds, epochs, beside)
     _check_sources(plan, data)
     for k, (name, recipe) in enumerate(plan, 1):
         log(f'--- {k} of {len(plan)}: {name}')
         run = train(recipe, data=data, out=out / 'runs' / name, device=device, cache_dir=cache, log=log)
         if not (run / 'ladder.json').exists(): judge_outside(run, data, log, cache, floors=not quick, **(dict(duplicates='exact', n_boot=100) if quick else {}))
-        if recipe.split.kind == 'fold' and not (run / 'floors.csv').exists(): keep_floors(run, cache, retrain=not quick)
+        arm = recipe.name in ABLATION and recipe.model.weights != 'none'                 # the same films as its arm from scratch, so the same rivals
+        if floors and recipe.split.kind == 'fold' and not arm and not (run / 'floors.csv').exists(): keep_floors(run, cache, retrain=not quick)
     keys = [k for k in CLAIMS if only is None or k in ([only] if isinstance(only, str) else only)]
     table, n = reproduce_table(out / 'runs', keys), 100 if quick else 2000
     with atomic_path(out / 'reproduce.csv') as tmp: table.to_csv(tmp, index=False)
@@ -321,8 +335,9 @@ def reproduce(data,                # folder that holds the collections
 
 def _check_sources(plan, data):
     "Say which collections are missing before hours of training, not after"
-    missing = {s.name: s.root for _, r in plan for s in r.data.sources if not any((Path(data) / f).is_dir() for f in s.root or ['.'])}
-    if missing: raise RecipeError(f"{data} lacks {'; '.join(f'{n} (looked for as {chr(44).join(f)})' for n, f in missing.items())}; put them there ('covid-cxr download NAME' says how), or name with --only the articles that do without.")
+    lacking = lambda s: not any((Path(data) / f).is_dir() for f in s.root or ['.']) or not all((Path(data) / f).is_dir() for f in s.images)
+    missing = {s.name: [*s.root, *s.images] for _, r in plan for s in r.data.sources if lacking(s)}
+    if missing: raise RecipeError(f"{data} lacks {'; '.join(f'{n} (looked for in {chr(44).join(f)})' for n, f in missing.items())}; put them there ('covid-cxr download NAME' says how), or name with --only the articles that do without.")
 
 def more_tables(results_dir, n_boot = 2000) -> dict: # title -> table; those without a row are left out
     "Everything beside the four numbers"
@@ -347,4 +362,4 @@ def table_markdown(table: pd.DataFrame, # of `reproduce_table`
     head += ['**Quick: tiny pictures, one epoch; these numbers show that it works and nothing else.**\n'] if quick else []
     names = dict(article='Article', metric='Metric', claimed='Claimed', protocol="Article's protocol", leak_safe='Leak-safe', outside='Outside')
     rest = [line for title, t in (more or {}).items() for line in ('', f'{title}:', '', markdown_of(t))]
-    return '\n'.join([*head, markdown_of(table.rename(columns=names)), '', '95 % intervals: Wilson for claims, bootstrap over groups of patients for ours. The runs:', '', markdown_of(runs), *rest, ''])
+    return '\n'.join([*head, markdown_of(table.rename(columns=names)), '', '95 % intervals: Wilson for claims, bootstrap over groups of patients for ours. The runs:', '', markdown_of(runs.drop(columns=['machine', 'command'])), *rest, ''])

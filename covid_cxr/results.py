@@ -10,12 +10,12 @@ import numpy as np, pandas as pd
 from .compare import Difference, paired_difference
 from .core import RecipeError, RunError
 from .evaluate import UndefinedMetric, evaluate
-from .recipe import override, parse_recipe
+from .recipe import list_recipes, load_recipe, override, parse_recipe
 from .table import as_task
 
 # %% auto #0
-__all__ = ['find_results', 'arm_of', 'find_arms', 'centre_scores', 'rank_scores', 'pool_films', 'score_results', 'fold_table',
-           'words', 'paired_arms', 'ablation_table', 'floor_gains', 'ensemble_films', 'score_ensemble']
+__all__ = ['find_results', 'arm_of', 'is_own', 'find_arms', 'centre_scores', 'rank_scores', 'pool_films', 'score_results',
+           'fold_table', 'words', 'paired_arms', 'ablation_table', 'floor_gains', 'ensemble_films', 'score_ensemble']
 
 # %% ../nbs/24b_results.ipynb #find-results
 def _read(folder):
@@ -51,9 +51,19 @@ def _folds_alike(results, **but):
     folds = {r['recipe'].split.fold: r for r in results if alike(r) == alike(last)}
     return [folds[i] for i in sorted(folds)]
 
+_FORCED = {'image.size': 64, 'model.arch': 'cnn3', 'model.weights': 'none', 'split.fold': 0, 'seed': 0, 'training.bs': 8, 'training.num_workers': 0, 'training.lr_find_it': 100, 'training.rounds': [dict(epochs=1)], 'evaluation.n_boot': 100}
+
+def is_own(result  # from `find_results`
+          ) -> bool:
+    "Does this run differ from the shipped recipe of its name in nothing but what a machine forces upon it?"
+    name = result['recipe'].name
+    if name not in set(list_recipes()['name']): return True
+    return override(result['recipe'], {**_FORCED, 'title': ''}) == override(load_recipe(name), {**_FORCED, 'title': ''})
+
 def _of_one_kind(results):
     "The result that stands for a recipe"
-    return _folds_alike([r for r in results if arm_of(r) != 'in-domain'] or results)
+    own = [r for r in results if is_own(r)] or results
+    return _folds_alike([r for r in own if arm_of(r) != 'in-domain'] or own)
 
 def find_arms(results_dir, name: str # of a recipe
              ) -> dict:              # 'from scratch', 'ImageNet', 'in-domain' -> list of results
