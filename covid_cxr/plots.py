@@ -14,8 +14,8 @@ from .evaluate import BINARY, Evaluation, EvaluationError, check_scores
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'PALE', 'COLOURS', 'DASHES', 'PHANTOM_WORDS', 'new_figure',
-           'save_figure', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores', 'plot_history', 'plot_lr_find',
-           'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid', 'plot_subgroups']
+           'save_figure', 'small_png', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores', 'plot_history',
+           'plot_lr_find', 'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid', 'plot_subgroups']
 
 # %% ../nbs/12_plots.ipynb #frame
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY, PALE = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#6B6B6B', '#E5E5E5'
@@ -46,6 +46,16 @@ def save_figure(fig: Figure,
     dates = {'.pdf': dict(CreationDate=None), '.svg': dict(Date=None)}      # so that the same figure gives the same file
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=dpi, metadata=dates.get(tmp.suffix.lower()))
     return path
+
+def small_png(fig: Figure, dpi = 58, colours = 24):  # an IPython `Image`
+    "A figure as a small PNG of few colours, for a notebook that has to stay light"
+    import io
+    from IPython.display import Image
+    from PIL import Image as Picture
+    full, few = io.BytesIO(), io.BytesIO()
+    fig.savefig(full, format='png', dpi=dpi)
+    Picture.open(full).convert('RGB').quantize(colours, dither=Picture.Dither.NONE).save(few, 'png', optimize=True)
+    return Image(few.getvalue())
 
 def _title(ax, *lines): ax.set_title('\n'.join(lines), loc='left', fontsize=10)
 def _count(n, word): return f'{n:,} {word}{"s" * (n != 1)}'

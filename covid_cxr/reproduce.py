@@ -11,12 +11,12 @@ import numpy as np, pandas as pd
 from .core import RecipeError, atomic_path, nearest, write_text
 from .evaluate import METRICS, UndefinedMetric, evaluate, wilson
 from .recipe import load_recipe, override, parse_recipe, with_epochs
-from .results import ablation_table, find_results, floor_gains, fold_table, score_ensemble, score_results, words
+from .results import ablation_table, arm_of, find_arms, find_results, floor_gains, fold_table, score_ensemble, score_results, words
 from .table import as_task
 
 # %% auto #0
-__all__ = ['CLAIMS', 'EXTRA', 'BESIDE', 'ABLATION', 'SEEDS', 'ABSENT', 'RUN_COLUMNS', 'OFFICIAL', 'AIMS', 'OUTSIDE', 'QUICK',
-           'PRETRAIN', 'Claim', 'Article', 'reproduce_table', 'runs_table', 'made_with', 'crossval_table',
+__all__ = ['CLAIMS', 'EXTRA', 'BESIDE', 'ABLATION', 'SEEDS', 'ABSENT', 'RUN_COLUMNS', 'ENSEMBLE', 'OFFICIAL', 'AIMS', 'OUTSIDE',
+           'QUICK', 'PRETRAIN', 'Claim', 'Article', 'reproduce_table', 'runs_table', 'made_with', 'crossval_table',
            'gains_table', 'left_out_table', 'asides_table', 'official_table', 'aims_table', 'leak_table', 'plot_ledger',
            'judge_outside', 'plan_runs', 'reproduce', 'more_tables', 'markdown_of', 'table_markdown']
 
@@ -65,7 +65,7 @@ EXTRA = {'pneumonia-cnn': ('auc',), 'pneumonia-explained': ('auc', 'recall'), 'c
 BESIDE = {'pneumonia-explained': ('pneumonia-suppressed', 'pneumonia-resnet'), 'covid-2020': ('covid-2020-adults', 'covid-2020-within', 'covid-2020-left-out', 'covid-2020-asides'),
           'coronahack-vgg': ('coronahack-kinds',)}              # recipes that answer an article's next question
 ABLATION = ('effusion-resnet-honest', 'covid-2020-within')      # recipes that the in-domain weights are tried on: none of their films is in `pretrain`
-SEEDS = {'pneumonia-resnet': (1, 2, 3)}                         # members of the ensemble
+SEEDS = {'pneumonia-resnet': (1, 2, 3)}                         # trainings of one recipe
 
 # %% ../nbs/25_reproduce.ipynb #reproduce-table
 ABSENT = 'not measured'
@@ -142,16 +142,17 @@ def crossval_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, and th
 
 def _binary(result): return len(as_task(result['recipe'].task).classes) == 2
 
-def gains_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, films, model, kind, rival, its auc, gain
+def gains_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, start, folds, model, kind, rival, its auc, gain
     "What is left of each cross-validation's AUC above the best rival of each kind that saw no lung"
     rows = []
     for name, rs in find_results(results_dir).items():
         if rs[0]['recipe'].split.kind != 'fold' or not _binary(rs[0]) or not all((r['folder'] / 'floors.csv').is_file() for r in rs): continue
-        g = floor_gains(rs, n_boot)
-        for kind, t in g.groupby('kind'):
-            b = t.iloc[0]
-            rows.append(dict(recipe=name, folds=len(rs), model=words(b['auc'] + b['gain']), kind=kind, rival=b['floor'], rival_auc=words(b['auc']), gain=f"{b['gain']:+.3f} [{b['low']:+.3f}, {b['high']:+.3f}]"))
-    return pd.DataFrame(rows, columns=['recipe', 'folds', 'model', 'kind', 'rival', 'rival_auc', 'gain'])
+        arms = {a: x for a, x in find_arms(results_dir, name).items() if len(x) == len(rs)} if name in ABLATION else {arm_of(rs[0]): rs}
+        for arm, arm_rs in arms.items():
+            for kind, t in floor_gains(arm_rs, n_boot, of=rs).groupby('kind'):
+                b = t.iloc[0]
+                rows.append(dict(recipe=name, start=arm, folds=len(rs), model=words(b['auc'] + b['gain']), kind=kind, rival=b['floor'], rival_auc=words(b['auc']), gain=f"{b['gain']:+.3f} [{b['low']:+.3f}, {b['high']:+.3f}]"))
+    return pd.DataFrame(rows, columns=['recipe', 'start', 'folds', 'model', 'kind', 'rival', 'rival_auc', 'gain'])
 
 def left_out_table(results_dir) -> pd.DataFrame: # recipe, source, films, groups, false_calls or auc
     "Collections that a network never saw: false calls where they are of one class, AUC where they are of two"
@@ -175,23 +176,28 @@ def asides_table(results_dir,    # folder of result folders
     return pd.DataFrame(rows, columns=['network', 'size', 'epochs', 'first_loss', 'highest_loss', 'last_loss', 'valid_loss', 'highest_valid_loss', 'accuracy', 'auc']).sort_values(['network', 'size'], ignore_index=True)
 
 # %% ../nbs/25_reproduce.ipynb #aims
+ENSEMBLE = ('pneumonia-explained-honest', 'pneumonia-suppressed', 'pneumonia-resnet')      # leak-safe recipes of one question on one test, every seed of each
 OFFICIAL = ('pneumonia-explained', 'pneumonia-explained-honest', 'pneumonia-suppressed', 'coronahack-vgg', 'pneumonia-resnet')
 AIMS = (('one network on the published test', 'pneumonia-resnet', 'accuracy', .93), ('one network on the published test', 'pneumonia-resnet', 'auc', .97),
-        ('several networks on the published test', 'pneumonia-resnet', 'auc', .98), ('effusion, cross-validation by patient', 'effusion-resnet-honest', 'auc', .80))
+        ('several networks on the published test', 'all leak-safe recipes', 'auc', .98), ('effusion, cross-validation by patient', 'effusion-resnet-honest', 'auc', .80),
+        ('effusion, the same from in-domain weights', 'effusion-resnet-honest', 'auc', .80))
 
 def _seeds(results):
     "The newest result of every seed, the same settings otherwise"
     last = override(results[-1]['recipe'], {'seed': 0}) if results else None
     return list({r['recipe'].seed: r for r in results if override(r['recipe'], {'seed': 0}) == last}.values())
 
+def _members(every): return [r for name in ENSEMBLE for r in sorted(_seeds(every.get(name, [])), key=lambda r: r['recipe'].seed)]
+
 def official_table(results_dir, n_boot = 2000) -> pd.DataFrame: # recipe, network, size, seed, films, accuracy, sensitivity, specificity, auc
-    "Every kept network that was judged on the published test, at its frozen threshold, and the mean of the seeds"
+    "Every kept network that was judged on the published test, at its frozen threshold, and the mean of the leak-safe ones"
     every, rows = find_results(results_dir, every=True), []
     def add(name, network, size, seed, e): rows.append(dict(recipe=name, network=network, size=size, seed=seed, films=e.n_images, **{k: words(*e[m][:3]) for k, m in (('accuracy', 'accuracy'), ('sensitivity', 'recall'), ('specificity', 'specificity'), ('auc', 'auc'))}))
     for name in OFFICIAL:
         seeds = sorted(_seeds(every.get(name, [])), key=lambda r: r['recipe'].seed)
         for r in seeds: add(name, r['recipe'].model.arch, r['recipe'].image.size, r['recipe'].seed, score_results([r], True, n_boot))
-        if len(seeds) > 1: add(name, f'mean of {len(seeds)}', seeds[0]['recipe'].image.size, 'all', score_ensemble(seeds, n_boot))
+    members = _members(every)
+    if len(members) > 1: add('all leak-safe recipes', f'mean of {len(members)}', '-', 'all', score_ensemble(members, n_boot))
     return pd.DataFrame(rows, columns=['recipe', 'network', 'size', 'seed', 'films', 'accuracy', 'sensitivity', 'specificity', 'auc'])
 
 def aims_table(results_dir, n_boot = 2000) -> pd.DataFrame: # aim, metric, wanted, measured, reached
@@ -199,9 +205,11 @@ def aims_table(results_dir, n_boot = 2000) -> pd.DataFrame: # aim, metric, wante
     found, every, rows = find_results(results_dir), find_results(results_dir, every=True), []
     for what, name, metric, wanted in AIMS:
         seeds = sorted(_seeds(every.get(name, [])), key=lambda r: r['recipe'].seed)
-        if what.startswith('several'): e = score_ensemble(seeds, n_boot)[metric] if len(seeds) > 1 else None
+        if what.startswith('several'): e = score_ensemble(_members(every), n_boot)[metric] if len(_members(every)) > 1 else None
         elif what.startswith('one'): e = score_results(seeds[:1], True, n_boot)[metric] if seeds else None      # the first seed, not the best one
-        else: e = score_results(found[name], True, n_boot)[metric] if name in found else None
+        else:
+            rs = find_arms(results_dir, name).get('in-domain') if 'in-domain' in what else found.get(name)
+            e = score_results(rs, True, n_boot)[metric] if rs else None
         rows.append(dict(aim=what, metric=metric, wanted=wanted, measured=words(*e[:3]) if e else ABSENT, reached='-' if e is None else 'yes' if e.low >= wanted else 'perhaps' if e.value >= wanted else 'no'))
     return pd.DataFrame(rows)
 

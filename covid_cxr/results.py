@@ -4,7 +4,7 @@
 
 # %% ../nbs/24b_results.ipynb #imports
 from __future__ import annotations
-import json, warnings
+import dataclasses, json, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from .compare import Difference, paired_difference
@@ -124,9 +124,13 @@ def score_results(results,        # from `find_results`, one recipe
                   frozen: bool,   # at the frozen threshold; False: at one half, as the articles did
                   n_boot = None,  # resamples of patients; None: as in the recipe
                  ):                # an `Evaluation`
-    "All metrics of one run, or of all folds of one cross-validation together"
+    "All metrics of one run, or of all folds of one cross-validation together: then calls are the folds' own, AUC and average precision those of ranks within folds"
     recipe = results[0]['recipe']
-    return _evaluate(pool_films(results, 'threshold' if frozen else 'as written'), _two_classes(recipe), recipe.evaluation.n_boot if n_boot is None else n_boot, recipe.seed)
+    n, classes = recipe.evaluation.n_boot if n_boot is None else n_boot, _two_classes(recipe)
+    e = _evaluate(pool_films(results, 'threshold' if frozen else 'as written'), classes, n, recipe.seed)
+    if len(results) == 1: return e
+    ranks = _evaluate(pool_films(results, 'rank'), classes, n, recipe.seed)
+    return dataclasses.replace(e, estimates={k: (ranks if k in ('auc', 'average_precision') else e).estimates[k] for k in e.estimates}, curves=ranks.curves)
 
 def fold_table(results,        # folds of one cross-validation
                n_boot = 2000,  # resamples of patients
@@ -177,11 +181,12 @@ def ablation_table(results_dir, names,  # recipes
 # %% ../nbs/24b_results.ipynb #floors
 def floor_gains(results,        # one run, or the folds of one cross-validation, each with floors.csv
                 n_boot = 2000,
+                of = None,      # results whose floors.csv is read: another arm on the same folds; None: `results`
                ) -> pd.DataFrame: # floor, kind, auc, gain, low, high, p; best floor of all first
     "The model's AUC less that of every rival without lungs, on the same films"
     recipe, frames = results[0]['recipe'], []
     classes, model = _two_classes(recipe), pool_films(results, 'rank').set_index('image_id')
-    for r in results:
+    for r in of or results:
         f = r['folder'] / 'floors.csv'
         if not f.is_file(): raise RunError(f"{r['folder']} has no floors.csv; run 'covid-cxr audit' on it, or covid_cxr.audit_run.keep_floors(run).")
         frames.append(pd.read_csv(f, dtype=dict(image_id=str)))
