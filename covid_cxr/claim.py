@@ -101,8 +101,10 @@ def _test_labels(f, d):
 # %% ../nbs/23c_claim.ipynb #words-partition
 def _assigned(f, d):
     s, n = f.recipe.split, f.rows['split'].value_counts()
-    how = {'group': 'by patient group at random', 'official': "by the collection's own test part, validation by patient group", 'image': 'by image at random, which leaks'}
-    return f"Split {how[s.kind]} (seed {f.recipe.seed}; validation {s.valid_pct:g}, test {s.test_pct:g}): " + ', '.join(f'{k} {n[k]:,}' for k in ('train', 'valid', 'test') if k in n) + f" films. The split stands in table.csv, SHA-256 {f.state['table_sha256'][:12]}."
+    how = {'group': 'by patient group at random', 'official': "by the collection's own test part, validation by patient group", 'published': "by the collection's own three parts", 'image': 'by image at random, which leaks',
+           'fold': f'by patient group into {s.n_folds} folds, of which fold {s.fold} (counted from 0) is the test', 'source': f'by collection: {s.source} is the test, whole; validation by patient group', 'time': 'by time: the latest films are the test, validation by patient group'}
+    sizes = {'published': '', 'fold': f'; validation {s.valid_pct:g} of the rest', 'source': f'; validation {s.valid_pct:g} of the rest', 'official': f'; validation {s.valid_pct:g} of the rest'}.get(s.kind, f'; validation {s.valid_pct:g}, test {s.test_pct:g}')
+    return f"Split {how[s.kind]} (seed {f.recipe.seed}{sizes}): " + ', '.join(f'{k} {n[k]:,}' for k in ('train', 'valid', 'test') if k in n) + f" films. The split stands in table.csv, SHA-256 {f.state['table_sha256'][:12]}."
 def _disjoint(f, d):
     n = int(f.state.get('leaking_groups') or 0)
     told = f'{n} groups stand in more than one part: the parts are NOT disjoint.' if n else 'No group stands in two parts.'

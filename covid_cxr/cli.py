@@ -33,7 +33,8 @@ def _settings(args):
 
 def do_train(args):
     from covid_cxr.run import train
-    train(_recipe_from(args), data=args.data, out=args.out, device=args.device, cache_dir=args.cache)
+    args.run = train(_recipe_from(args), data=args.data, out=args.out, device=args.device, cache_dir=args.cache)
+    do_report(args)
 
 # %% ../nbs/30_cli.ipynb #demo
 def do_demo(args):

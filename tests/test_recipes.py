@@ -37,6 +37,9 @@ def test_a_recipe_runs_to_its_report(name, trees, tmp_path):
     probs = [c for c in pred if c.startswith('prob_')]
     assert (abs(pred[probs].sum(axis=1) - 1) < 1e-5).all() and e['part'] == ('valid' if name in ('covid-2020-article', 'covid-2020-asides') else 'test')
     assert 'SYNTHETIC' in (out / 'summary.txt').read_text() and (out / 'bundle' / 'bundle.json').is_file()
+    from covid_cxr.report import write_report
+    page = write_report(out, thumbnails=False).read_text()
+    assert recipe.title.split(':')[0] in page and 'SYNTHETIC' in page.upper() and (out / 'model-card.md').is_file()
 
 
 def test_leaks_of_an_article_are_found_on_phantoms(trees):
@@ -49,7 +52,7 @@ def test_leaks_of_an_article_are_found_on_phantoms(trees):
 def test_a_recipe_runs_from_the_command_line(trees, tmp_path):
     p = cli('train', 'effusion-resnet', '--data', trees, '--out', tmp_path / 'run', '--size', '32', '--epochs', '1', '--arch', 'cnn3', '--device', 'cpu', '--set', 'evaluation.n_boot=100')
     assert p.returncode == 0, p.stderr[-2000:]
-    assert re.search(r'auc 0\.\d+|auc 1\.000', p.stdout) and 'LEAK' in p.stdout
+    assert re.search(r'auc 0\.\d+|auc 1\.000', p.stdout) and 'LEAK' in p.stdout and (tmp_path / 'run' / 'report.html').is_file()
 
 
 def test_all_is_reproduced_from_the_command_line(trees, tmp_path):
