@@ -101,3 +101,54 @@ def test_the_lung_box_covers_what_the_notebooks_say():
     floors, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('19_floors.ipynb', '20_perturb.ipynb'))
     assert f"{kept['real']['box']:.1%}".replace('%', ' %') in perturb and f"{kept['real']['box_without_corners']:.1%}".replace('%', ' %') in perturb
     assert f"covers {100 * kept['real']['box']:.1f} and {100 * kept['phantoms']['box']:.1f} %" in floors and f"{100 * kept['visible']:.0f} % of the picture" in floors
+
+
+FLOORS = sorted(p.parent for p in (ROOT / 'benchmarks' / 'results').glob('*/floors.csv'))
+
+
+@pytest.mark.parametrize('run', FLOORS, ids=lambda p: p.name)
+def test_kept_rivals_judged_the_films_of_this_run(run):
+    e, pred = json.loads((run / 'evaluation.json').read_text()), pd.read_csv(run / 'predictions.csv', dtype=dict(image_id=str))
+    judged, floors = set(pred[pred.split == e['part']].image_id), pd.read_csv(run / 'floors.csv', dtype=dict(image_id=str))
+    for name, t in floors.groupby('floor'): assert len(t) == len(judged) and set(t.image_id) == judged and t.score.between(0, 1).all(), name
+    assert {'pixels', 'file'} <= set(floors.kind)
+
+
+def test_cross_validations_are_whole_and_test_every_film_once():
+    from covid_cxr.results import find_results
+    found = find_results(ROOT / 'benchmarks' / 'results')
+    folded = {n: rs for n, rs in found.items() if rs[0]['recipe'].split.kind == 'fold'}
+    assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= set(folded)
+    for name, rs in folded.items():
+        assert [r['recipe'].split.fold for r in rs] == list(range(rs[0]['recipe'].split.n_folds)), name
+        every = [pd.read_csv(r['folder'] / 'predictions.csv', dtype=dict(group=str)) for r in rs]
+        tested = pd.concat([p[p.split == 'test'] for p in every])
+        assert tested.image_id.is_unique and set(tested.image_id) == set(every[0].image_id), name
+        for p in every: assert not set(p[p.split == 'test'].group) & set(p[p.split != 'test'].group), name
+
+
+def test_no_arm_is_judged_on_what_its_weights_have_seen():
+    "The in-domain arms start from the kept `pretrain`; none of its films, patients or groups is in any part of theirs; both arms judge the same films"
+    from covid_cxr.reproduce import ABLATION
+    from covid_cxr.results import find_arms
+    kept = ROOT / 'benchmarks' / 'results'
+    seen = pd.read_csv(next(p for p in kept.glob('pretrain*/predictions.csv')), dtype=str)
+    for name in ABLATION:
+        arms = find_arms(kept, name)
+        assert {'from scratch', 'in-domain'} <= set(arms) and len({len(rs) for rs in arms.values()}) == 1, name
+        for r in arms['in-domain']:
+            assert r['recipe'].model.weights.endswith('pretrain/bundle/weights.safetensors')
+            p = pd.read_csv(r['folder'] / 'predictions.csv', dtype=str)
+            for key in ('image_id', 'group'): assert not set(p[key].dropna()) & set(seen[key].dropna()), (name, key)
+        films = [{(r['recipe'].split.fold, i) for r in rs for i in pd.read_csv(r['folder'] / 'predictions.csv').query('split == "test"').image_id} for rs in arms.values()]
+        assert all(f == films[0] for f in films)
+
+
+def test_the_readme_prints_what_the_files_say():
+    from covid_cxr.reproduce import more_tables, reproduce_table
+    readme, kept = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks' / 'results'
+    more = more_tables(kept, 500)
+    for t in (reproduce_table(kept), *(more[k] for k in ('Aims', 'Starting weights', 'A collection left out', 'Above the best rival that saw no lung'))):
+        for row in t.astype(str).to_numpy():
+            line = '| ' + ' | '.join(v.replace('|', '\\|') for v in row) + ' |'
+            assert line in readme, line
