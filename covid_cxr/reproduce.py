@@ -333,7 +333,7 @@ def reproduce(data,                # folder that holds the collections
         log(f'--- {k} of {len(plan)}: {name}')
         run = train(recipe, data=data, out=out / 'runs' / name, device=device, cache_dir=cache, log=log)
         if not (run / 'ladder.json').exists(): judge_outside(run, data, log, cache, floors=not quick, **(dict(duplicates='exact', n_boot=100) if quick else {}))
-        arm = recipe.name in ABLATION and recipe.model.weights != 'none'                 # the same films as its arm from scratch, so the same rivals
+        arm = name.removeprefix(recipe.name).startswith(('-in-domain', '-imagenet'))     # the same films as the recipe's own run, so the same rivals
         if floors and recipe.split.kind == 'fold' and not arm and not (run / 'floors.csv').exists(): keep_floors(run, cache, retrain=not quick)
     keys = [k for k in CLAIMS if only is None or k in ([only] if isinstance(only, str) else only)]
     table, n = reproduce_table(out / 'runs', keys), 100 if quick else 2000
