@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, pandas as pd
-from covid_cxr.audit import Case, audit_case, audit_lungs_only, headline, worst
+from covid_cxr.audit.checks import Case, audit_case, check_lungs_only, headline, worst
 from covid_cxr.core import versions
 from covid_cxr.evaluate import evaluate
 from covid_cxr.phantom import FAMILY, phantom_family
-from covid_cxr.smallnet import fit_small_net
+from covid_cxr.audit.small_cnn import fit_small_cnn
 
 OUT = ROOT / 'benchmarks/results/audit_matrix.json'
 WORDS = dict(P0='nothing planted', P1='lesion', P2='marker', P3='lesion and marker', P4='lesion and site', P4b='site only', P5='a random label per patient, split by image')
@@ -35,7 +35,7 @@ def phantom_case(name, patients=160, size=64, seed=0, n_boot=1000, epochs=8):
     t = t.assign(group=t['patient'], label=np.where(t['label'] == 1, 'ill', 'well'))
     t = t if FAMILY[name].has_site else t.drop(columns='site')
     test = (t['split'] == 'test').to_numpy()
-    net = fit_small_net(x[~test], (t['label'] == 'ill')[~test], seed=seed, epochs=epochs)
+    net = fit_small_cnn(x[~test], (t['label'] == 'ill')[~test], seed=seed, epochs=epochs)
     return Case(t, x, net.score(x), ('well', 'ill'), films=x[test], score=net.score, features=net.features, masks=m, film_masks=m[test],
                 operating_point=dict(goal='fixed=0.5'), n_boot=n_boot, seed=seed), net
 
@@ -58,7 +58,7 @@ if __name__ == '__main__':
     for name in a.phantoms:
         case, net = phantom_case(name, a.patients, a.size)
         rows, floors, _ = audit_case(case, a.quick)
-        alone = next((r for r in rows if r.name == 'network trained on the lungs alone'), None) or audit_lungs_only(case)[0]
+        alone = next((r for r in rows if r.name == 'network trained on the lungs alone'), None) or check_lungs_only(case)[0]
         out = outside_auc(name, net, a.patients, a.size)
         audits = sorted({r.audit for r in rows if r.verdict != 'INFO'}, key=lambda v: int(v[1:]))
         verdicts[f'{name} {WORDS[name]}'] = {'AUC inside': f'{case.auc.value:.2f}', 'AUC outside': f'{out.value:.2f}', 'AUC trained on lungs alone': f'{alone.value:.2f}', 'AUC above the floor': f"{headline(case, floors)['floor_adjusted_auc']['value']:+.2f}", **{k: worst(rows, k) for k in audits}}

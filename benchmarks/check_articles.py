@@ -2,7 +2,7 @@
 
     python benchmarks/check_articles.py --articles ../shared/articles
 
-Every claim is searched for in all confusion matrices of its test set (`covid_cxr.compare.check_published`). The published CSVs are recounted: calls against the larger
+Every claim is searched for in all confusion matrices of its test set (`covid_cxr.stats.paired.check_published`). The published CSVs are recounted: calls against the larger
 probability, probabilities against one, files named twice, and the shares that the article quotes. The result replaces benchmarks/results/article_numbers.json.
 """
 import argparse, json, re, sys, time
@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pandas as pd
-from covid_cxr.compare import check_published
+from covid_cxr.stats.paired import check_published
 from covid_cxr.core import versions
 
 OUT = ROOT / 'benchmarks/results/article_numbers.json'
-CLAIMS = (   # article, test set as (positive, negative) or (total, None) where the article does not say, numbers as printed
+REPORTED_RESULTS = (   # article, test set as (positive, negative) or (total, None) where the article does not say, numbers as printed
     ('pneumonia-cnn', (585, None), dict(accuracy='.9624', precision='.9655', recall='.9836', specificity='.9051', f1='.9745')),
     ('pneumonia-explained', (390, 234), dict(accuracy='.87', false_positive_rate='.19')),
     ('covid-2020, validation', (65, None), dict(accuracy='.938')),
@@ -51,7 +51,7 @@ if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--articles', default='../shared/articles')
     a = a.parse_args()
-    claims = [dict(article=name, printed=numbers, **check_claim(*n, numbers)) for name, n, numbers in CLAIMS]
+    claims = [dict(article=name, printed=numbers, **check_claim(*n, numbers)) for name, n, numbers in REPORTED_RESULTS]
     folder, files = Path(a.articles) / 'covid-2020-results', {}
     for file, label, probs, name, claim in (('Bacterial_test.csv', 'predicted label', 'probabilities', 'filename', .1871), ('viral_test.csv', 'predicted label', 'probabilities', 'filename', .1208)):
         _, files[file] = recount(folder / file, label, probs, name)

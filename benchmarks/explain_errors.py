@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np, pandas as pd, torch
 from covid_cxr.cache import ImageCache
-from covid_cxr.compare import compare_auc, compare_calls, paired_difference
+from covid_cxr.stats.paired import compare_auc, compare_accuracy, paired_difference
 from covid_cxr.core import used, versions
 from covid_cxr.evaluate import check_scores, group_resamples, percentile_interval
-from covid_cxr.explain import grad_cam, lime_explain, network_input, randomise_weights, rank_correlation, share_in_region
+from covid_cxr.audit.explain import grad_cam, lime_explain, network_input, randomise_weights, rank_correlation, share_in_region
 from covid_cxr.images import SUPPRESSED, fit_to, read_grey, suppressed_region
-from covid_cxr.perturb import to_logit
+from covid_cxr.audit.perturb import to_logit
 from covid_cxr.predict import load_predictor
-from covid_cxr.run import load_table
-from covid_cxr.versus import compare_runs, read_judged
+from covid_cxr.runs.train import load_table
+from covid_cxr.runs.compare import compare_runs, read_evaluated
 
 OUT, RING, CELLS, CLASSES = ROOT / 'benchmarks/results/explain_errors.json', .08, 16, ('normal', 'pneumonia')
 RUNS = dict(article='pneumonia-explained', honest='pneumonia-explained-honest', suppressed='pneumonia-suppressed')
@@ -260,7 +260,7 @@ def measure_test(a):
 
 # ---- trained suppression ------------------------------------------------------------------------------------------------------------------------
 def two_calls(y, first, second, groups, at):
-    d = compare_calls(y[at], first[at], second[at], groups[at])
+    d = compare_accuracy(y[at], first[at], second[at], groups[at])
     only = ((first == y) & (second != y) & at).sum(), ((first != y) & (second == y) & at).sum()
     return dict(films=int(at.sum()), first=d.first, second=d.second, difference=d.difference, low=d.low, high=d.high, p=d.p, only_first_right=int(only[0]), only_second_right=int(only[1]))
 
@@ -298,7 +298,7 @@ def same_epochs(a, names, ids, y, p, groups):
 
 def measure_trained(a):
     names = [RUNS['suppressed'], RUNS['honest']]
-    first, second = (read_judged(a.runs / n) for n in names)
+    first, second = (read_evaluated(a.runs / n) for n in names)
     c = compare_runs(*(a.runs / n for n in names), record=False)
     ids = sorted(first.test.index)
     y, groups = (first.test.loc[ids, k].to_numpy(object) for k in ('label', 'group'))

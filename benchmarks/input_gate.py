@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
 from covid_cxr.core import used, versions
-from covid_cxr.gate import STRANGERS, change_films, fit_gate, judge_gate, make_strangers
+from covid_cxr.ood import OOD_KINDS, change_images, fit_ood_check, evaluate_ood_check, make_ood_images
 from covid_cxr.images import ImageRule, load_image
 from covid_cxr.recipe import build_table, load_recipe, override
 from covid_cxr.sources import read_source
@@ -30,13 +30,13 @@ if __name__ == '__main__':
     table, rule = used(build_table(recipe, a.data, a.cache)), ImageRule(a.size, recipe.image.how, recipe.image.stretch)
     pictures = lambda paths: np.stack([load_image(f, rule) for f in paths])
     train, held = table[table['split'] == 'train'], table[table['split'] != 'train']
-    gate = fit_gate(pictures(train['path']), train['group'].tolist(), seed=recipe.seed)
+    gate = fit_ood_check(pictures(train['path']), train['group'].tolist(), seed=recipe.seed)
     films, whole = pictures(held['path']), read_source('covid_chestxray', Path(a.data) / 'covid-chestxray-dataset')
     there = whole[whole['path'].map(lambda f: isinstance(f, str) and Path(f).is_file())]
-    others = {k: make_strangers(k, 30, a.size, 0) for k in STRANGERS} | change_films(films)
+    others = {k: make_ood_images(k, 30, a.size, 0) for k in OOD_KINDS} | change_images(films)
     others |= {'side views': pictures(there.loc[there['view'] == 'L', 'path']), 'CT slices': pictures(there.loc[there['modality'] == 'CT', 'path']), 'AP': pictures(used(there).loc[used(there)['view'] == 'AP', 'path']),
                'films of another hospital': pictures(used(read_source('nih', Path(a.data) / 'nih-chest-xrays-512'))['path'])}
-    t = judge_gate(gate, films, others)
+    t = evaluate_ood_check(gate, films, others)
     print(t.round(3).to_string(index=False))
     rows = json.loads(t.to_json(orient='records', double_precision=6))
     OUT.write_text(json.dumps(dict(command='python benchmarks/input_gate.py --data ../shared/data', date=time.strftime('%Y-%m-%d'), versions=versions(), pixels=a.size, trained_on=len(train), rows=rows), indent=1) + '\n')

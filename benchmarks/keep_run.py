@@ -35,7 +35,7 @@ def keep(run, name, command=''):
                  seconds_per_image=float(h['seconds'].sum() / h['images'].sum()))
     (out / 'run.json').write_text(json.dumps(state, indent=1) + '\n')
     keep_ladder(run, out)
-    keep_views(run, out)
+    filter_views(run, out)
     print(out)
 
 
@@ -48,7 +48,7 @@ def keep_ladder(run, out):
         pd.read_csv(Path(run) / rung['predictions']).drop(columns='path').to_csv(Path(out) / rung['predictions'], index=False)
 
 
-def keep_views(run, out):
+def filter_views(run, out):
     "The view of every used film, where the films of a run have several: a view can be a shortcut"
     t = pd.read_csv(Path(run) / 'table.csv', low_memory=False)
     t = t[t['excluded'].isna()]

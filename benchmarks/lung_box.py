@@ -1,4 +1,4 @@
-"""How much of the lungs the fixed box of `covid_cxr.floors.lung_box` covers, and what it leaves visible.
+"""How much of the lungs the fixed box of `covid_cxr.audit.baselines.lung_box` covers, and what it leaves visible.
 
     python benchmarks/lung_box.py --data ../shared/data
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
 from covid_cxr.core import versions
-from covid_cxr.floors import MARGIN, lung_box
+from covid_cxr.audit.baselines import MARGIN, lung_box
 from covid_cxr.images import fit_to, read_grey
-from covid_cxr.perturb import corners
+from covid_cxr.audit.perturb import corners
 from covid_cxr.phantom import phantom_family
 
 OUT, SIDE = ROOT / 'benchmarks/results/lung_box.json', 128

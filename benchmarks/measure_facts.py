@@ -1,9 +1,9 @@
-"""What these public films give away, measured again with this library: the facts that `nbs/recipes/00_shortcuts.ipynb` tells.
+"""What these public films give away, measured again with this library: the facts that `nbs/articles/shortcuts.ipynb` tells.
 
     python benchmarks/measure_facts.py --data ../shared/data          about half an hour on two cores
 
-Films are read at 64 x 64 (aspect not kept for the Kaggle copies, which come that way; padded elsewhere). Rivals: `covid_cxr.floors` (logistic regression on
-pixels, random forest on facts) and `covid_cxr.smallnet` (four convolutions). Everything is judged out of sample by patient group, with intervals over groups.
+Films are read at 64 x 64 (aspect not kept for the Kaggle copies, which come that way; padded elsewhere). Rivals: `covid_cxr.audit.baselines` (logistic regression on
+pixels, random forest on facts) and `covid_cxr.audit.small_cnn` (four convolutions). Everything is judged out of sample by patient group, with intervals over groups.
 The result replaces benchmarks/results/facts.json.
 """
 import argparse, json, os, platform, sys, time
@@ -17,13 +17,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from covid_cxr.core import used, versions
 from covid_cxr.duplicates import find_exact
-from covid_cxr.evaluate import choose_threshold, evaluate, oracle_gap, wilson
-from covid_cxr.floors import blacken, corner_boxes, file_features, grow, group_folds, held_out_scores, intensity_numbers, lung_box, provenance_features
+from covid_cxr.evaluate import choose_threshold, evaluate, threshold_regret, wilson
+from covid_cxr.audit.baselines import blacken, corner_boxes, file_features, grow, group_folds, held_out_scores, intensity_numbers, lung_box, provenance_features
 from covid_cxr.images import ImageRule, fit_to, load_image, read_grey
-from covid_cxr.keys import explain_key, key_overlaps
+from covid_cxr.curate.patient_ids import explain_patient_ids, patient_id_overlaps
 from covid_cxr.sources import read_source
-from covid_cxr.smallnet import fit_small_net
-from covid_cxr.table import group_leaksafe, keep_views
+from covid_cxr.audit.small_cnn import fit_small_cnn
+from covid_cxr.table import group_leaksafe, filter_views
 
 OUT, SIDE = ROOT / 'benchmarks/results/facts.json', 64
 FACTS = {}
@@ -63,7 +63,7 @@ def kaggle_keys(table, cache):
     say('F1', 'test films that carry such a number', ill[(ill['part'] == 'test') & ill['number'].isin(shared.index)].shape[0], published='320 of 624')
     say('F1', 'patients (number and kind) that stand in train and in test', len(both(['number', 'kind'])), published='0')
     say('F1', 'numbers with both kinds', (ill.groupby('number')['kind'].nunique() == 2).sum(), n=f"{ill['number'].nunique()} numbers", published='979 of 1,674')
-    r = explain_key(t, 'number', 'kind', part='part', cache_file=cache)
+    r = explain_patient_ids(t, 'number', 'kind', part='part', cache_file=cache)
     say('F1', 'z: films of one number and different kinds against chance', r.across.z, n=f'{r.across.pairs} pairs', published='p = .996')
     say('F1', 'z: films of one number and one kind against chance', r.joined.z, n=f'{r.joined.pairs} pairs', published='21')
     say('F2', 'patients in all', t['patient'].nunique(), published='4,097')
@@ -101,16 +101,16 @@ def kaggle_official(t, x):
     fold = group_folds(y[train], groups[train], 4)
     inside = np.full(train.sum(), np.nan)
     xt, yt = x[train], y[train]
-    for k in range(fold.max() + 1): inside[fold == k] = fit_small_net(xt[fold != k], yt[fold != k], epochs=5).score(xt[fold == k])
+    for k in range(fold.max() + 1): inside[fold == k] = fit_small_cnn(xt[fold != k], yt[fold != k], epochs=5).score(xt[fold == k])
     e = say_auc('F6', 'small network, cross-validated inside train', yt, inside, groups[train], '.993 (hand features)')
     # threshold of the best balanced accuracy inside train, frozen
     point = choose_threshold(yt, inside, 'youden')
-    net = fit_small_net(xt, yt, epochs=5)
+    net = fit_small_cnn(xt, yt, epochs=5)
     s = net.score(x[test])
     say_auc('F6', 'small network, official test', y[test], s, groups[test], '.948 (hand features)')
     ev = evaluate(y[test], s, groups[test], point.threshold, n_boot=1000)
     for m, pub in (('accuracy', '.803'), ('recall', '.992'), ('specificity', '.487')): say('F6', f'small network, official test, threshold frozen in train: {m}', *ev[m][:3], n=f'{test.sum()} films', published=pub)
-    gap = oracle_gap(y[test], s, point.threshold)
+    gap = threshold_regret(y[test], s, point.threshold)
     say('F6', 'accuracy if the threshold had been chosen on the test', gap['oracle_accuracy'], n=f'{test.sum()} films', published='.881')
     both = train | test
     for name, (X, rival) in views_without_lungs(x).items():
@@ -129,7 +129,7 @@ def covid_against_children(covid, kaggle):
     for (name, (X, rival)), pub in zip(views_without_lungs(x).items(), ('.991', '.966', '.859')): say_auc('F8', f'COVID adults against normal children, {name}', y, held_out_scores(X, y, g, rival), g, pub)
     say_auc('F8', 'COVID adults against normal children, small network, whole film', y, held_out_scores(x, y, g, 'net'), g, '.998')
     say_auc('F8', 'COVID adults against normal children, small network, lungs behind a black box', y, held_out_scores(blacken(x, lung_box(SIDE, SIDE)), y, g, 'net'), g)
-    net = fit_small_net(x, y)
+    net = fit_small_cnn(x, y)
     for name, finding, pub in (('adults with No Finding of the same collection', lambda f: f == 'No Finding', '13 of 13'), ('adults with other pneumonia of the same collection', lambda f: f.startswith('Pneumonia') and f != 'Pneumonia/Viral/COVID-19', '68 of 68')):
         rest = covid[covid['finding'].map(lambda f: isinstance(f, str) and finding(f))]
         called = net.score(pictures(rest['path'])) >= .5
@@ -157,7 +157,7 @@ def covid_against_other(covid):
         here = (t['host'] == h).to_numpy()
         rest = ~here & ~np.isin(g, g[here])
         if min(np.bincount(y[here], minlength=2)) < 5: continue
-        say_auc('F9', f'host {h} left out, small network', y[here], fit_small_net(x[rest], y[rest]).score(x[here]), g[here], '.47 to .61')
+        say_auc('F9', f'host {h} left out, small network', y[here], fit_small_cnn(x[rest], y[rest]).score(x[here]), g[here], '.47 to .61')
 
 
 if __name__ == '__main__':
@@ -169,7 +169,7 @@ if __name__ == '__main__':
     cache = Path(a.cache) / 'fingerprints.npz' if a.cache else None
     kaggle = kaggle_keys(read_source('kaggle_pneumonia', Path(a.data) / 'chest-xray-pneumonia'), cache)
     kaggle_official(kaggle, pictures(kaggle['path'], 'squash'))
-    covid = keep_views(read_source('covid_chestxray', Path(a.data) / 'covid-chestxray-dataset'), ['PA'])
+    covid = filter_views(read_source('covid_chestxray', Path(a.data) / 'covid-chestxray-dataset'), ['PA'])
     covid = used(group_leaksafe(covid, duplicates='near', cache_file=cache)).reset_index(drop=True)
     covid = covid[covid['path'].notna()].reset_index(drop=True)
     covid_against_children(covid, used(read_source('kaggle_pneumonia', Path(a.data) / 'chest-xray-pneumonia-512')).reset_index(drop=True))

@@ -7,7 +7,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 from audit_matrix import phantom_case
 from covid_cxr import audit
-from covid_cxr.audit import AuditRow, audit_case, headline, worst
+from covid_cxr.audit.checks import Verdict, audit_case, headline, worst
 
 FINE = ('PASS', 'UNDERPOWERED')
 EXPECTED = {   # phantom -> audit -> verdicts that are right; what is not listed may say anything
@@ -52,7 +52,7 @@ def test_within_source_auc_tells_site_present_from_site_used(audited):
 def test_lungs_alone_are_no_cure_on_p4b(audited):
     "Trained on the lungs alone, the network still reads the exposure curve, and the row does not say PASS"
     case = audited['P4b'][0]
-    row, = audit.audit_lungs_only(case)
+    row, = audit.check_lungs_only(case)
     assert row.value > .8 and row.low > .7 and row.verdict == 'INFO' and 'not show' in row.words, str(row)
     assert worst(audited['P4b'][1], 'A8') == 'FAIL' and not headline(case, audited['P4b'][2])['reads_lungs']
 
@@ -80,17 +80,17 @@ def test_copies_across_the_split_are_named(audited):
     pair = lambda a, b, verdict: dict(a=ids[a], b=ids[b], kind='near', verdict=verdict, score=.99, alike=.99, edit='none')
     import dataclasses
     make = lambda *pairs: dataclasses.replace(case, table=case.table.assign(image_id=ids), pairs=pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'verdict', 'score', 'alike', 'edit']))
-    assert [r.verdict for r in audit.audit_duplicates(make(pair(first, other, 'duplicate')))] == ['FAIL', 'PASS']
-    assert ids[first] in audit.audit_duplicates(make(pair(first, other, 'duplicate')))[0].words
-    assert [r.verdict for r in audit.audit_duplicates(make(pair(first, other, 'look')))] == ['PASS', 'PASS']
-    assert [r.verdict for r in audit.audit_duplicates(make(pair(other, other + 1, 'duplicate')))] == ['PASS', 'WARN']
-    assert [r.verdict for r in audit.audit_duplicates(make())] == ['PASS', 'PASS']
+    assert [r.verdict for r in audit.check_duplicates(make(pair(first, other, 'duplicate')))] == ['FAIL', 'PASS']
+    assert ids[first] in audit.check_duplicates(make(pair(first, other, 'duplicate')))[0].words
+    assert [r.verdict for r in audit.check_duplicates(make(pair(first, other, 'look')))] == ['PASS', 'PASS']
+    assert [r.verdict for r in audit.check_duplicates(make(pair(other, other + 1, 'duplicate')))] == ['PASS', 'WARN']
+    assert [r.verdict for r in audit.check_duplicates(make())] == ['PASS', 'PASS']
 
 
 def test_every_row_carries_a_rule_a_meaning_and_a_known_verdict(audited):
     for _, rows, _, not_run in audited.values():
         for r in rows:
             assert r.rule and r.words.endswith(('.', '%.')) and r.verdict in audit.VERDICTS, str(r)
-            assert isinstance(r, AuditRow) and r.to_dict()['audit'] == r.audit
+            assert isinstance(r, Verdict) and r.to_dict()['audit'] == r.audit
             if r.value == r.value and r.low == r.low: assert r.low - 1e-9 <= r.high, str(r)
         assert {n['audit'] for n in not_run} >= {'A5', 'A8', 'A10'}

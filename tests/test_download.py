@@ -1,4 +1,4 @@
-"""`covid_cxr.download` against a server that misbehaves, archives that are out for harm, kills, and a stand-in for Kaggle's client.
+"""`covid_cxr.curate.download` against a server that misbehaves, archives that are out for harm, kills, and a stand-in for Kaggle's client.
 
 Every transfer here is a real one over the loopback address, every archive a real file, every client a real process.
 """
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from covid_cxr import download as dl
 from covid_cxr.core import CxrError
-from covid_cxr.download import (DOWNLOADS, ArchiveError, DownloadError, check_folder, content_id, download, fetch, hash_folder,
+from covid_cxr.curate.download import (DOWNLOADS, ArchiveError, DownloadError, check_folder, content_id, download, fetch, hash_folder,
                                 kaggle_command, kaggle_credentials, manifest_text, unpack)
 
 DATA = bytes(range(256)) * 1200 + b'the end'          # 307 kB, of no round length
@@ -230,7 +230,7 @@ def test_a_full_disk_is_not_a_fault_of_the_line(web, tmp_path):
     "The limit on file sizes stands in for the disk: the same error of the same write"
     web.routes['/f'] = lambda h: h.serve(DATA)
     code = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-            'from covid_cxr.download import fetch, DownloadError\n'
+            'from covid_cxr.curate.download import fetch, DownloadError\n'
             'try: fetch(*sys.argv[1:])\nexcept DownloadError as e: print(e)')
     out = subprocess.run([sys.executable, '-c', code, web.url('/f'), str(tmp_path/'f')], capture_output=True, text=True, timeout=60)
     assert 'cannot be written to the disk: File too large; free some space' in out.stdout, out
@@ -312,7 +312,7 @@ def test_a_killed_download_is_continued(web, tmp_path):
         h.say(200, {'ETag': ETAG}, length=len(big))
         for i in range(0, len(big), 50_000): h.wfile.write(big[i:i + 50_000]); h.wfile.flush(); time.sleep(.02)
     web.routes['/f'] = slow
-    code = 'import sys; from covid_cxr.download import fetch; fetch(*sys.argv[1:])'
+    code = 'import sys; from covid_cxr.curate.download import fetch; fetch(*sys.argv[1:])'
     p, part = subprocess.Popen([sys.executable, '-c', code, web.url('/f'), str(tmp_path/'f')]), tmp_path/'f.part'
     until = time.monotonic() + 30
     while time.monotonic() < until and not (part.exists() and part.stat().st_size > 500_000): time.sleep(.01)
@@ -529,7 +529,7 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind, changes):
 
 def test_a_killed_unpacking_leaves_no_half_collection(tmp_path):
     a = a_tar(tmp_path/'a', {f'{i:03}.png': os.urandom(200) for i in range(500)})
-    code = 'import sys, time; from covid_cxr.download import unpack; unpack(*sys.argv[1:], members=lambda p: time.sleep(.01) or True)'
+    code = 'import sys, time; from covid_cxr.curate.download import unpack; unpack(*sys.argv[1:], members=lambda p: time.sleep(.01) or True)'
     p, until = subprocess.Popen([sys.executable, '-c', code, str(a), str(tmp_path/'out')]), time.monotonic() + 30
     while time.monotonic() < until and not (tmp_path/'.out.unpacking/020.png').exists(): time.sleep(.002)
     p.send_signal(signal.SIGKILL); p.wait()
@@ -765,6 +765,6 @@ def test_the_registry():
 
 def test_importing_does_nothing(tmp_path):
     "No transfer, no file, and none of the heavy packages"
-    code = "import sys; import covid_cxr.download; print(sorted(m for m in ('torch', 'fastai', 'requests', 'fastcore', 'kaggle') if m in sys.modules))"
+    code = "import sys; import covid_cxr.curate.download; print(sorted(m for m in ('torch', 'fastai', 'requests', 'fastcore', 'kaggle') if m in sys.modules))"
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(dl.__file__).parent.parent)}, capture_output=True, text=True, timeout=60)
     assert out.stdout.strip() == '[]' and names(tmp_path) == [], out

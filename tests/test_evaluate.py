@@ -5,12 +5,12 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from covid_cxr.calibrate import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit, use_at)
-from covid_cxr.compare import (auc_covariance, check_published, compare_auc, compare_calls, holm, mcnemar_exact, mcnemar_power, n_needed,
+from covid_cxr.stats.calibration import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit, predictive_values_at)
+from covid_cxr.stats.paired import (auc_covariance, check_published, compare_auc, compare_accuracy, holm, mcnemar_exact, mcnemar_power, n_needed,
                                paired_difference, sign_flip, subgroups, worst_gap)
 from covid_cxr.core import CxrError, write_json
 from covid_cxr.evaluate import (GOALS, METRICS, Evaluation, EvaluationError, OperatingPoint, UndefinedMetric, UnmetGoal, auc_and_ap, check_scores,
-                                choose_threshold, design_effect, evaluate, group_resamples, oracle_gap, percentile_interval, power_words,
+                                choose_threshold, design_effect, evaluate, group_resamples, threshold_regret, percentile_interval, describe_precision,
                                 predictive_values, rank_sums, wilson)
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
@@ -159,7 +159,7 @@ def test_nothing_but_numbers_and_our_own_warning_comes_out(rows, threshold):
     quiet(calibration, y, p, g, n_sim=20); quiet(compare_auc, y, p, p[::-1], g)
     if len(set(y)) == 2:
         for goal in GOALS: quiet(choose_threshold, y, p, goal)
-        quiet(use_at, y, p, threshold, groups=g, n_boot=100); quiet(oracle_gap, y, p, threshold)
+        quiet(predictive_values_at, y, p, threshold, groups=g, n_boot=100); quiet(threshold_regret, y, p, threshold)
 
 
 BAD = [([0, 1], [.5]), ([0, 1], [.5, np.nan]), ([0, 1], [.5, -.1]), ([0, 1], [.5, 1.1]), ([0, 1], [.5, np.inf]), ([0, 2], [.5, .5]), (['a', 'b'], [.5, .5]),
@@ -203,7 +203,7 @@ def test_a_frozen_threshold_falls_on_a_shifted_site_and_the_oracle_does_not():
     y, p, _ = some_scores(0, n=400)
     y2, p2, _ = some_scores(1, n=400)
     t = choose_threshold(y, p).threshold
-    same, shifted = oracle_gap(y2, p2, t), oracle_gap(y2, p2 ** .3, t)         # a gamma on the scores: the order stays
+    same, shifted = threshold_regret(y2, p2, t), threshold_regret(y2, p2 ** .3, t)         # a gamma on the scores: the order stays
     assert shifted['oracle_accuracy'] == pytest.approx(same['oracle_accuracy'])
     assert same['gap'] < .03 and shifted['frozen_accuracy'] < same['frozen_accuracy'] - .05 and shifted['gap'] > .05
 
@@ -249,7 +249,7 @@ def test_design_effect_of_copied_films():
 
 
 def test_words_about_65_images():
-    assert power_words(9, 56).startswith('65 images: accuracy is known to about +/- 6 points')
+    assert describe_precision(9, 56).startswith('65 images: accuracy is known to about +/- 6 points')
     assert [round(float(v), 3) for v in wilson(593, 624)] == [.930, .965]
 
 
@@ -271,7 +271,7 @@ def test_type_one_error_of_the_paired_tests():
     for _ in range(runs):
         y1 = np.r_[0, 1, rng.integers(0, 2, 78)]
         a, b = (stats.norm.cdf(y1 + rng.normal(size=80)) for _ in range(2))
-        p['single'].append(compare_auc(y1, a, b).p); p['calls'].append(compare_calls(y1, (a > .6).astype(int), (b > .6).astype(int)).p)
+        p['single'].append(compare_auc(y1, a, b).p); p['calls'].append(compare_accuracy(y1, (a > .6).astype(int), (b > .6).astype(int)).p)
         g = np.repeat(np.arange(80), 4)
         a, b = (stats.norm.cdf(y1[g] + rng.normal(size=80)[g] + .3 * rng.normal(size=320)) for _ in range(2))
         p['patients'].append(compare_auc(y1[g], a, b, groups=g).p); p['images'].append(compare_auc(y1[g], a, b).p)

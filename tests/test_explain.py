@@ -2,12 +2,12 @@
 import numpy as np, pytest, torch
 from conftest import python
 from covid_cxr.core import CxrError
-from covid_cxr.explain import (grad_cam, lime_explain, network_input, occlusion_map, plot_explanation, pointing_game, randomise_weights, rank_correlation,
+from covid_cxr.audit.explain import (grad_cam, lime_explain, network_input, occlusion_map, plot_explanation, pointing_game, randomise_weights, rank_correlation,
                                share_in_region)
 from covid_cxr.model import ARCHS, cxr_model
-from covid_cxr.perturb import dilate_masks
+from covid_cxr.audit.perturb import dilate_masks
 from covid_cxr.phantom import phantom_family
-from covid_cxr.smallnet import fit_small_net
+from covid_cxr.audit.small_cnn import fit_small_cnn
 
 SIZE = 48
 
@@ -20,7 +20,7 @@ def family():
         x, t, _ = phantom_family(name, n, (2, 2), size=SIZE, seed=1)
         a, ta, lungs = phantom_family(name, 48, (1, 1), size=SIZE, seed=2)
         ill = ((ta['label'] == 1) & ((ta['marker'] == 1) if name == 'P2' else True)).to_numpy()
-        out[name] = (fit_small_net(x, t['label'], epochs=6), a[ill], ta['patient'][ill], lungs[ill], x.mean(0))
+        out[name] = (fit_small_cnn(x, t['label'], epochs=6), a[ill], ta['patient'][ill], lungs[ill], x.mean(0))
     return out
 
 
@@ -123,9 +123,9 @@ def test_lime_finds_the_letter(family):
 
 
 def test_lime_without_its_packages_says_what_to_install():
-    python('import sys\nsys.modules["lime"] = None\nimport numpy as np\nfrom covid_cxr.core import CxrError\nfrom covid_cxr.explain import lime_explain\n'
+    python('import sys\nsys.modules["lime"] = None\nimport numpy as np\nfrom covid_cxr.core import CxrError\nfrom covid_cxr.audit.explain import lime_explain\n'
            'try: lime_explain(lambda a: np.zeros(len(a)), np.zeros((32, 32), np.uint8))\nexcept CxrError as e: assert "pip install lime scikit-image" in str(e), e\nelse: raise SystemExit("no refusal")')
 
 
 def test_importing_explain_needs_no_extra_and_no_fastai():
-    python('import sys, covid_cxr.explain\nfor m in ("lime", "skimage", "fastai"): assert m not in sys.modules, m')
+    python('import sys, covid_cxr.audit.explain\nfor m in ("lime", "skimage", "fastai"): assert m not in sys.modules, m')

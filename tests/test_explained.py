@@ -15,7 +15,7 @@ def kept(): return json.loads((RESULTS / 'explain_errors.json').read_text())
 @pytest.fixture(scope='module')
 def page():
     "What a reader of the recipe's page sees: text and printed results"
-    cells = json.loads((ROOT / 'nbs/recipes/pneumonia_explained.ipynb').read_text())['cells']
+    cells = json.loads((ROOT / 'nbs/articles/pneumonia_explained.ipynb').read_text())['cells']
     out = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
     for o in (o for c in cells for o in c.get('outputs', [])): out += [''.join(v) for v in (o.get('text', ''), *(w for k, w in o.get('data', {}).items() if k.startswith('text')))]
     return '\n'.join(out)

@@ -6,11 +6,11 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from conftest import DATA, needs_data
 from covid_cxr.core import SYNTHETIC, new_table, used
-from covid_cxr.inspection import inspect_source, inspect_table, run_inspection
-from covid_cxr.licences import keep_licences, licence_counts, licence_terms
+from covid_cxr.curate.quality import inspect_source, inspect_table, run_inspection
+from covid_cxr.curate.licences import filter_licences, licence_counts, licence_terms
 from covid_cxr.phantom import write_phantom_trees
 from covid_cxr.sources import NIH_LICENCE, read_covid_chestxray, read_kaggle_pneumonia
-from covid_cxr.table import drop_repeats, group_leaksafe, join_tables, keep_views, label_for, split_by_group, split_official, split_random
+from covid_cxr.table import drop_repeats, group_leaksafe, join_tables, filter_views, label_for, split_by_group, split_official, split_random
 
 
 class Page(HTMLParser):
@@ -121,7 +121,7 @@ def test_leaks_of_the_official_split_are_alarms_and_a_wrong_key_is_none(planted)
 def finished(planted):
     root, table, ids = planted
     pairs = planted_pairs(ids)
-    table = group_leaksafe(keep_views(table, ['PA', 'AP']), pairs, duplicates='none')
+    table = group_leaksafe(filter_views(table, ['PA', 'AP']), pairs, duplicates='none')
     return split_by_group(drop_repeats(table, pairs[['a', 'b']].values.tolist()), .2, .2, seed=3), pairs
 
 
@@ -285,11 +285,11 @@ def test_licences_of_the_real_metadata():
     table = read_covid_chestxray(DATA / 'covid-chestxray-dataset')
     assert licence_counts(table).set_index('licence')['images'].to_dict() == JUNE
     fresh = table.assign(excluded=np.nan).astype({'excluded': object})
-    left_out = keep_licences(fresh, 'commercial')['excluded'].value_counts().to_dict()
+    left_out = filter_licences(fresh, 'commercial')['excluded'].value_counts().to_dict()
     assert left_out == {'licence not stated': 240, 'licence not commercial: CC BY-NC-SA': 227, 'licence not commercial: CC BY-NC-SA 4.0': 130, 'licence not commercial: CC BY-NC-ND': 24,
                         'licence not commercial: CC BY-NC-ND 4.0': 12, 'licence terms not known: listed as authorized for everyone': 7}
-    assert len(used(keep_licences(fresh, 'commercial'))) == 92 + 10 + 6 + 2 + 1 and len(used(keep_licences(fresh, 'stated'))) == 751 - 240 and len(used(keep_licences(fresh))) == 751
-    kept = keep_licences(table, 'commercial')
+    assert len(used(filter_licences(fresh, 'commercial'))) == 92 + 10 + 6 + 2 + 1 and len(used(filter_licences(fresh, 'stated'))) == 751 - 240 and len(used(filter_licences(fresh))) == 751
+    kept = filter_licences(table, 'commercial')
     assert (kept.loc[table['excluded'].notna(), 'excluded'] == table['excluded'].dropna()).all()
 
 
@@ -298,11 +298,11 @@ def test_the_planned_join_of_the_real_collections_is_an_alarm():
     "Adults with COVID-19 from case reports against children from one hospital: the field's best-known trap"
     kids = read_kaggle_pneumonia(DATA / 'chest-xray-pneumonia-512')
     table = label_for(join_tables([read_covid_chestxray(DATA / 'covid-chestxray-dataset'), kids]), 'covid_vs_normal')
-    look = inspect_table(keep_views(table, 'PA'))
+    look = inspect_table(filter_views(table, 'PA'))
     said = look.findings[look.findings['level'] == 'alarm']['finding'].str.cat(sep='\n')
     assert "every 'covid' is from covid_chestxray" in said and "every image of kaggle_pneumonia is 'normal'" in said and 'children' in said
     assert len(look['twice']) == 5 and (look['missing']['excluded'] == 'file missing').sum() == 10
-    assert look['patients'].set_index('source').loc['covid_chestxray', 'images'] == (used(keep_views(table, 'PA'))['source'] == 'covid_chestxray').sum()
+    assert look['patients'].set_index('source').loc['covid_chestxray', 'images'] == (used(filter_views(table, 'PA'))['source'] == 'covid_chestxray').sum()
 
 
 @needs_data

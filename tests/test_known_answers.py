@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from conftest import DATA, needs_data
 from covid_cxr.core import LeakError, new_table, used
-from covid_cxr.keys import check_keys, explain_key, key_overlaps
+from covid_cxr.curate.patient_ids import check_patient_ids, explain_patient_ids, patient_id_overlaps
 from covid_cxr.phantom import FAULTS, phantom_family, write_phantom_trees
 from covid_cxr.sources import read_covid_chestxray, read_kaggle_pneumonia
 from covid_cxr.table import check_split, drop_repeats, group_leaksafe, join_tables, label_for, reconcile, split_by_group, split_official, split_random
@@ -109,20 +109,20 @@ def p5(tmp_path_factory):
 
 
 def test_a_true_key_speaks_and_a_shuffled_one_does_not(p5):
-    assert check_keys(p5).loc[0, 'z'] > 10
-    z = [check_keys(p5.assign(patient=np.random.default_rng(s).permutation(p5['patient'])), seed=s).loc[0, 'z'] for s in range(5)]
+    assert check_patient_ids(p5).loc[0, 'z'] > 10
+    z = [check_patient_ids(p5.assign(patient=np.random.default_rng(s).permutation(p5['patient'])), seed=s).loc[0, 'z'] for s in range(5)]
     assert np.max(np.abs(z)) < 3.5 and (np.abs(z) < 3).sum() >= 4, z
 
 
 def test_a_planted_shared_patient_is_listed_by_name(p5):
     t = split_random(group_leaksafe(p5, duplicates='none'), .3, .3, seed=1)
     cut = t.groupby('patient')['split'].nunique()
-    assert set(key_overlaps(t).query("what == 'two parts'")['key']) == set(cut.index[cut > 1]) != set()
+    assert set(patient_id_overlaps(t).query("what == 'two parts'")['key']) == set(cut.index[cut > 1]) != set()
     t = split_by_group(group_leaksafe(p5, duplicates='none'), .3, .3, seed=1)
-    assert not len(key_overlaps(t))
+    assert not len(patient_id_overlaps(t))
     one = t['image_id'][t['split'] == 'test'].iloc[0]
     moved = t.assign(split=t['split'].where(t['image_id'] != one, 'train'))
-    assert key_overlaps(moved)[['key', 'where']].values.tolist() == [[t.set_index('image_id').loc[one, 'patient'], 'train 1, test 2']]
+    assert patient_id_overlaps(moved)[['key', 'where']].values.tolist() == [[t.set_index('image_id').loc[one, 'patient'], 'train 1, test 2']]
 
 
 @needs_data
@@ -131,15 +131,15 @@ def test_the_number_of_the_kaggle_children_is_no_patient(tmp_path_factory):
     t = read_kaggle_pneumonia(DATA / 'chest-xray-pneumonia')
     t['number'] = t['patient'].str.extract(r'(person\d+)$')[0]
     assert t['number'].nunique() == 1674
-    over = key_overlaps(t, 'number', part='official_split')
+    over = patient_id_overlaps(t, 'number', part='official_split')
     test_and_not = over[(over['what'] == 'two parts') & over['where'].str.contains('test')]
-    assert len(test_and_not) == 170 and not len(key_overlaps(t, part='official_split'))
+    assert len(test_and_not) == 170 and not len(patient_id_overlaps(t, part='official_split'))
     assert ((t['official_split'] == 'test') & t['number'].isin(test_and_not['key'])).sum() == 320
     assert (over['what'] == 'two labels').sum() == 979
     some = t['number'].isin(sorted(t['number'].dropna().unique())[::6])                   # every sixth number: a thousand films, read in seconds
     prints = tmp_path_factory.mktemp('kaggle') / 'prints.npz'
-    r = explain_key(t[some], 'number', 'kind', part='official_split', cache_file=prints)
+    r = explain_patient_ids(t[some], 'number', 'kind', part='official_split', cache_file=prints)
     assert r.shared > 20 and r.shared_within == 0 and r.across.pairs > 120 and abs(r.across.z) < 3 and r.joined.z > 10 and r.verdict == 'lacks kind'
     assert 'joins strangers' in str(r)
-    line = check_keys(t[some], cache_file=prints).iloc[0]
+    line = check_patient_ids(t[some], cache_file=prints).iloc[0]
     assert line['z'] > 10 and line['two_parts'] == line['two_labels'] == 0

@@ -6,13 +6,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from conftest import DATA, needs_data
 from covid_cxr.core import LeakError, RunError, TableError, sha256_file, used, write_json
-from covid_cxr.ladder import evaluate_on, ladder_table, open_frozen, read_ladder, show_ladder
-from covid_cxr.ledger import count_looks, read_ledger
+from covid_cxr.runs.external import external_test, external_table, open_frozen, read_external_tests, show_external
+from covid_cxr.runs.test_log import count_test_evaluations, read_test_log
 from covid_cxr.phantom import phantom_family
 from covid_cxr.recipe import override, parse_recipe
-from covid_cxr.run import load_table, train
+from covid_cxr.runs.train import load_table, train
 from covid_cxr.sources import SOURCES, Source, read_folder, register_source
-from covid_cxr.versus import compare_runs
+from covid_cxr.runs.compare import compare_runs
 
 RECIPE = '''name = "family"
 task = "pneumonia_vs_normal"
@@ -73,7 +73,7 @@ def outside(family, tmp_path):
     return tmp_path / 'data', tmp_path / 'run'
 
 
-def _on(run, data, **kw): return evaluate_on(run, 'family', data, **dict(dict(root='outside', duplicates='exact', log=lambda s: None), **kw))
+def _on(run, data, **kw): return external_test(run, 'family', data, **dict(dict(root='outside', duplicates='exact', log=lambda s: None), **kw))
 
 
 @pytest.mark.parametrize('name, low, high', [('P1', .8, 1), ('P2', .2, .75)])
@@ -88,11 +88,11 @@ def test_a_marker_falls_outside_and_a_lesion_does_not(family, name, low, high):
     assert rung['estimates']['auc']['value'] == pytest.approx(roc_auc_score(p.label == 'pneumonia', p.prob_pneumonia))
     assert (p.predicted == np.where(p.prob_pneumonia >= rung['threshold'], 'pneumonia', 'normal')).all() and rung['threshold'] == open_frozen(run).predictor.threshold
     assert rung['predictions_sha256'] == sha256_file(run / rung['predictions']) and rung['table_sha256'] == sha256_file(run / rung['table'])
-    assert rung['synthetic'] and rung['words'].startswith('Synthetic') and rung == read_ladder(run)['rungs'][0]
+    assert rung['synthetic'] and rung['words'].startswith('Synthetic') and rung == read_external_tests(run)['rungs'][0]
     assert not rung['overlap']['images'] and rung['n_images'] == len(p) == sum(rung['images_per_class'].values())
     assert rung['floors']['file'] is not None and .2 < rung['floors']['file']['value'] < .8
-    t = ladder_table(run)
-    assert t.rung.tolist() == [0, 1, 2] and t.auc[1] == home and 'outside' in show_ladder(run)
+    t = external_table(run)
+    assert t.rung.tolist() == [0, 1, 2] and t.auc[1] == home and 'outside' in show_external(run)
 
 
 def test_one_class_gives_a_share_of_patients(outside):
@@ -106,16 +106,16 @@ def test_one_class_gives_a_share_of_patients(outside):
     assert e['value'] == pytest.approx((p.predicted == 'pneumonia').mean()) and e['low'] < e['value'] < e['high'] and 'effective patients' in e['note']
     both = _on(run, data, name='both')                                    # the same calls, class by class
     assert both['estimates']['false_positive_rate']['value'] == pytest.approx(e['value']) and both['estimates']['recall']['value'] == pytest.approx(ill['sensitivity']['value'])
-    assert [r['name'] for r in read_ladder(run)['rungs']] == ['well', 'ill', 'both']
+    assert [r['name'] for r in read_external_tests(run)['rungs']] == ['well', 'ill', 'both']
 
 
 def test_a_rung_is_replaced_and_every_look_is_kept(outside):
     data, run = outside
     first, other, again = _on(run, data, name='a'), _on(run, data, findings=['No Finding'], name='b'), _on(run, data, name='a')
-    rungs = read_ladder(run)['rungs']
+    rungs = read_external_tests(run)['rungs']
     assert [r['name'] for r in rungs] == ['a', 'b'] and rungs[0] == again and again['estimates'] == first['estimates'] and rungs[1] == other
-    assert count_looks(run, 'ladder: a') == 2 and count_looks(run, 'ladder: b') == 1 and count_looks(run) == 1
-    e = read_ledger(run)[-1]
+    assert count_test_evaluations(run, 'ladder: a') == 2 and count_test_evaluations(run, 'ladder: b') == 1 and count_test_evaluations(run) == 1
+    e = read_test_log(run)[-1]
     assert e['predictions_sha256'] == again['predictions_sha256'] and e['images'] == again['n_images'] and e['threshold'] == again['threshold']
 
 
@@ -147,8 +147,8 @@ def test_films_of_the_training_part_are_left_out_by_name(outside):
 def test_a_rung_of_training_films_is_refused(outside):
     data, run = outside
     own = used(load_table(run / 'table.csv'))
-    with pytest.raises(LeakError, match='patients that the model was made with, e.g. family:'): evaluate_on(run, own[own.split == 'train'], duplicates='exact', log=print)
-    alone = evaluate_on(run, own[own.split == 'test'], name='own test', duplicates='exact', floors=False, log=print)
+    with pytest.raises(LeakError, match='patients that the model was made with, e.g. family:'): external_test(run, own[own.split == 'train'], duplicates='exact', log=print)
+    alone = external_test(run, own[own.split == 'test'], name='own test', duplicates='exact', floors=False, log=print)
     assert alone['overlap']['with_own_test'] == alone['n_images'] and alone['overlap']['images'] == 0        # told, not hidden
     home = json.loads((run / 'evaluation.json').read_text())['test']['estimates']['auc']['value']
     assert alone['estimates']['auc']['value'] == pytest.approx(home, abs=1e-6)
@@ -156,10 +156,10 @@ def test_a_rung_of_training_films_is_refused(outside):
 
 def test_refusals_leave_no_rung(outside):
     data, run = outside
-    looks = len(read_ledger(run))
+    looks = len(read_test_log(run))
     def refused(kind, words, **kw):
         with pytest.raises(kind, match=words): _on(run, data, **kw)
-        assert not (run / 'ladder.json').exists() and len(read_ledger(run)) == looks
+        assert not (run / 'ladder.json').exists() and len(read_test_log(run)) == looks
     refused(TableError, 'age not recorded', min_age=18)
     refused(TableError, r'view not wanted: PA \(', views=['AP'])
     refused(TableError, 'finding not wanted', findings=['Hernia'])
@@ -186,7 +186,7 @@ def test_runs_are_compared_film_by_film(family, outside, tmp_path):
     r = np.random.default_rng(0)
     coin, like = twin('coin', r.random(len(p))), twin('like', (p.prob_pneumonia + .02 * r.normal(size=len(p))).clip(0, 1))
     far = compare_runs(run, coin, n_boot=300)
-    assert far.ranking == ['run', 'coin'] and count_looks(run) == 2 and count_looks(coin) == 2 and read_ledger(run)[-1]['what'] == 'compare'
+    assert far.ranking == ['run', 'coin'] and count_test_evaluations(run) == 2 and count_test_evaluations(coin) == 2 and read_test_log(run)[-1]['what'] == 'compare'
     near = compare_runs(run, like, coin, n_boot=300)
     row = near.pairs.query('metric == "auc" and first == "run" and second == "like"').iloc[0]
     assert near.ranking is None and not row.told_apart and row.p_holm >= row.p and any('cannot be told apart' in w and 'patients for 80 % power' in w for w in near.words), near.words
@@ -199,7 +199,7 @@ def test_real_films_become_a_rung(tmp_path):
     recipe = override(parse_recipe('name = "tiny"\ntask = "covid_vs_other"\n[data]\nviews = ["PA"]\nduplicates = "none"\n[[data.sources]]\nname = "covid_chestxray"\nroot = "covid-chestxray-dataset"\nsample = 200\n'
                                    '[image]\nsize = 64\n[model]\narch = "cnn3"\nweights = "none"\n[training]\nrounds = [{epochs = 1, lr = 0.001}]\n'), {'evaluation.n_boot': 100})
     run = train(recipe, data=DATA, out=tmp_path / 'run', device='cpu', log=lambda s: None)
-    rung = evaluate_on(run, 'nih', DATA, root='nih-chest-xrays-512', findings=['No Finding'], min_age=18, duplicates='exact', log=lambda s: None)
+    rung = external_test(run, 'nih', DATA, root='nih-chest-xrays-512', findings=['No Finding'], min_age=18, duplicates='exact', log=lambda s: None)
     assert rung['name'] == 'nih-chest-xrays-512 No Finding, age 18 and above' and rung['excluded'] == {'age below 18': 26}
     assert (rung['n_images'], rung['n_groups'], rung['images_per_class']) == (96, 89, dict(other=96, covid=0)) and not rung['synthetic'] and rung['overlap']['images'] == 0
     assert 0 <= rung['false_call_rate']['low'] <= rung['false_call_rate']['value'] <= rung['false_call_rate']['high'] <= 1

@@ -4,12 +4,12 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT
 from covid_cxr.core import CxrError, RunError, sha256_file, write_json
-from covid_cxr.ledger import LEDGER, LedgerError, append_ledger, count_looks, ledger_head, looks_words, read_ledger
+from covid_cxr.runs.test_log import TEST_LOG, TestLogError, log_test_evaluation, count_test_evaluations, test_log_head, describe_test_evaluations, read_test_log
 
 
 def _run(folder, looks=0, **more):
     write_json(folder / 'run.json', dict(dict(status='training', recipe_hash='a' * 64, started='2020-06-22T10:00:00Z', table_sha256='b' * 64), **more))
-    for i in range(looks): append_ledger(folder, 'audit', metrics=dict(auc=.8 + i / 100, f1=float('nan')), threshold=.3)
+    for i in range(looks): log_test_evaluation(folder, 'audit', metrics=dict(auc=.8 + i / 100, f1=float('nan')), threshold=.3)
     return folder
 
 
@@ -17,15 +17,15 @@ def _run(folder, looks=0, **more):
 def chain(tmp_path_factory):
     "Four looks, as bytes; the folder may be changed and is put back"
     run = _run(tmp_path_factory.mktemp('chain'), looks=4)
-    return run, (run / LEDGER).read_bytes()
+    return run, (run / TEST_LOG).read_bytes()
 
 
 def test_a_second_look_increments(tmp_path):
     run = _run(tmp_path / 'r')
     for n in (1, 2, 3):
-        e = append_ledger(run, 'audit')
-        assert e['n'] == n == count_looks(run) and json.loads((run / 'run.json').read_text())['ledger'] == ledger_head(e)
-    assert looks_words(run) == 'this test part was read 3 times' and count_looks(run, 'nih') == 0 and issubclass(LedgerError, CxrError)
+        e = log_test_evaluation(run, 'audit')
+        assert e['n'] == n == count_test_evaluations(run) and json.loads((run / 'run.json').read_text())['ledger'] == test_log_head(e)
+    assert describe_test_evaluations(run) == 'this test part was read 3 times' and count_test_evaluations(run, 'nih') == 0 and issubclass(TestLogError, CxrError)
 
 
 @settings(max_examples=300, deadline=None)
@@ -35,10 +35,10 @@ def test_any_changed_byte_is_noticed(chain, data):
     run, good = chain
     at = data.draw(st.integers(0, len(good) - 1))
     new = data.draw(st.integers(0, 255).filter(lambda b: b != good[at]))
-    (run / LEDGER).write_bytes(good[:at] + bytes([new]) + good[at + 1:])
+    (run / TEST_LOG).write_bytes(good[:at] + bytes([new]) + good[at + 1:])
     try:
-        with pytest.raises(LedgerError, match='line|whole entries'): read_ledger(run)
-    finally: (run / LEDGER).write_bytes(good)
+        with pytest.raises(TestLogError, match='line|whole entries'): read_test_log(run)
+    finally: (run / TEST_LOG).write_bytes(good)
 
 
 @settings(max_examples=100, deadline=None)
@@ -47,14 +47,14 @@ def test_any_other_order_or_selection_is_noticed(chain, order, keep):
     run, good = chain
     lines = good.splitlines(keepends=True)
     text = b''.join(lines[i] for i in order[:keep])
-    (run / LEDGER).write_bytes(text)
+    (run / TEST_LOG).write_bytes(text)
     try:
-        if text == good: assert len(read_ledger(run)) == 4
+        if text == good: assert len(read_test_log(run)) == 4
         else:
-            with pytest.raises(LedgerError): read_ledger(run)
-            with pytest.raises(LedgerError): append_ledger(run, 'audit')
-            assert (run / LEDGER).read_bytes() == text, 'nothing is written on a broken chain'
-    finally: (run / LEDGER).write_bytes(good)
+            with pytest.raises(TestLogError): read_test_log(run)
+            with pytest.raises(TestLogError): log_test_evaluation(run, 'audit')
+            assert (run / TEST_LOG).read_bytes() == text, 'nothing is written on a broken chain'
+    finally: (run / TEST_LOG).write_bytes(good)
 
 
 def test_the_line_is_named(chain):
@@ -65,43 +65,43 @@ def test_the_line_is_named(chain):
              'line 4 is cut off': [*lines[:3], lines[3][:30]], 'line 5 .* does not fit': [*lines, lines[3]], 'line 1 .* is no entry': [b'[1]\n', *lines[1:]]}
     try:
         for words, bad in cases.items():
-            (run / LEDGER).write_bytes(b''.join(bad))
-            with pytest.raises(LedgerError, match=words): read_ledger(run)
-    finally: (run / LEDGER).write_bytes(good)
+            (run / TEST_LOG).write_bytes(b''.join(bad))
+            with pytest.raises(TestLogError, match=words): read_test_log(run)
+    finally: (run / TEST_LOG).write_bytes(good)
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
     run = _run(tmp_path / 'r')
-    code = 'import sys\nfrom covid_cxr.ledger import append_ledger\nfor i in range(15): append_ledger(sys.argv[1], sys.argv[2])'
+    code = 'import sys\nfrom covid_cxr.runs.test_log import log_test_evaluation\nfor i in range(15): log_test_evaluation(sys.argv[1], sys.argv[2])'
     several = [subprocess.Popen([sys.executable, '-c', code, run, f'process {i}'], cwd=ROOT) for i in range(4)]
     assert [p.wait() for p in several] == [0] * 4
-    entries = read_ledger(run)
+    entries = read_test_log(run)
     assert len(entries) == 60 == json.loads((run / 'run.json').read_text())['ledger']['entries']
     assert {e['what'] for e in entries} == {f'process {i}' for i in range(4)}
 
 
 def test_a_killed_writer_leaves_a_ledger_that_holds(tmp_path):
     run, chance = _run(tmp_path / 'r'), np.random.default_rng(3)
-    code = 'import sys\nfrom covid_cxr.ledger import append_ledger\nwhile True: append_ledger(sys.argv[1], "audit")'
+    code = 'import sys\nfrom covid_cxr.runs.test_log import log_test_evaluation\nwhile True: log_test_evaluation(sys.argv[1], "audit")'
     for _ in range(4):
-        p, before = subprocess.Popen([sys.executable, '-c', code, run], cwd=ROOT), len(read_ledger(run))
+        p, before = subprocess.Popen([sys.executable, '-c', code, run], cwd=ROOT), len(read_test_log(run))
         end = time.time() + 30
-        while len(read_ledger(run)) <= before and time.time() < end: time.sleep(.01)
+        while len(read_test_log(run)) <= before and time.time() < end: time.sleep(.01)
         time.sleep(chance.random() * .05)
         p.send_signal(signal.SIGKILL); p.wait()
-        assert len(read_ledger(run)) > before
-    n = len(read_ledger(run))
-    assert append_ledger(run, 'audit')['n'] == n + 1 and [e['n'] for e in read_ledger(run)] == list(range(1, n + 2))
+        assert len(read_test_log(run)) > before
+    n = len(read_test_log(run))
+    assert log_test_evaluation(run, 'audit')['n'] == n + 1 and [e['n'] for e in read_test_log(run)] == list(range(1, n + 2))
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path):
     run = _run(tmp_path / 'r', looks=1)
-    (run / LEDGER).unlink(); (run / LEDGER).mkdir()
-    with pytest.raises(RunError, match='cannot open'): append_ledger(run, 'audit')
+    (run / TEST_LOG).unlink(); (run / TEST_LOG).mkdir()
+    with pytest.raises(RunError, match='cannot open'): log_test_evaluation(run, 'audit')
 
 
 def test_training_writes_the_first_entry(phantom_run):
-    entries, e = read_ledger(phantom_run), json.loads((phantom_run / 'evaluation.json').read_text())
+    entries, e = read_test_log(phantom_run), json.loads((phantom_run / 'evaluation.json').read_text())
     first = entries[0]
     assert first['what'] == 'train' and first['part'] == 'test' and first['threshold'] == e['operating_point']['threshold']
     assert first['metrics']['auc'] == e['test']['estimates']['auc']['value'] and first['images'] == e['test']['n_images']
@@ -112,23 +112,23 @@ def test_training_writes_the_first_entry(phantom_run):
 def test_showing_and_resuming_is_no_second_look(phantom_run, tmp_path):
     "A finished run shown again; and one that was killed between the look and its end"
     from covid_cxr.recipe import load_recipe
-    from covid_cxr.run import train
+    from covid_cxr.runs.train import train
     run = tmp_path / 'run'
     shutil.copytree(phantom_run, run)
     kept = (run / 'ledger.jsonl').read_bytes().splitlines(keepends=True)[:1]              # only the training's own look, whatever other tests have looked at
-    first = read_ledger(run)[0]
+    first = read_test_log(run)[0]
     (run / 'ledger.jsonl').write_bytes(b''.join(kept))
     write_json(run / 'run.json', dict(json.loads((run / 'run.json').read_text()), ledger=dict(entries=1, head=first['hash'])))
-    before, lines = len(read_ledger(run)), []
+    before, lines = len(read_test_log(run)), []
     assert before == 1
     train(load_recipe(run / 'recipe.toml'), out=run, device='cpu', log=lines.append)
-    assert 'already finished' in lines[0] and len(read_ledger(run)) == before
+    assert 'already finished' in lines[0] and len(read_test_log(run)) == before
     state = json.loads((run / 'run.json').read_text())
     unfinished = {k: v for k, v in state.items() if k not in ('finished', 'ledger')}      # without the head: killed between the line and run.json
     write_json(run / 'run.json', dict(unfinished, status='training'))
     train(load_recipe(run / 'recipe.toml'), out=run, device='cpu', log=lines.append)
     now = json.loads((run / 'run.json').read_text())
-    assert now['status'] == 'finished' and len(read_ledger(run)) == before == now['ledger']['entries']
+    assert now['status'] == 'finished' and len(read_test_log(run)) == before == now['ledger']['entries']
     assert (run / 'predictions.csv').read_bytes() == (phantom_run / 'predictions.csv').read_bytes()
 
 
@@ -136,8 +136,8 @@ def test_a_tampered_ledger_stops_the_run_in_one_sentence(phantom_run, tmp_path, 
     from covid_cxr.cli import main
     run = tmp_path / 'run'
     shutil.copytree(phantom_run, run, ignore=shutil.ignore_patterns('cache'))
-    text = (run / LEDGER).read_text()
-    (run / LEDGER).write_text(text.replace('"auc": 0', '"auc": 1', 1))
+    text = (run / TEST_LOG).read_text()
+    (run / TEST_LOG).write_text(text.replace('"auc": 0', '"auc": 1', 1))
     assert main(['train', str(run / 'recipe.toml'), '--out', str(run), '--device', 'cpu']) == 1
     said = [l for l in capsys.readouterr().err.splitlines() if l.startswith('covid-cxr: ')]
     assert len(said) == 1 and 'line 1' in said[0] and 'was edited' in said[0], said

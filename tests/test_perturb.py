@@ -1,10 +1,10 @@
 """What a frozen network looks at, on phantoms on which the answer is planted: the probes must see it, and must not see what is not there."""
 import numpy as np, pytest
-from covid_cxr.floors import lung_box
-from covid_cxr.perturb import (ACQUISITION_FALL, ACQUISITION_SHIFT, HIDDEN_OUTSIDE_FALL, MARKER_FALL, MARKER_RATIO, acquisition_changes, centre_box, hide,
-                               paste_marker, probe_acquisition, probe_markers, probe_occlusion, recompress)
+from covid_cxr.audit.baselines import lung_box
+from covid_cxr.audit.perturb import (ACQUISITION_FALL, ACQUISITION_SHIFT, HIDDEN_OUTSIDE_FALL, MARKER_FALL, MARKER_RATIO, acquisition_changes, centre_box, hide,
+                               paste_marker, measure_acquisition, measure_markers, measure_occlusion, recompress)
 from covid_cxr.phantom import phantom_family
-from covid_cxr.smallnet import fit_small_net
+from covid_cxr.audit.small_cnn import fit_small_cnn
 
 SIZE = 48
 EPOCHS = dict(P0=1, P1=6, P2=5, P3=5, P4=6, P4b=3)
@@ -16,13 +16,13 @@ def family():
     out = {}
     for name, epochs in EPOCHS.items():
         x, t, _ = phantom_family(name, 120, (2, 2), size=SIZE, seed=1)
-        out[name] = (fit_small_net(x, t['label'], epochs=epochs), *phantom_family(name, 60, (2, 2), size=SIZE, seed=2), x.mean(0))
+        out[name] = (fit_small_cnn(x, t['label'], epochs=epochs), *phantom_family(name, 60, (2, 2), size=SIZE, seed=2), x.mean(0))
     return out
 
 
 def _occlusion(family, name):
     net, x, t, masks, mean = family[name]
-    return probe_occlusion(net.score, x, t['label'], t['patient'], mean, masks, fills=('mean',), n_boot=300).set_index(['hidden', 'region'])
+    return measure_occlusion(net.score, x, t['label'], t['patient'], mean, masks, fills=('mean',), n_boot=300).set_index(['hidden', 'region'])
 
 
 # phantom: AUC untouched, with the box over the lungs hidden, with all but the lungs hidden (lowest, highest); a retrained network may do either on P4, which has both
@@ -47,7 +47,7 @@ def test_the_two_rules_of_hiding_tell_a_lesion_from_a_marker_and_from_a_machine(
 @pytest.fixture(scope='module')
 def markers(family):
     "Per phantom: the marker probe with two kinds at both upper corners"
-    return {n: probe_markers(net.score, x, t['label'], t['patient'], kinds=('R', 'L'), n_boot=300) for n, (net, x, t, _, _) in family.items() if n != 'P0'}
+    return {n: measure_markers(net.score, x, t['label'], t['patient'], kinds=('R', 'L'), n_boot=300) for n, (net, x, t, _, _) in family.items() if n != 'P0'}
 
 
 @pytest.mark.parametrize('name', ('P2', 'P3'))
@@ -74,7 +74,7 @@ def test_no_marker_is_found_where_none_is_planted(markers, name):
 def test_a_raw_shift_or_the_flips_would_cry_wolf(family, markers):
     "The two obvious rules: how many logits a marker moves, and how many calls it flips"
     net, x, t, _, _ = family['P0']
-    nothing = probe_markers(net.score, x, t['label'], t['patient'], kinds=('R',), n_boot=300)
+    nothing = measure_markers(net.score, x, t['label'], t['patient'], kinds=('R',), n_boot=300)
     assert nothing.auc.low < .5 < nothing.auc.high                              # it has learned nothing, so no verdict about markers may be given
     shift = lambda p: p.pastes[['shift_0', 'shift_1']].abs().to_numpy().max()
     assert shift(markers['P4']) > .5 and markers['P4'].worst['fall_low'] < MARKER_FALL       # it moves, and nothing is lost
@@ -90,8 +90,8 @@ def test_class_dependent_jpeg_is_flagged_at_native_size_and_not_after_reducing()
     (a, ta), (b, tb) = films(1), films(2)
     seen = {}
     for size, f, epochs in ((64, lambda v: v, 8), (16, reduced, 8)):
-        net = fit_small_net(f(a), ta['label'], epochs=epochs, bs=8)
-        seen[size] = probe_acquisition(net.score, f(b), tb['label'], tb['patient'], changes, n_boot=300).set_index('change')
+        net = fit_small_cnn(f(a), ta['label'], epochs=epochs, bs=8)
+        seen[size] = measure_acquisition(net.score, f(b), tb['label'], tb['patient'], changes, n_boot=300).set_index('change')
     native, small = seen[64].loc['JPEG quality 30'], seen[16].loc['JPEG quality 30']
     assert native['auc_before'] > .95 and native['difference_high'] < -ACQUISITION_SHIFT and native['fall_low'] > ACQUISITION_FALL, native
     assert abs(seen[64].loc['JPEG quality 95', 'difference']) < abs(native['difference']) / 4
@@ -101,7 +101,7 @@ def test_class_dependent_jpeg_is_flagged_at_native_size_and_not_after_reducing()
 def test_a_clean_lesion_network_keeps_its_auc_through_the_file(family):
     net, x, t, _, _ = family['P1']
     changes = {k: v for k, v in acquisition_changes().items() if k.startswith('JPEG') or 'grey range' in k or '5 bits' in k}
-    a = probe_acquisition(net.score, x, t['label'], t['patient'], changes, n_boot=300)
+    a = measure_acquisition(net.score, x, t['label'], t['patient'], changes, n_boot=300)
     assert len(a) == 6 and (a['fall_low'] < ACQUISITION_FALL).all(), a
     assert (a['shift_0_low'] <= a['shift_0']).all() and (a['difference'] - (a['shift_1'] - a['shift_0'])).abs().max() < 1e-9
 
@@ -109,7 +109,7 @@ def test_a_clean_lesion_network_keeps_its_auc_through_the_file(family):
 def test_probes_repeat_and_leave_random_numbers_and_pictures_alone(family):
     net, x, t, _, mean = family['P2']
     kept, state = x.copy(), np.random.get_state()[1].copy()
-    one, two = (probe_occlusion(net.score, x, t['label'], t['patient'], mean, fills=('shuffle', 'swap'), n_boot=100, seed=3) for _ in range(2))
+    one, two = (measure_occlusion(net.score, x, t['label'], t['patient'], mean, fills=('shuffle', 'swap'), n_boot=100, seed=3) for _ in range(2))
     assert one.equals(two)
     hide(x, centre_box(SIZE, SIZE), 'swap'), paste_marker(x)
     assert np.array_equal(x, kept) and np.array_equal(np.random.get_state()[1], state)

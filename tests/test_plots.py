@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from covid_cxr import plots
-from covid_cxr.compare import subgroups
+from covid_cxr.stats.paired import subgroups
 from covid_cxr.core import RunError
 from covid_cxr.evaluate import evaluate
 

@@ -8,9 +8,9 @@ pytestmark = needs_data
 
 def test_the_june_2020_state_has_its_known_counts():
     from covid_cxr.sources import read_covid_chestxray
-    from covid_cxr.table import keep_views, reconcile
+    from covid_cxr.table import filter_views, reconcile
     from covid_cxr.core import used
-    t = keep_views(read_covid_chestxray(DATA / 'covid-chestxray-dataset'), ['PA'])
+    t = filter_views(read_covid_chestxray(DATA / 'covid-chestxray-dataset'), ['PA'])
     u = used(t)
     assert len(t) == 751 == len(u) + t['excluded'].notna().sum()
     assert len(u) == 313 and u['patient'].nunique() == 205

@@ -25,7 +25,7 @@ def trees(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recipe_runs_to_its_report(name, trees, tmp_path):
-    from covid_cxr.run import train
+    from covid_cxr.runs.train import train
     said = []
     recipe = override(load_recipe(name), SMALL)
     out = train(recipe, data=trees, out=tmp_path / 'run', device='cpu', cache_dir=trees.parent / 'cache', log=said.append)
@@ -37,7 +37,7 @@ def test_a_recipe_runs_to_its_report(name, trees, tmp_path):
     probs = [c for c in pred if c.startswith('prob_')]
     assert (abs(pred[probs].sum(axis=1) - 1) < 1e-5).all() and e['part'] == ('valid' if name in ('covid-2020-article', 'covid-2020-asides') else 'test')
     assert 'SYNTHETIC' in (out / 'summary.txt').read_text() and (out / 'bundle' / 'bundle.json').is_file()
-    from covid_cxr.report import write_report
+    from covid_cxr.report.page import write_report
     page = write_report(out, thumbnails=False).read_text()
     assert recipe.title.split(':')[0] in page and 'SYNTHETIC' in page.upper() and (out / 'model-card.md').is_file()
 
@@ -93,11 +93,11 @@ def test_the_articles_counts_on_the_real_tables():
     "Splits and samples without opening an image"
     from covid_cxr.core import used
     from covid_cxr.recipe import _split, read_one_source
-    from covid_cxr.table import join_tables, keep_views, label_for
+    from covid_cxr.table import join_tables, filter_views, label_for
     def table(name):
         r = load_recipe(name)
         t = join_tables([read_one_source(s, DATA, r.seed) for s in r.data.sources])
-        t = label_for(keep_views(t, r.data.views) if r.data.views else t, r.task)
+        t = label_for(filter_views(t, r.data.views) if r.data.views else t, r.task)
         return used(_split(t.assign(group=t['patient'].where(t['patient'].notna(), t['image_id'])), r.split, r.seed))
     counts = table('pneumonia-cnn').groupby('split').size()
     assert counts.to_dict() == {'train': 4099, 'valid': 1171, 'test': 586} or counts.to_dict() == {'train': 4099, 'valid': 1172, 'test': 585}
@@ -126,10 +126,10 @@ def test_kept_rungs_follow_from_their_predictions(file):
 
 def test_the_ledger_of_claims_follows_from_the_files():
     "Accuracy under an article's protocol, by hand from predictions.csv"
-    from covid_cxr.reproduce import ABSENT, CLAIMS, find_results, reproduce_table
+    from covid_cxr.articles.reproduce import ABSENT, REPORTED_RESULTS, find_results, reproduce_table
     table, found = reproduce_table(RESULTS, n_boot=100).set_index(['article', 'metric']), find_results(RESULTS)
     seen = 0
-    for key, a in CLAIMS.items():
+    for key, a in REPORTED_RESULTS.items():
         for column, name in (('protocol', a.protocol), ('leak_safe', a.honest)):
             if name not in found: assert (table.loc[key][column] == ABSENT).all(); continue
             metric, parts = ('accuracy' if (key, 'accuracy') in table.index else 'recall'), []

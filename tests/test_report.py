@@ -3,17 +3,17 @@ import html, json, re, shutil
 from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from covid_cxr.audit_run import audit_run
-from covid_cxr.claim import ITEMS, claim_items
+from covid_cxr.audit.run import audit_run
+from covid_cxr.report.checklist import ITEMS, checklist_items
 from covid_cxr.core import RunError, sha256_file, write_json, write_text
 from covid_cxr.evaluate import evaluate
-from covid_cxr.facts import derive, find_banners, list_errors, list_limits, read_facts, show_interval, show_number, write_example_run
-from covid_cxr.ladder import evaluate_on
-from covid_cxr.ledger import append_ledger
+from covid_cxr.report.context import analyse_run, list_warnings, list_errors, list_limits, read_run_data, format_interval, format_number, write_example_run
+from covid_cxr.runs.external import external_test
+from covid_cxr.runs.test_log import log_test_evaluation
 from covid_cxr.phantom import write_phantom_trees
 from covid_cxr.recipe import dump_recipe, load_recipe, override
-from covid_cxr.report import write_report
-from covid_cxr.run import load_table, save_table
+from covid_cxr.report.page import write_report
+from covid_cxr.runs.train import load_table, save_table
 
 SECTIONS = ['point', 'flow', 'people', 'metrics', 'shortcut', 'audit', 'ladder', 'errors', 'power', 'limits', 'claim', 'made']
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>|`"\'&\n# heading'
@@ -94,10 +94,10 @@ def copy(example, tmp_path): return Path(shutil.copytree(example, tmp_path / 'ru
 def finished(phantom_run, tmp_path_factory):
     "The phantom run, a second look at its test part, and a rung on new phantoms; then its report"
     run = Path(shutil.copytree(phantom_run, tmp_path_factory.mktemp('finished') / 'demo', ignore=shutil.ignore_patterns('checkpoints', 'cache', 'export.pkl', 'audit.*', 'ladder*', 'report.html', 'model-card.md')))
-    append_ledger(run, 'evaluate')
+    log_test_evaluation(run, 'evaluate')
     trees = tmp_path_factory.mktemp('elsewhere')
     write_phantom_trees(trees, seed=99, size=96, n_patients=12, n_normal=10, n_pneumonia=2)
-    evaluate_on(run, 'covid_chestxray', trees, root='covid-chestxray-dataset', name='new phantoms', n_boot=100, check_files=False, log=lambda text: None)
+    external_test(run, 'covid_chestxray', trees, root='covid-chestxray-dataset', name='new phantoms', n_boot=100, check_files=False, log=lambda text: None)
     return run, Page(write_report(run))
 
 
@@ -130,13 +130,13 @@ def test_every_number_of_the_head_is_the_runs_own(finished):
     assert f"{est['recall']['value']:.3f}" in point and f"{est['specificity']['value']:.3f}" in point
     assert f"{e['operating_point']['threshold']:.4f}" in point and e['operating_point']['hash'] in point
     for m, v in est.items():
-        row = next(r for r in page.rows['metrics'] if r.endswith(' ') and f"{show_number(v['value'])} " in r and f" {v['n']:,} " in r)
-        if v['low'] is not None: assert any(f"[{show_number(v['low'])}, {show_number(v['high'])}]" in r for r in page.rows['metrics']), m
+        row = next(r for r in page.rows['metrics'] if r.endswith(' ') and f"{format_number(v['value'])} " in r and f" {v['n']:,} " in r)
+        if v['low'] is not None: assert any(f"[{format_number(v['low'])}, {format_number(v['high'])}]" in r for r in page.rows['metrics']), m
 
 
 def test_flow_table_one_and_errors_are_counts_of_the_table(finished):
     run, page = finished
-    t, f = load_table(run / 'table.csv'), read_facts(run)
+    t, f = load_table(run / 'table.csv'), read_run_data(run)
     u, flow = t[t['excluded'].isna()], page.said('flow')
     assert f'{len(t):,} rows in = {len(u):,} used + {len(t) - len(u):,} left out' in flow
     outs = [int(n.replace(',', '')) for n in re.findall(r'([\d,]+) left out (?:while|by|as)', flow)]
@@ -153,30 +153,30 @@ def test_flow_table_one_and_errors_are_counts_of_the_table(finished):
 
 def test_looks_and_rungs_of_the_run_stand_on_the_page(finished):
     run, page = finished
-    assert f'this test part was read {read_facts(run).looks} times' in page.said('made') and read_facts(run).looks >= 2
+    assert f'this test part was read {read_run_data(run).looks} times' in page.said('made') and read_run_data(run).looks >= 2
     rung = json.loads((run / 'ladder.json').read_text())['rungs'][0]
     said = page.said('ladder')
     assert '1 external set' in said and rung['name'] in said and rung['words'] in said
-    assert show_interval(*(rung['estimates']['auc'][k] for k in ('value', 'low', 'high'))) in said
-    assert next(i for i in claim_items(read_facts(run)) if i.number == 33).status == 'FROM THE RUN'
+    assert format_interval(*(rung['estimates']['auc'][k] for k in ('value', 'low', 'high'))) in said
+    assert next(i for i in checklist_items(read_run_data(run)) if i.number == 33).status == 'FROM THE RUN'
 
 
 def test_a_run_without_an_audit_says_so_where_the_number_would_stand(finished):
     run, page = finished
     head = page.said()
     assert 'Floor-adjusted AUC NOT AUDITED: run covid-cxr audit RUN' in head and 'NOT AUDITED' in page.said('audit')
-    assert any('No audit was run' in words for _, _, words in list_limits(read_facts(run)))
+    assert any('No audit was run' in words for _, _, words in list_limits(read_run_data(run)))
     assert 'NOT AUDITED' in (run / 'model-card.md').read_text()
 
 
 def test_audit_first_all_rows_all_verdicts_in_words(audited):
     run, page, a = audited
     assert_sound(page)
-    h, head, show = a['headline'], page.said(), lambda e: show_interval(e['value'], e['low'], e['high'])
+    h, head, show = a['headline'], page.said(), lambda e: format_interval(e['value'], e['low'], e['high'])
     assert re.search(r'Floor-adjusted AUC \+?' + re.escape(show(h['floor_adjusted_auc']) + ' ' + h['sentence']), head) and 'NOT AUDITED' not in page.source
-    own = read_facts(run).result['auc']
+    own = read_run_data(run).result['auc']
     assert own.value == pytest.approx(h['model_auc']['value'], abs=1e-6)
-    assert head.index(show(h['floor_adjusted_auc'])) < head.index('Model AUC ' + show_interval(*own[:3]))
+    assert head.index(show(h['floor_adjusted_auc'])) < head.index('Model AUC ' + format_interval(*own[:3]))
     for k in ('pixel_floor', 'provenance_floor'): assert show(h[k]['auc']) + ' ' + h[k]['name'] in head
     assert show(h['above_provenance']) in head
     rows = page.rows['audit'][1:len(a['rows']) + 1]
@@ -196,9 +196,9 @@ def test_limitations_are_written_from_every_bad_row_and_every_row_not_run(audite
     for text in (limits, card):
         for r in bad: assert r['words'] in text
         for n in a['not_run']: assert n['why'] in text and n['why'] in page.said('audit')
-    assert sum(where.startswith('A') for _, where, _ in list_limits(read_facts(run))) == len(bad) + len(a['not_run'])
-    assert show_interval(*(a['headline']['floor_adjusted_auc'][k] for k in ('value', 'low', 'high'))) in card
-    status = {i.number: i.status for i in claim_items(read_facts(run))}
+    assert sum(where.startswith('A') for _, where, _ in list_limits(read_run_data(run))) == len(bad) + len(a['not_run'])
+    assert format_interval(*(a['headline']['floor_adjusted_auc'][k] for k in ('value', 'low', 'high'))) in card
+    status = {i.number: i.status for i in checklist_items(read_run_data(run))}
     assert status[30] == status[31] == 'FROM THE RUN'
 
 
@@ -207,15 +207,15 @@ def test_limitations_are_written_from_every_bad_row_and_every_row_not_run(audite
     (dict(above_provenance=estimate(-.1, -.2, .01)), 'SOURCE ALONE EXPLAINS'), (dict(pixel_floor=None, provenance_floor=None, reads_lungs=False), None), ({}, None)])
 def test_an_auc_that_is_not_above_the_floor_is_said_in_red(copy, audited, headline, words):
     write_json(copy / 'audit.json', audited[2] | dict(headline=audited[2]['headline'] | ABOVE | headline))
-    said = ' '.join(find_banners(read_facts(copy)))
+    said = ' '.join(list_warnings(read_run_data(copy)))
     assert ('THE FLOOR' in said or 'SOURCE ALONE' in said) == (words is not None) and (words or '') in said
     assert 'AUDIT OF ANOTHER MODEL' in said                          # its AUC is not that of the example run
 
 
 def test_leaks_alterations_broken_ledgers_and_a_missing_test_part_are_said_in_red(copy):
     state = json.loads((copy / 'run.json').read_text())
-    said = lambda: ' '.join(find_banners(read_facts(copy)))
-    assert 'LEAK' not in said() and 'ALTERED' not in said() and 'LEDGER' not in said() and 'SYNTHETIC' in said()
+    said = lambda: ' '.join(list_warnings(read_run_data(copy)))
+    assert 'LEAK' not in said() and 'ALTERED' not in said() and 'TEST_LOG' not in said() and 'SYNTHETIC' in said()
     write_json(copy / 'run.json', state | dict(leaking_groups=3))
     assert '3 patient groups stand on both sides' in said()
     assert 'LEAKING PROTOCOL: 3 patient groups' in ' '.join(Page(write_report(copy)).text[2:5])
@@ -225,9 +225,9 @@ def test_leaks_alterations_broken_ledgers_and_a_missing_test_part_are_said_in_re
         write_text(copy / 'recipe.toml', dump_recipe(override(recipe, change)))
         assert words in said()
     write_text(copy / 'recipe.toml', dump_recipe(recipe))
-    append_ledger(copy, 'evaluate')
+    log_test_evaluation(copy, 'evaluate')
     (copy / 'ledger.jsonl').write_text((copy / 'ledger.jsonl').read_text().replace('evaluate', 'nothing!'))
-    assert 'THE LEDGER IS BROKEN' in said()
+    assert 'THE TEST_LOG IS BROKEN' in said()
     with open(copy / 'table.csv', 'a') as file: file.write('\n')
     assert 'ALTERED FILES' in said()
 
@@ -235,11 +235,11 @@ def test_leaks_alterations_broken_ledgers_and_a_missing_test_part_are_said_in_re
 def test_children_joined_with_adults_are_said_in_red(copy):
     state, t = json.loads((copy / 'run.json').read_text()), load_table(copy / 'table.csv')
     write_json(copy / 'run.json', state | dict(synthetic=False))
-    assert not any('CHILDREN' in b for b in find_banners(read_facts(copy)))
+    assert not any('CHILDREN' in b for b in list_warnings(read_run_data(copy)))
     t.loc[t['label'] == 'other', ['source', 'age_years']] = ['kaggle_pneumonia', np.nan]
     save_table(t, copy / 'table.csv')
     write_json(copy / 'run.json', state | dict(synthetic=False, table_sha256=sha256_file(copy / 'table.csv')))
-    assert any(b.startswith('CHILDREN JOINED WITH ADULTS') for b in find_banners(read_facts(copy)))
+    assert any(b.startswith('CHILDREN JOINED WITH ADULTS') for b in list_warnings(read_run_data(copy)))
 
 
 def test_hostile_text_stays_text_and_nothing_fetches_anything(copy, audited):
@@ -279,15 +279,15 @@ def test_the_model_card_is_complete_and_the_same_run_gives_the_same_files(exampl
     cards = [(tmp_path / name / 'model-card.md').read_text() for name in 'ab']
     assert pages[0] == pages[1] and cards[0] == cards[1]
     assert {p.name: sha256_file(p) for p in example.iterdir() if p.is_file()} == before         # the run is left as it was
-    card, f = cards[0], read_facts(example)
+    card, f = cards[0], read_run_data(example)
     heads = re.findall('^## (.+)$', card, re.M)
     assert heads == ['Headline', 'Model details', 'Intended use', 'Factors', 'Metrics', 'Evaluation data', 'Training data', 'Quantitative analyses', 'Ethical considerations', 'Caveats and recommendations']
     assert card.startswith('# ') and card.splitlines()[2].startswith(f"**{f.bundle['not_for']}") and 'SYNTHETIC DATA' in card.split('## ')[0]
     e = f.result['auc']
     assert f'| AUC | {e.value:.3f} | \\[{e.low:.3f}, {e.high:.3f}\\] |' in card
     plain = card.replace('\\', '')
-    for _, _, words in list_limits(f, derive(f)): assert words in plain
-    assert not [i.number for i in claim_items(f) if i.status == 'NOT REPORTED' and str(i.number) not in card.split('NOT REPORTED:')[-1]]
+    for _, _, words in list_limits(f, analyse_run(f)): assert words in plain
+    assert not [i.number for i in checklist_items(f) if i.status == 'NOT REPORTED' and str(i.number) not in card.split('NOT REPORTED:')[-1]]
     assert sorted(p.name for p in (tmp_path / 'a').iterdir()) == ['model-card.md', 'report.html']
 
 
@@ -305,7 +305,7 @@ def test_more_than_two_classes_and_what_they_do_not_have(copy):
     page = Page(write_report(copy))
     assert_sound(page)
     assert 'there is no threshold' in page.said('point') and 'not computed' in page.said('metrics') and f"{result['accuracy'].value:.3f}" in page.said()
-    assert [i.number for i in claim_items(read_facts(copy))] == list(range(1, 45))
+    assert [i.number for i in checklist_items(read_run_data(copy))] == list(range(1, 45))
 
 
 def test_what_is_no_finished_run_is_refused(copy, tmp_path):

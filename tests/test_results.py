@@ -70,7 +70,7 @@ def test_a_kept_rung_follows_from_its_predictions(run):
 
 def test_the_facts_page_prints_what_was_measured():
     facts = json.loads((ROOT / 'benchmarks/results/facts.json').read_text())['facts']
-    page = (ROOT / 'nbs/recipes/00_shortcuts.ipynb').read_text()
+    page = (ROOT / 'nbs/articles/shortcuts.ipynb').read_text()
     value = lambda f, start: next(r['value'] for r in facts[f] if r['what'].startswith(start))
     assert value('F1', 'person numbers') == 170 and value('F1', 'patients (number and kind)') == 0 and value('F3', 'sets of identical') == 30
     assert value('F6', 'small network, cross-validated') - value('F6', 'small network, official test') > 0, 'the fall to the official test'
@@ -99,7 +99,7 @@ def test_the_lung_box_covers_what_the_notebooks_say():
     kept = json.loads((ROOT / 'benchmarks/results/lung_box.json').read_text())
     again = measure(phantom_masks())
     for k in ('box', 'box_without_corners'): assert again[k] == pytest.approx(kept['phantoms'][k], abs=1e-9)
-    floors, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('19_floors.ipynb', '20_perturb.ipynb'))
+    floors, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('audit/baselines.ipynb', 'audit/perturb.ipynb'))
     assert f"{kept['real']['box']:.1%}".replace('%', ' %') in perturb and f"{kept['real']['box_without_corners']:.1%}".replace('%', ' %') in perturb
     assert f"covers {100 * kept['real']['box']:.1f} and {100 * kept['phantoms']['box']:.1f} %" in floors and f"{100 * kept['visible']:.0f} % of the picture" in floors
 
@@ -116,7 +116,7 @@ def test_kept_rivals_judged_the_films_of_this_run(run):
 
 
 def test_cross_validations_are_whole_and_test_every_film_once():
-    from covid_cxr.results import find_results
+    from covid_cxr.runs.crossval import find_results
     found = find_results(ROOT / 'benchmarks' / 'results')
     folded = {n: rs for n, rs in found.items() if rs[0]['recipe'].split.kind == 'fold'}
     assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= set(folded)
@@ -130,8 +130,8 @@ def test_cross_validations_are_whole_and_test_every_film_once():
 
 def test_no_arm_is_judged_on_what_its_weights_have_seen():
     "The in-domain arms start from the kept `pretrain`; none of its films, patients or groups is in any part of theirs; both arms judge the same films"
-    from covid_cxr.reproduce import ABLATION
-    from covid_cxr.results import find_arms
+    from covid_cxr.articles.reproduce import ABLATION
+    from covid_cxr.runs.crossval import find_arms
     kept = ROOT / 'benchmarks' / 'results'
     seen = pd.read_csv(next(p for p in kept.glob('pretrain*/predictions.csv')), dtype=str)
     for name in ABLATION:
@@ -146,7 +146,7 @@ def test_no_arm_is_judged_on_what_its_weights_have_seen():
 
 
 def test_the_readme_prints_what_the_files_say():
-    from covid_cxr.reproduce import more_tables, reproduce_table
+    from covid_cxr.articles.reproduce import more_tables, reproduce_table
     readme, kept = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks' / 'results'
     more = more_tables(kept, 500)
     for t in (reproduce_table(kept), *(more[k] for k in ('Aims', 'Starting weights', 'A collection left out', 'Above the best rival that saw no lung'))):

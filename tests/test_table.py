@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from hypothesis import HealthCheck, given, settings, strategies as st
 from covid_cxr.core import SPLITS, LeakError, TableError, new_table, used
-from covid_cxr.table import (check_split, crossing_groups, drop_repeats, flow, fold_by_group, group_leaksafe, join_tables, keep_views, label_for, reconcile,
+from covid_cxr.table import (check_split, crossing_groups, drop_repeats, flow, fold_by_group, group_leaksafe, join_tables, filter_views, label_for, reconcile,
                              split_by_group, split_by_source, split_by_time, split_official, split_random, use_fold)
 
 DATA = Path(__file__).resolve().parent.parent.parent / 'shared/data'
@@ -29,7 +29,7 @@ def tables(draw, n_classes=2, parts=3):
 
 
 def prepared(table):
-    return group_leaksafe(label_for(keep_views(table, 'PA'), {f: CLASS[f] for f in FINDINGS if (table['finding'] == f).any()}), duplicates='none')
+    return group_leaksafe(label_for(filter_views(table, 'PA'), {f: CLASS[f] for f in FINDINGS if (table['finding'] == f).any()}), duplicates='none')
 
 def assert_sound(before, after):
     "No row lost, every used row has a part, no excluded one has, no group, patient or file is cut, nothing but split and excluded changed"
@@ -106,7 +106,7 @@ def test_groups_are_the_finest_partition_closed_under_every_link(table, pairs, o
 @laws(30)
 @given(table=tables(3), seed=st.integers(0, 100))
 def test_rows_in_are_rows_used_plus_rows_excluded_at_every_step(table, seed):
-    steps = [lambda t: join_tables([t]), lambda t: keep_views(t, ['PA', 'AP']), lambda t: label_for(t, {f: c for f, c in CLASS.items() if f != 'Pneumonia/Bacterial'}),
+    steps = [lambda t: join_tables([t]), lambda t: filter_views(t, ['PA', 'AP']), lambda t: label_for(t, {f: c for f, c in CLASS.items() if f != 'Pneumonia/Bacterial'}),
              lambda t: group_leaksafe(t, duplicates='none'), lambda t: drop_repeats(t, pairs=[]), lambda t: split_by_source(t, 's1', .3, seed)]
     t = table
     for step in steps:

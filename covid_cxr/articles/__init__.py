@@ -1,0 +1,1 @@
+"""Five published articles, their reported results, and what they look like here"""

@@ -1,0 +1,1 @@
+"""What else could explain the number? Baselines without lungs and the checks of a finished run"""

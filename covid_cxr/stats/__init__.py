@@ -1,0 +1,1 @@
+"""Statistics that know about patients: resampling, calibration, paired comparison"""
