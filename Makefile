@@ -1,8 +1,12 @@
 # One verb per habit; each builds .venv when it is missing.
-#   make demo    the whole job on synthetic radiographs, then one prediction
-#   make test    notebooks and modules in step, every notebook, pytest, README fresh
-#   make bench   benchmarks: ratios to named rivals, appended to benchmarks/results/
-#   make clean   what the above left behind (make distclean: .venv too)
+#   make demo     the whole job on synthetic radiographs, then one prediction
+#   make check    two minutes, for every edit: sync, types, structure, words, fast tests
+#   make test     everything: sync, types, every notebook, every test (the docs are built by one of them)
+#   make docs     the docs site, _docs/html/index.html
+#   make attack   the long attacks: random tables and files by the thousand
+#   make browser  report and docs opened in a real browser, at desktop and phone width
+#   make bench    benchmarks: ratios to named libraries, appended to benchmarks/results/
+#   make clean    what the above left behind (make distclean: .venv too)
 SHELL := /bin/bash
 # Without .pyc files every import of fastai costs 13 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -10,47 +14,65 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do if $$p -c 'import sys, venv, ensurepip; sys.exit(not (3,10) <= sys.version_info[:2] <= (3,12))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q
+FAST := tests/test_structure.py tests/test_words.py tests/test_table.py tests/test_evaluate.py tests/test_sources.py tests/test_cache.py tests/test_plots.py tests/test_docs.py
 
-.PHONY: demo test test-sync test-notebooks test-pytest readme bench clean distclean
+.PHONY: demo check test test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/covid-cxr demo --out demo
 
-test: test-sync test-notebooks test-pytest
+check: test-sync test-types
+	$(PYTEST) -n 2 --dist worksteal $(FAST)
+
+test: test-sync test-types test-notebooks test-pytest
 
 test-sync: .venv/installed
 	$(BIN)/python tools/notebooks.py check
+
+test-types: .venv/installed
+	$(BIN)/mypy
 
 test-notebooks: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(TEST_ENV) timeout 1200 $(BIN)/nbdev_test --n_workers 2 --timing
 
 test-pytest: .venv/installed
-	$(TEST_ENV) $(BIN)/python -m pytest -q --durations=10 tests
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --durations=10 tests
+
+docs: .venv/installed
+	$(BIN)/python tools/docs.py
+
+attack: .venv/installed
+	HYPOTHESIS_PROFILE=attack $(PYTEST) -n 2 --dist worksteal tests
+
+browser: .venv/installed
+	$(PYTEST) -m browser tests
 
 readme: .venv/installed
 	$(BIN)/python tools/notebooks.py readme
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/input_pipeline.py --data ../shared/data
+	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/near_duplicates.py
-	$(BIN)/python benchmarks/near_duplicates.py --data ../shared/data
-	$(BIN)/python benchmarks/nih_table.py --data ../shared/data
+	$(BIN)/python benchmarks/near_duplicates.py --real
+	$(BIN)/python benchmarks/nih_table.py
 	$(BIN)/python benchmarks/audit_matrix.py --quick
-	$(BIN)/python benchmarks/measure_facts.py --data ../shared/data
-	$(BIN)/python benchmarks/check_articles.py --articles ../shared/articles
-	$(BIN)/python benchmarks/lung_box.py --data ../shared/data
-	$(BIN)/python benchmarks/input_gate.py --data ../shared/data
+	$(BIN)/python benchmarks/measure_facts.py
+	$(BIN)/python benchmarks/check_articles.py
+	$(BIN)/python benchmarks/lung_box.py
+	$(BIN)/python benchmarks/ood_check.py
+	$(BIN)/python benchmarks/make_tables.py
 
 .venv/installed: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "covid_cxr needs Python 3.10, 3.11 or 3.12 (with venv); none was found on PATH."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf demo build *.egg-info .pytest_cache .hypothesis nbs/models _proc _docs
+	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .hypothesis nbs/models _proc _docs
 
 distclean: clean
 	rm -rf .venv

@@ -1,27 +1,32 @@
-"""How much of the lungs the fixed box of `covid_cxr.audit.baselines.lung_box` covers, and what it leaves visible.
+"""How much of the lungs the fixed box of `covid_cxr.audit.regions.lung_box` covers, and what it leaves visible.
 
-    python benchmarks/lung_box.py --data ../shared/data
+    python benchmarks/lung_box.py
 
-Drawn lung masks of real films (annotations/lungVAE-masks), padded to a square, and the masks of 60 phantoms. The result replaces benchmarks/results/lung_box.json.
+Drawn lung masks of radiographs (annotations/lungVAE-masks), padded to a square, and the masks of 60 phantom patients.
+The result replaces benchmarks/results/lung_box.json.
 """
-import argparse, json, sys, time
+import argparse, json, sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from record import RESULTS, about, write_result
 import numpy as np
-from covid_cxr.core import versions
-from covid_cxr.audit.baselines import MARGIN, lung_box
+from covid_cxr.audit.regions import LUNG_MARGIN, corners, lung_box
+from covid_cxr.core import data_folder
 from covid_cxr.images import fit_to, read_grey
-from covid_cxr.audit.perturb import corners
 from covid_cxr.phantom import phantom_family
 
-OUT, SIDE = ROOT / 'benchmarks/results/lung_box.json', 128
+OUT, SIDE = RESULTS / 'lung_box.json', 128
+MASKS = 'covid-chestxray-dataset/annotations/lungVAE-masks'
 
 
-def covered(masks, box): return float(np.mean([(m & box).sum() / m.sum() for m in masks if m.any()]))
+def read_masks(data, size=SIDE, how='pad'):
+    "(n, size, size) bool: the lung masks that people drew"
+    files = sorted((Path(data) / MASKS).glob('*.png'))
+    if not files: sys.exit(f'no lung masks below {data}; give the folder that holds covid-chestxray-dataset with --data.')
+    return np.stack([fit_to(read_grey(f), size, how) > 127 for f in files])
 
 def phantom_masks(): return phantom_family('P1', 60, size=SIDE, seed=0)[2]
+
+def covered(masks, box): return float(np.mean([(m & box).sum() / m.sum() for m in masks if m.any()]))
 
 def measure(masks):
     "Mean share of the lung pixels inside the box, and inside the box without its corners"
@@ -31,11 +36,9 @@ def measure(masks):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='../shared/data')
+    p.add_argument('--data', default=str(data_folder()), help='folder that holds covid-chestxray-dataset')
+    p.add_argument('--out', default=str(OUT))
     a = p.parse_args()
-    files = sorted((Path(a.data) / 'covid-chestxray-dataset/annotations/lungVAE-masks').glob('*.png'))
-    if not files: sys.exit(f'no lung masks below {a.data}; give the folder that holds covid-chestxray-dataset with --data.')
-    out = dict(command='python benchmarks/lung_box.py --data ../shared/data', date=time.strftime('%Y-%m-%d'), versions=versions(), margin=MARGIN, pixels=SIDE, visible=1 - float(lung_box(SIDE, SIDE).mean()),
-               real=measure(np.stack([fit_to(read_grey(f), SIDE) > 127 for f in files])), phantoms=measure(phantom_masks()))
-    OUT.write_text(json.dumps(out, indent=1) + '\n')
-    print(json.dumps({k: out[k] for k in ('visible', 'real', 'phantoms')}, indent=1))
+    found = dict(visible=1 - float(lung_box(SIDE, SIDE).mean()), real=measure(read_masks(a.data)), phantoms=measure(phantom_masks()))
+    write_result(a.out, dict(about(), margin=LUNG_MARGIN, pixels=SIDE, **found))
+    print(json.dumps(found, indent=1))

@@ -4,109 +4,545 @@
 
 # %% ../nbs/bundle.ipynb #imports
 from __future__ import annotations
-import json, shutil, tempfile
-from pathlib import Path
-from .core import BundleError, RunError, nearest, sha256_file, versions, write_json
-from .ood import OODCheck
+import contextlib, ctypes, hashlib, json, math, os, pickle, reprlib, shutil
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple
+from .core import BundleError, CxrError, RunError, choices, nearest, versions, write_json
 from .images import ImageRule
+from .ood import OODCheck
+from .settings import Arch
+from .words import format_bytes, format_count, join_words, printable
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+    from torch import nn
 
 # %% auto #0
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'NOT_FOR', 'save_bundle', 'find_bundle', 'read_bundle', 'load_model']
+__all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'LARGEST_JSON', 'MOST_CLASSES', 'LARGEST_IMAGE', 'WEIGHTS',
+           'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR', 'Integrity', 'AlteredWarning', 'write_manifest',
+           'update_manifest', 'check_manifest', 'describe_integrity', 'BundleField', 'check_description',
+           'export_pickle', 'save_bundle', 'find_bundle', 'read_description', 'read_bundle', 'load_model',
+           'export_bundle']
 
-# %% ../nbs/bundle.ipynb #save-bundle
-FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 1
-NOT_FOR = 'Research and teaching only. Not a medical device: not for diagnosis, triage or any decision about a patient.'
+# %% ../nbs/bundle.ipynb #integrity
+MANIFEST = 'manifest.json'
+IntegrityStatus = Literal['verified', 'altered', 'unverified']
 
-def save_bundle(learn,                       # a Learner made by `cxr_learner`
-                folder,                      # the bundle's folder; an older bundle there is replaced
-                threshold: float = .5,       # probability of the last class from which it is called (two classes)
-                temperature: float = 1.,     # logits are divided by it before the softmax
-                operating_point: dict = None,# how the threshold was chosen
-                provenance: dict = None,     # recipe, table hash, metric: whatever the run knows
-                synthetic: bool = False,     # was it trained on phantoms?
-                pickle: bool = True,         # also write export.pkl for fastai users
-                gate: OODCheck = None,           # of `fit_ood_check`: what is declined before the model answers; None answers everything
-               ) -> Path:                    # the folder
-    "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
-    from safetensors.torch import save_file
-    if not hasattr(learn, 'cxr'): raise BundleError('this Learner was not made by cxr_learner, so its preprocessing is not known; make it with cxr_learner.')
+@dataclass(frozen=True)
+class Integrity:
+    "Are the files of a folder those that were written?"
+    status: IntegrityStatus
+    altered: tuple[str, ...] = ()   # files that were changed, removed or put in
+
+class AlteredWarning(UserWarning): "A file of a run or of a bundle is not the one that was written"
+
+# %% ../nbs/bundle.ipynb #seal-file
+_STATE, _GROWING = 'run.json', 'test_log.jsonl'    # files of a run that go on changing
+
+class _Seal(NamedTuple):
+    "What the manifest says of one file"
+    sha256: str
+    size: int        # bytes
+
+def _sha256_start(file, size):
+    "SHA-256 of the first bytes of a file"
+    h, left = hashlib.sha256(), size
+    with open(file, 'rb') as f:
+        while left > 0 and (block := f.read(min(left, 1 << 20))):
+            h.update(block)
+            left -= len(block)
+    return h.hexdigest()
+
+def _seal_state(values):
+    "The seal of run.json, without what the test log writes there"
+    text = json.dumps({k: v for k, v in values.items() if k != 'test_log'}, sort_keys=True).encode()
+    return _Seal(hashlib.sha256(text).hexdigest(), len(text))
+
+# %% ../nbs/bundle.ipynb #seal-of
+def _seal_of(folder, name, size=None):
+    "The seal of a file as it is now, or of its beginning"
+    file = folder / name
+    if name == _STATE: return _seal_state(json.loads(file.read_text(encoding='utf-8')))
+    now = file.stat().st_size
+    if size is None or name != _GROWING or size > now: size = now
+    return _Seal(_sha256_start(file, size), size)
+
+def _is_same(folder, name, seal):
+    "Is this file the one that was sealed?"
+    try: return _seal_of(folder, name, seal.size) == seal
+    except (OSError, ValueError, AttributeError, RecursionError): return False
+
+def _read_manifest(folder):
+    "name -> seal, or None when the manifest itself is damaged"
+    try:
+        kept = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['files']
+        seals = {name: _Seal(str(v['sha256']), int(v['size'])) for name, v in kept.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError): return None
+    inside = all(not PurePath(n).is_absolute() and '..' not in PurePath(n).parts for n in seals)
+    return seals if inside else None
+
+# %% ../nbs/bundle.ipynb #write-manifest
+def write_manifest(
+    folder: str | os.PathLike,
+    names: Iterable[str],           # files in it, e.g. 'plots/roc.png'
+    state: dict | None = None,      # run.json as it will be; None: as it stands
+) -> Path:
+    "Write manifest.json: size and SHA-256 of these files"
     folder = Path(folder)
-    if folder.exists() and not (folder / 'bundle.json').exists() and any(folder.iterdir()): raise RunError(f'{folder} holds files that are no bundle; choose another folder.')
+    seals = {n: _seal_of(folder, n) for n in sorted(set(names) - {MANIFEST})}
+    if state is not None: seals[_STATE] = _seal_state(json.loads(json.dumps(state)))
+    return write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1,
+                                              files={n: s._asdict() for n, s in seals.items()}))
+
+@contextlib.contextmanager
+def _alone(folder) -> Iterator[None]:
+    "Hold the manifest of a folder alone while the block runs"
+    try: import fcntl
+    except ImportError:                                # no such lock on Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally: os.close(handle)
+
+# %% ../nbs/bundle.ipynb #update-manifest
+def update_manifest(
+    folder: str | os.PathLike,
+    names: Iterable[str],           # files that were written, changed or removed just now, by right
+) -> None:
+    "Bring these files up to date in manifest.json; a folder without one stays unverified"
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file(): return
+    with _alone(folder):
+        seals = _read_manifest(folder)
+        if seals is None: return                       # a damaged manifest stays one
+        for n in names:
+            seals.pop(n, None)
+            if (folder / n).is_file(): seals[n] = _seal_of(folder, n)
+        write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1,
+                                           files={n: s._asdict() for n, s in sorted(seals.items())}))
+
+# %% ../nbs/bundle.ipynb #check-manifest
+def check_manifest(
+    folder: str | os.PathLike,
+    expected: Iterable[str] = (),   # files that may only be there when the manifest names them
+) -> Integrity:
+    "Compare a folder with its manifest"
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists(): return Integrity('unverified')
+    seals = _read_manifest(folder)
+    if seals is None: return Integrity('altered', (MANIFEST,))
+    changed = [n for n, seal in seals.items() if not _is_same(folder, n, seal)]
+    added = [n for n in expected if n not in seals and (folder / n).exists()]
+    altered = tuple(sorted({*changed, *added}))
+    return Integrity('altered' if altered else 'verified', altered)
+
+def describe_integrity(
+    integrity: Integrity,
+    folder: str | os.PathLike,
+) -> str:                # '' when every file is the one that was written
+    "One sentence on the files of a folder"
+    if integrity.status == 'verified': return ''
+    if integrity.status == 'unverified':
+        return f'UNVERIFIED: {folder} has no {MANIFEST}, so nothing says whether its files are those that were written.'
+    named = join_words(integrity.altered, most=5)
+    return (f'ALTERED: {named} in {folder} changed after it was written ({MANIFEST} says otherwise); '
+            'do not believe these numbers, put the files back or train again.')
+
+# %% ../nbs/bundle.ipynb #limits
+FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 1
+LARGEST_JSON = 4_000_000      # bytes of bundle.json
+MOST_CLASSES = 1000
+LARGEST_IMAGE = 2048          # pixels, side
+_LONGEST_NAME = 100           # characters of a class
+
+def _is_number(v):
+    "A finite number; true and false are none, and NaN is none"
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e300
+
+def _between(low, high): return lambda v: _is_number(v) and low <= v <= high
+
+def _is_text(v, longest): return isinstance(v, str) and 0 < len(v) <= longest and v.isprintable()
+
+# %% ../nbs/bundle.ipynb #schema-parts
+def _are_classes(v):
+    few = isinstance(v, list) and 2 <= len(v) <= MOST_CLASSES
+    return few and all(_is_text(c, _LONGEST_NAME) for c in v) and len(set(v)) == len(v)
+
+def _is_image_rule(v):
+    return isinstance(v, dict) and _is_number(v.get('size')) and v['size'] <= LARGEST_IMAGE
+
+def _are_weights(v):
+    if not isinstance(v, dict) or v.get('file', WEIGHTS) != WEIGHTS: return False
+    sha = v.get('sha256')
+    return isinstance(sha, str) and len(sha) == 64 and set(sha) <= set('0123456789abcdef')
+
+# %% ../nbs/bundle.ipynb #schema
+WEIGHTS, DESCRIPTION, PICKLE = 'weights.safetensors', 'bundle.json', 'export.pkl'
+
+@dataclass(frozen=True)
+class BundleField:
+    "One field of bundle.json"
+    name: str
+    must_be: str                 # for a reader, and for the error sentence
+    fits: Callable[[Any], bool]
+    needed: bool = True
+
+def _is_dict(v): return isinstance(v, dict)
+
+SCHEMA = (
+    BundleField('format', f"'{FORMAT}'", lambda v: v == FORMAT),
+    BundleField('version', f'{FORMAT_VERSION}', lambda v: v == FORMAT_VERSION),
+    BundleField('not_for', 'a text of 1 to 1,000 characters', lambda v: _is_text(v, 1000)),
+    BundleField('synthetic', 'true or false', lambda v: isinstance(v, bool)),
+    BundleField('arch', 'a known architecture', lambda v: isinstance(v, str) and v in choices(Arch)),
+    BundleField('classes', f'2 to {MOST_CLASSES:,} different names of 1 to {_LONGEST_NAME} characters', _are_classes),
+    BundleField('image', f'an image rule of at most {LARGEST_IMAGE} pixels', _is_image_rule),
+    BundleField('mean', 'a number from -10 to 10', _between(-10, 10)),
+    BundleField('std', 'a number from .001 to 100', _between(.001, 100)),
+    BundleField('threshold', 'a number from 0 to 1', _between(0, 1)),
+    BundleField('temperature', 'a number from .001 to 1,000', _between(.001, 1000)),
+    BundleField('weights', f"the name '{WEIGHTS}' and its SHA-256", _are_weights),
+    BundleField('operating_point', 'a dictionary', _is_dict, needed=False),
+    BundleField('provenance', 'a dictionary', _is_dict, needed=False),
+    BundleField('ood_check', 'a dictionary', lambda v: v is None or isinstance(v, dict), needed=False),
+    BundleField('versions', 'a dictionary', _is_dict, needed=False),
+)
+
+# %% ../nbs/bundle.ipynb #check-description
+def _check_fields(b, where):
+    "Every needed field is there, no other, and each is what it must be"
+    known = {f.name for f in SCHEMA}
+    for f in SCHEMA:
+        if f.needed and f.name not in b: raise BundleError(f"{where} lacks '{f.name}'; export the run again.")
+    odd = next((k for k in b if k not in known), None)
+    if odd is not None:
+        raise BundleError(f'{where} has an unknown field {reprlib.repr(odd)}{nearest(odd, known)}; export the run again.')
+    for f in SCHEMA:
+        if f.name in b and not f.fits(b[f.name]):
+            raise BundleError(f"{where} has {f.name} {reprlib.repr(b[f.name])}; it must be {f.must_be}.")
+
+def check_description(
+    description: dict[str, Any],   # as bundle.json holds it, under today's names
+    where: str = 'this bundle',    # for the error sentence
+) -> None:
+    "Refuse a description that is not what `SCHEMA` says, or whose image rule or check this version cannot use"
+    b = description
+    _check_fields(b, where)
+    try:
+        ImageRule.from_dict(b['image'])
+        if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
+    except BundleError: raise
+    except CxrError as e: raise BundleError(f'{where}: {printable(e)[:400]}') from e
+
+# %% ../nbs/bundle.ipynb #swap
+def _to_disk(path):
+    "Wait until a file or a folder is on the disk"
+    with contextlib.suppress(OSError):                 # folders cannot be waited for everywhere
+        handle = os.open(path, os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
+
+def _swap_at_once(a, b):
+    "Two folders change places in one step; False where the system cannot do it"
+    try: rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError): return False
+    here, exchange = -100, 2                           # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+def _put_in_place(tmp, folder):
+    "The new folder under its name; what stood there ends in `tmp`"
+    for f in (*tmp.iterdir(), tmp): _to_disk(f)
+    if not folder.exists(): tmp.rename(folder)
+    elif not _swap_at_once(tmp, folder):
+        aside = tmp.with_name(f'{tmp.name}-old')
+        folder.rename(aside)
+        try: tmp.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    _to_disk(folder.parent)
+
+# %% ../nbs/bundle.ipynb #whole-folder
+def _temp_beside(folder):
+    "An empty folder with the rights that the person's own settings give"
+    try:
+        tmp = folder.with_name(f'.{folder.name[:40]}-{os.urandom(6).hex()}')
+        tmp.mkdir(parents=True)
+        return tmp
+    except OSError as e:
+        raise RunError(f'cannot write the bundle {folder}: {e.strerror}; choose a folder that you can write to.') from e
+
+@contextlib.contextmanager
+def _whole_folder(folder) -> Iterator[Path]:
+    "A temporary folder that takes the place of `folder` when everything in it was written"
+    folder = Path(os.path.realpath(folder))
+    if folder.is_file() or folder.is_dir() and not (folder / DESCRIPTION).exists() and any(folder.iterdir()):
+        raise RunError(f'{folder} holds files that are no bundle; choose another folder.')
     tmp = _temp_beside(folder)
     try:
-        state = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
-        save_file(state, tmp / 'weights.safetensors')
-        spec = learn.cxr
-        write_json(tmp / 'bundle.json', dict(
-            format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, synthetic=synthetic, arch=spec['arch'], classes=spec['classes'], image=spec['rule'],
-            mean=spec['mean'], std=spec['std'], threshold=threshold, temperature=temperature, operating_point=operating_point or {},
-            weights=dict(file='weights.safetensors', sha256=sha256_file(tmp / 'weights.safetensors'), started_from=spec['weights']),
-            provenance=provenance or {}, **({} if gate is None else dict(gate=gate.to_dict())), versions=versions()))
-        if pickle: _export_pickle(learn, tmp / 'export.pkl')
-        if folder.exists(): shutil.rmtree(folder)
-        tmp.rename(folder)
-    except OSError as e: raise RunError(f'cannot write the bundle {folder}: {e.strerror or e}; free some space or choose another folder.') from e
+        yield tmp
+        _put_in_place(tmp, folder)
+    except OSError as e:
+        raise RunError(f'cannot write the bundle {folder}: {e.strerror or e}; free some space or choose another folder.') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    return folder
 
-def _temp_beside(folder):
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-        tmp.chmod(0o755)
-        return tmp
-    except OSError as e: raise RunError(f'cannot write the bundle {folder}: {e.strerror}; choose a folder that you can write to.') from e
+# %% ../nbs/bundle.ipynb #export-pickle
+class _NoPlaces(pickle.Pickler):
+    "A pickler that writes every path as '.'"
+    def reducer_override(self, obj): return (Path, ('.',)) if isinstance(obj, Path) else NotImplemented
 
-def _export_pickle(learn, path):
-    "fastai's own export, without the trace of a training session"
-    old, learn.path = learn.path, path.parent
-    cache = [(t, t.cache) for t in learn.dls.train_ds.tfms[0].fs if hasattr(t, 'cache')]
+@contextlib.contextmanager
+def _stripped(learn, threshold, temperature) -> Iterator[None]:
+    "The Learner without its cache and the place of its weights, deciding as the bundle does"
+    from covid_cxr.learner import FrozenDecision, InfoCallback
+    info = next(c for c in learn.cbs if isinstance(c, InfoCallback))
+    loaders = [(t, t.cache) for t in learn.dls.train_ds.tfms[0].fs if hasattr(t, 'cache')]
+    kept = info.info, learn.loss_func
     try:
-        for t, _ in cache: t.cache = None              # the other machine has another disk
-        learn.export(path.name)
+        for t, _ in loaders: t.cache = None
+        info.info = replace(kept[0], weights=Path(kept[0].weights).name)
+        learn.loss_func = FrozenDecision(kept[1], threshold if len(kept[0].classes) == 2 else None, temperature)
+        yield
     finally:
-        learn.path = old
-        for t, c in cache: t.cache = c
+        info.info, learn.loss_func = kept
+        for t, cache in loaders: t.cache = cache
 
-# %% ../nbs/bundle.ipynb #read-bundle
-_KEYS = ('arch', 'classes', 'image', 'mean', 'std', 'threshold', 'temperature', 'weights', 'synthetic', 'not_for')
+def export_pickle(
+    learn: Learner,
+    path: str | os.PathLike,       # .pkl
+    threshold: float = .5,
+    temperature: float = 1.,
+) -> Path:
+    "fastai's own export, without places of this machine, deciding as the bundle does"
+    with _stripped(learn, threshold, temperature):
+        learn.export(Path(path).resolve(), pickle_module=SimpleNamespace(__name__='pickle', Pickler=_NoPlaces))
+    return Path(path)
 
-def find_bundle(folder) -> Path:  # the folder that holds bundle.json
+# %% ../nbs/bundle.ipynb #describe
+NOT_FOR = 'Research and teaching only. Not a medical device: not for diagnosis, triage or any decision about a patient.'
+
+def _description(info, state, more):
+    "bundle.json"
+    from covid_cxr.model import MEAN, STD
+    check = more.pop('ood_check')
+    checks = {} if check is None else dict(ood_check=check.to_dict())
+    weights = dict(file=WEIGHTS, sha256=hashlib.sha256(state).hexdigest(), started_from=Path(info.weights).name)
+    return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, synthetic=bool(more['synthetic']),
+                arch=info.arch, classes=info.classes, image=info.rule.to_dict(), mean=MEAN, std=STD,
+                threshold=more['threshold'], temperature=more['temperature'],
+                operating_point=more['operating_point'] or {}, weights=weights,
+                provenance=more['provenance'] or {}, **checks, versions=versions())
+
+def _tensors(learn):
+    "The weights as bytes; weights that are no numbers are refused"
+    import torch
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
+    if not all(torch.isfinite(v).all() for v in state.values()):
+        raise BundleError('the weights of this network are no longer numbers; train again with a smaller lr.')
+    return save(state)
+
+# %% ../nbs/bundle.ipynb #save-bundle
+def save_bundle(
+    learn: Learner,                      # made by `cxr_learner`
+    folder: str | os.PathLike,           # the bundle's folder; an older bundle there is replaced
+    threshold: float = .5,               # probability of the last class from which it is predicted (two classes)
+    temperature: float = 1.,             # logits are divided by it before the softmax
+    operating_point: dict[str, Any] | None = None,  # how the threshold was chosen
+    provenance: dict[str, Any] | None = None,       # recipe, table hash, metric: whatever the run knows
+    synthetic: bool = False,             # was it trained on phantoms?
+    pickle: bool = True,                 # also write export.pkl for fastai users
+    ood_check: OODCheck | None = None,   # what is declined before the model answers; None answers everything
+) -> Path:                               # the folder
+    "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
+    from covid_cxr.learner import learner_info
+    info, state = learner_info(learn), _tensors(learn)
+    description = _description(info, state, dict(
+        threshold=threshold, temperature=temperature, operating_point=operating_point, provenance=provenance,
+        synthetic=synthetic, ood_check=ood_check))
+    check_description(description, f'{folder}')
+    with _whole_folder(folder) as tmp:
+        (tmp / WEIGHTS).write_bytes(state)
+        write_json(tmp / DESCRIPTION, description)
+        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature)
+        write_manifest(tmp, os.listdir(tmp))
+    return Path(folder)
+
+# %% ../nbs/bundle.ipynb #find-bundle
+def find_bundle(
+    folder: str | os.PathLike,  # a bundle, or a run directory
+) -> Path:                      # the folder that holds bundle.json
     "A bundle's folder, given itself or the run directory around it"
     folder = Path(folder)
     for f in (folder, folder / 'bundle'):
-        if (f / 'bundle.json').is_file(): return f
-    raise BundleError(f"no bundle in {folder}: neither {folder / 'bundle.json'} nor {folder / 'bundle' / 'bundle.json'} exists; give the folder of a finished run or of a bundle.")
+        if (f / DESCRIPTION).is_file(): return f
+    raise BundleError(f"no bundle in {folder}: neither {folder / DESCRIPTION} nor {folder / 'bundle' / DESCRIPTION} exists; "
+                      'give the folder of a finished run or of a bundle.')
 
-def read_bundle(folder) -> dict:  # bundle.json, checked, with `folder` added
-    "The description of a bundle, after checking that it is whole and unaltered"
-    folder = find_bundle(folder)
-    try: b = json.loads((folder / 'bundle.json').read_text(encoding='utf-8'))
-    except (ValueError, OSError) as e: raise BundleError(f"{folder / 'bundle.json'} cannot be read ({e}); export the run again.") from e
-    if not isinstance(b, dict) or b.get('format') != FORMAT: raise BundleError(f"{folder / 'bundle.json'} is not a covid_cxr bundle; give a folder written by save_bundle.")
-    if b.get('version') != FORMAT_VERSION: raise BundleError(f"{folder} has bundle version {b.get('version')}, this library reads {FORMAT_VERSION}; install the version of covid_cxr that wrote it.")
-    for k in _KEYS:
-        if k not in b: raise BundleError(f"{folder / 'bundle.json'} lacks '{k}'; export the run again.")
-    _check_values(b, folder)
-    weights = folder / 'weights.safetensors'
+# %% ../nbs/bundle.ipynb #read-description
+_OLD_CHECK = ('gate', 'input_gate')     # what `ood_check` was named in early bundles
+
+def _read_object(file):
+    "A JSON object of a bounded size"
+    try:
+        large = file.stat().st_size > LARGEST_JSON
+        b = None if large else json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, OSError, RecursionError) as e:
+        raise BundleError(f'{file} cannot be read ({str(e)[:100]}); export the run again.') from e
+    if large: raise BundleError(f'{file} is larger than {format_bytes(LARGEST_JSON)}; it is no description of a bundle.')
+    if not isinstance(b, dict) or b.get('format') != FORMAT:
+        raise BundleError(f'{file} is not a covid_cxr bundle; give a folder written by save_bundle.')
+    return b
+
+def read_description(
+    folder: str | os.PathLike,   # a bundle, or a run directory
+) -> dict[str, Any]:             # bundle.json under today's names; `ood_check` None where there is none
+    "The description of a bundle alone, without looking at its weights"
+    file = find_bundle(folder) / DESCRIPTION
+    b = _read_object(file)
+    if b.get('version') != FORMAT_VERSION:
+        raise BundleError(f'{file} has bundle version {reprlib.repr(b.get("version"))}, this library reads {FORMAT_VERSION}; '
+                          'install the version of covid_cxr that wrote it.')
+    old = [b.pop(k) for k in _OLD_CHECK if k in b]
+    b = dict(b, ood_check=next((v for v in (b.get('ood_check'), *old) if v is not None), None))
+    _check_fields(b, str(file))
+    return b
+
+# %% ../nbs/bundle.ipynb #read-bundle
+def _check_weights(b, folder):
+    "Refuse weights that are missing or are not those that were written"
+    weights = folder / WEIGHTS
     if not weights.is_file(): raise BundleError(f'{weights} is missing; copy the whole folder or export the run again.')
-    if sha256_file(weights) != b['weights'].get('sha256'): raise BundleError(f'{weights} is not the file that bundle.json describes (SHA-256 differs); copy the folder again.')
+    try: found = _sha256_start(weights, weights.stat().st_size)
+    except OSError as e: raise BundleError(f'{weights} cannot be read ({e.strerror}); check its permissions.') from e
+    if found != b['weights']['sha256']:
+        raise BundleError(f'{weights} is not the file that {DESCRIPTION} describes (SHA-256 differs); copy the folder again.')
+
+def read_bundle(
+    folder: str | os.PathLike,  # a bundle, or a run directory
+) -> dict[str, Any]:            # bundle.json, with `folder`, and `ood_check` None where there is none
+    "The description of a bundle, after checking that it is whole and its weights unaltered"
+    folder = find_bundle(folder)
+    b = read_description(folder)
+    check_description(b, str(folder / DESCRIPTION))
+    _check_weights(b, folder)
     return dict(b, folder=str(folder))
 
-def _check_values(b, folder):
-    classes, t = b['classes'], b['threshold']
-    if not (isinstance(classes, list) and len(classes) > 1 and len(set(map(str, classes))) == len(classes)): raise BundleError(f'{folder} names the classes {classes!r}; a bundle needs two or more different ones.')
-    if not (isinstance(t, (int, float)) and 0 <= t <= 1): raise BundleError(f'{folder} has threshold {t!r}; it must lie between 0 and 1.')
-    if not (isinstance(b['temperature'], (int, float)) and b['temperature'] > 0): raise BundleError(f"{folder} has temperature {b['temperature']!r}; it must be above 0.")
-    ImageRule.from_dict(b['image'])
-    if b.get('gate') is not None: OODCheck.from_dict(b['gate'])
+# %% ../nbs/bundle.ipynb #header
+_LONGEST_HEADER = 1_000_000    # bytes; that of the largest network here has 100,000
+_DTYPES = {'torch.float32': ('F32', 4), 'torch.int64': ('I64', 8)}
 
-def load_model(bundle: dict):  # from `read_bundle`
-    "The network of a bundle in evaluation mode; torch is imported here and fastai is not"
+class _Tensor(NamedTuple):
+    "One tensor in the header of a safetensors file"
+    dtype: str
+    shape: tuple[int, ...]
+
+def _header_of(data):
+    "name -> tensor of a safetensors file, or ValueError"
+    n = int.from_bytes(data[:8], 'little')
+    if len(data) < 8 or not 2 <= n <= min(len(data) - 8, _LONGEST_HEADER): raise ValueError('the header is cut off')
+    header, size = json.loads(data[8:8 + n]), len(data) - 8 - n
+    header.pop('__metadata__', None)
+    width, out = dict(_DTYPES.values()), {}
+    for name, v in header.items():
+        dtype, shape, (start, end) = v['dtype'], tuple(v['shape']), v['data_offsets']
+        whole = all(type(i) is int and i >= 0 for i in (*shape, start, end))
+        if not whole or dtype not in width or not start <= end <= size:
+            raise ValueError(f'the entry of {reprlib.repr(name)} is impossible')
+        if end - start != math.prod(shape) * width[dtype]: raise ValueError(f'{reprlib.repr(name)} has another length')
+        out[name] = _Tensor(dtype, shape)
+    return out
+
+# %% ../nbs/bundle.ipynb #fits
+def _wanted(model):
+    "name -> tensor that a network needs"
+    return {k: _Tensor(_DTYPES[str(v.dtype)][0], tuple(v.shape)) for k, v in model.state_dict().items()}
+
+def _misfit(data, wanted):
+    "Why these bytes are not the weights that are wanted, or None"
+    try: have = _header_of(data)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e: return str(e)
+    for name in wanted:
+        if name not in have: return f"tensor '{name}' is missing"
+        if have[name] != wanted[name]: return f"'{name}' is {have[name].dtype} of shape {have[name].shape}, not {wanted[name].shape}"
+    odd = next((name for name in have if name not in wanted), None)
+    return None if odd is None else f'tensor {reprlib.repr(odd)} is none of its own'
+
+def _read_weights(bundle, wanted):
+    "The bytes of the weights, which are those that the description names"
+    file = Path(bundle['folder']) / WEIGHTS
+    width = dict(_DTYPES.values())
+    most = 8 + _LONGEST_HEADER + sum(math.prod(t.shape) * width[t.dtype] for t in wanted.values())
+    try:
+        with open(file, 'rb') as f: data = f.read(most + 1)
+    except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); copy the folder again.') from e
+    if hashlib.sha256(data).hexdigest() == bundle['weights']['sha256'] and len(data) <= most: return data
+    raise BundleError(f'{file} is larger than its network or is no longer the file that was described (SHA-256 differs); '
+                      'if the bundle was replaced just now, open it again.')
+
+# %% ../nbs/bundle.ipynb #load-model
+def _load_tensors(data, where):
+    "Tensors of a safetensors file, all of them numbers"
     import torch
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    try: state = load(data)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OverflowError) as e:
+        raise BundleError(f'the weights of {where} are damaged ({str(e).splitlines()[0][:80]}); export the run again.') from e
+    bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
+    if bad:
+        raise BundleError(f'the weights of {where} are not all finite numbers ({format_count(len(bad), "tensor")}, first '
+                          f"'{bad[0]}'); train again with a smaller lr.")
+    return state
+
+def load_model(
+    bundle: dict[str, Any],  # from `read_bundle`
+) -> nn.Sequential:          # in evaluation mode
+    "The network of a bundle; torch is imported here and fastai is not"
+    import torch
     from covid_cxr.model import cxr_model
-    model = cxr_model(bundle['arch'], len(bundle['classes']), weights='none')
-    try: model.load_state_dict(load_file(Path(bundle['folder']) / 'weights.safetensors'))
-    except RuntimeError as e: raise BundleError(f"the weights of {bundle['folder']} do not fit {bundle['arch']} ({str(e).splitlines()[0]}); export the run again.") from e
+    with torch.device('meta'): model = cxr_model(bundle['arch'], len(bundle['classes']), weights='none')
+    wanted = _wanted(model)
+    data = _read_weights(bundle, wanted)
+    why = _misfit(data, wanted)
+    if why: raise BundleError(f"the weights of {bundle['folder']} do not fit {bundle['arch']} ({why}); export the run again.")
+    model.load_state_dict(_load_tensors(data, bundle['folder']), assign=True)
     return model.eval().to(memory_format=torch.channels_last)
+
+# %% ../nbs/bundle.ipynb #export-bundle
+def _copied(files, tmp):
+    "Copy files to these names; a pickle must be a plain file"
+    for n, file in files.items():
+        if n == PICKLE and (file.is_symlink() or not file.is_file()):
+            raise RunError(f'{file} is missing or a link; give the run directory that holds {PICKLE}.')
+        shutil.copyfile(file, tmp / n)
+
+def _pickle_integrity(folder):
+    "Is the pickle beside a bundle, or in its run, the one that was written?"
+    return PICKLE not in check_manifest(folder).altered
+
+def export_bundle(
+    folder: str | os.PathLike,   # a bundle, or a run directory
+    to: str | os.PathLike,       # a new folder
+    pickle: bool = False,        # also export.pkl of the run (opening a pickle runs its code)
+) -> Path:
+    "Copy a bundle to a folder that can be given away"
+    src, to = find_bundle(folder), Path(to)
+    b, integrity = read_bundle(src), check_manifest(src)
+    if to.exists() or to.is_symlink(): raise RunError(f'{to} exists already; name a new folder.')
+    if integrity.status == 'altered' or pickle and not _pickle_integrity(folder):
+        names = integrity.altered or (PICKLE,)
+        raise BundleError(f'{describe_integrity(Integrity("altered", names), src)}')
+    files = {n: src / n for n in (DESCRIPTION, WEIGHTS)}
+    if pickle: files[PICKLE] = Path(folder) / PICKLE
+    with _whole_folder(to) as tmp:
+        _copied(files, tmp)
+        if dict(read_bundle(tmp), folder=b['folder']) != b:
+            raise BundleError(f'{src} was replaced while it was copied; export again.')
+        if integrity.status == 'verified': write_manifest(tmp, files)
+    return to

@@ -4,22 +4,19 @@
 
 # %% ../nbs/cli.ipynb #imports
 from __future__ import annotations
-import argparse, os, shutil, sys, warnings
+import argparse, contextlib, os, sys, textwrap, warnings
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Iterator, Sequence
 from . import __version__
-from .core import CxrError, RecipeError, RunError
+from .core import CxrError, RecipeError, RunError, Split, choices
+from .words import join_words, printable
 
 # %% auto #0
-__all__ = ['do_train', 'do_demo', 'do_predict', 'do_evaluate', 'do_audit', 'do_report', 'do_compare', 'do_reproduce', 'do_export',
-           'do_download', 'do_inspect', 'do_recipes', 'make_parser', 'main']
+__all__ = ['COMMANDS', 'OLD_FLAGS', 'Command', 'make_parser', 'renew_command', 'main']
 
-# %% ../nbs/cli.ipynb #train
-def _recipe_from(args):
-    "The recipe that is named, with the command line's overrides"
-    from covid_cxr.recipe import load_recipe, override, with_epochs
-    recipe = override(load_recipe(args.recipe), _settings(args))
-    return recipe if getattr(args, 'epochs', None) is None else with_epochs(recipe, args.epochs)
-
+# %% ../nbs/cli.ipynb #recipe
 def _settings(args):
     "Fields of a recipe that the command line overrides"
     settings = {}
@@ -31,232 +28,459 @@ def _settings(args):
         if getattr(args, flag, None) is not None: settings[key] = getattr(args, flag)
     return settings
 
-def do_train(args):
-    from covid_cxr.runs.train import train
-    args.run = train(_recipe_from(args), data=args.data, out=args.out, device=args.device, cache_dir=args.cache)
-    do_report(args)
+def _recipe(name, args):
+    "The recipe that is named, with the command line's overrides"
+    from covid_cxr.recipe import load_recipe, override, with_epochs
+    recipe = override(load_recipe(name), _settings(args))
+    epochs = getattr(args, 'epochs', None)
+    return recipe if epochs is None else with_epochs(recipe, epochs)
 
-# %% ../nbs/cli.ipynb #demo
-def do_demo(args):
-    "Phantoms, training, judgement, export, and one new image predicted from the bundle"
-    from PIL import Image
-    from covid_cxr.phantom import make_phantom
-    from covid_cxr.predict import load_predictor
-    from covid_cxr.runs.train import train
-    args.recipe = 'demo'
-    recipe = _recipe_from(args)
-    out = train(recipe, out=args.out, device=args.device)
-    new = out / 'new-image.png'
-    patient = recipe.data.phantom_patients + 10_000          # nobody of the training
-    Image.fromarray(make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image).save(new)
-    p = load_predictor(out).predict(new, gate='warn')
-    print(f'new image (a phantom with planted opacities): {new}\nprediction: {p.label}, ' + ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
-          + f', threshold {p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
-
-# %% ../nbs/cli.ipynb #predict
-def do_predict(args):
-    from covid_cxr.predict import list_images, load_predictor, save_predictions
-    predictor = load_predictor(args.run, args.device)
-    out = predictor.predict(list_images(args.files), bs=args.bs, on_bad='decline' if args.on_bad == 'decline' else 'raise', gate=args.gate)
-    if args.csv: save_predictions(out, args.csv)
-    if predictor.synthetic: print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
-    for p in out:
-        print(f'{p.path}: declined: {p.declined}' if p.declined else f"{p.path}: {p.label} (" + ', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items()) + ')')
-    for p in out:
-        if p.warning: print(f'warning: {p.path}: {p.warning}', file=sys.stderr)
-    print(predictor.bundle['not_for'], file=sys.stderr)
-    return 0
-
-# %% ../nbs/cli.ipynb #evaluate
-def do_evaluate(args):
-    "Metrics of a finished run, computed again from its predictions.csv; with --on, the frozen model on another collection"
-    if args.on: return _evaluate_on(args)
-    import json
-    import pandas as pd
-    from covid_cxr.evaluate import evaluate
-    from covid_cxr.runs.test_log import log_test_evaluation
-    from covid_cxr.recipe import parse_recipe
-    from covid_cxr.runs.train import read_run
-    from covid_cxr.table import as_task
-    run = Path(args.run)
-    state = read_run(run)
-    if state['status'] != 'finished': raise RunError(f"{run} is not finished (it is {state['status']}); run the same 'covid-cxr train' again to resume it.")
-    recipe = parse_recipe((run / 'recipe.toml').read_text(encoding='utf-8'))
-    classes, point = list(as_task(recipe.task).classes), json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['operating_point']
-    pred = pd.read_csv(run / 'predictions.csv', dtype={'patient': str, 'group': str})
-    rows = pred[pred['split'] == args.part]
-    if not len(rows): raise RunError(f"{run} has no predictions for the part '{args.part}'; it has {', '.join(sorted(pred['split'].unique()))}.")
-    probs = rows[[f'prob_{c}' for c in classes]].to_numpy()
-    result = evaluate(rows['label'].to_numpy(), probs[:, 1] if len(classes) == 2 else probs, groups=rows['group'].to_numpy(), classes=classes,
-                      threshold=point['threshold'] if point else .5, n_boot=args.n_boot, seed=recipe.seed)
-    if args.part == 'test': log_test_evaluation(run, 'evaluate', 'test', dict(auc=result['auc']) if 'auc' in result.estimates else {}, point['threshold'] if point else None, once=True)
-    if state.get('synthetic'): print('SYNTHETIC PHANTOMS: these numbers say nothing about patients.')
-    print(result)
-
-def _evaluate_on(args):
-    from covid_cxr.runs.external import external_test, show_external
-    external_test(args.run, args.on, args.data, args.root, args.metadata, args.findings, args.views, args.min_age, args.name, on_bad='exclude' if args.exclude_bad else 'raise',
-                duplicates=args.duplicates, check_files=not args.unchecked, device=args.device)
-    print('\n' + show_external(args.run))
-
-# %% ../nbs/cli.ipynb #audit
-def do_audit(args):
-    "What else could explain the number? RUN/audit.json, and the report made anew"
-    from covid_cxr.audit.run import audit_run
-    audit_run(args.run, quick=args.quick, cache_dir=args.cache, n_boot=args.n_boot)
-    do_report(args)
-
-def do_report(args):
+# %% ../nbs/cli.ipynb #train
+def _report(run, out=None, thumbnails=True):
+    "The page and the model card of a run"
     from covid_cxr.report.page import write_report
-    page = write_report(args.run, out=getattr(args, 'out', None), thumbnails=not getattr(args, 'no_thumbnails', False))
+    page = write_report(run, out=out, thumbnails=thumbnails)
     print(f'report: {page}\nmodel card: {page.with_name("model-card.md")}')
 
-def do_compare(args):
-    from covid_cxr.runs.compare import compare_runs
-    print(compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot))
+def _train(args):
+    "A recipe into a run directory, and its report"
+    from covid_cxr.runs.train import train
+    recipe = _recipe(args.recipe, args)
+    _report(train(recipe, data=args.data, out=args.out, device=args.device, cache_dir=args.cache))
 
-def do_reproduce(args):
-    from covid_cxr.articles.reproduce import reproduce
-    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args), epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
-    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
+# %% ../nbs/cli.ipynb #demo
+def _new_phantom(recipe, file):
+    "An image of a synthetic patient who is not in the training"
+    from PIL import Image
+    from covid_cxr.phantom import make_phantom
+    patient = recipe.data.phantom_patients + 10_000
+    image = make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image
+    Image.fromarray(image).save(file)
+
+def _demo(args):
+    "Phantoms, training, evaluation, export, and one new image predicted from the bundle"
+    from covid_cxr.predict import load_predictor
+    from covid_cxr.runs.train import train
+    recipe = _recipe('demo', args)
+    out = train(recipe, out=args.out, device=args.device)
+    new = out / 'new-image.png'
+    _new_phantom(recipe, new)
+    p = load_predictor(out).predict(new, ood='warn')
+    probs = ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
+    print(f'new image (a phantom with planted opacities): {new}\nprediction: {p.label}, {probs}, threshold {p.threshold:.3f} '
+          '(SYNTHETIC: says nothing about patients)')
+
+# %% ../nbs/cli.ipynb #predict
+def _answer(p):
+    "One prediction as a line"
+    path = printable(p.path)
+    if p.declined: return f'{path}: declined: {printable(p.declined)}'
+    return f"{path}: {p.label} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
+
+def _predict(args):
+    "A line for every image, and a CSV when one is asked for"
+    from covid_cxr.predict import list_images, load_predictor, save_predictions
+    predictor = load_predictor(args.run, args.device)
+    _say_unverified(predictor.integrity, args.run)
+    found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
+    if args.out: save_predictions(found, args.out)
+    if predictor.synthetic:
+        print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
+    for p in found: print(_answer(p))
+    for p in found:
+        if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
+    print(predictor.bundle['not_for'], file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #evaluate
+def _evaluate(args):
+    "Metrics of a finished run, computed again from its predictions.csv"
+    from covid_cxr.evaluate import evaluate
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.test_log import log_test_evaluation
+    run = RunFolder.open(args.run)
+    _say_unverified(run.integrity, args.run)
+    if run.file('table.csv').is_file(): run.rows              # predictions and table must be of one run
+    p, classes = run.predictions, list(run.classes)
+    rows = p[p['split'] == args.split]
+    if not len(rows):
+        known = join_words(sorted(p['split'].unique()))
+        raise RunError(f"{args.run} has no predictions for the split '{args.split}'; it has {known}.")
+    probs = rows[[f'prob_{c}' for c in classes]].to_numpy()
+    threshold = .5 if run.threshold is None else run.threshold
+    score = probs[:, 1] if len(classes) == 2 else probs
+    result = evaluate(rows['label'].to_numpy(), score, groups=rows['group'].to_numpy(), classes=classes,
+                      threshold=threshold, n_boot=args.n_boot, seed=run.recipe.seed)
+    if args.split == 'test':
+        seen = dict(auc=result['auc']) if 'auc' in result.estimates else {}
+        log_test_evaluation(args.run, 'evaluate', 'test', seen, run.threshold, once=True)
+    if run.synthetic: print('SYNTHETIC PHANTOMS: these numbers say nothing about patients.')
+    print(result)
+
+# %% ../nbs/cli.ipynb #external
+def _external(args):
+    "The frozen model of a run on another collection"
+    from covid_cxr.audit.baselines import external_baselines
+    from covid_cxr.runs.external import external_table, external_test
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.sentences import describe_external_test, format_external_table
+    test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
+                         args.min_age, args.name, on_bad=args.on_bad, duplicates=args.duplicates,
+                         baselines=external_baselines,
+                         check_files=not args.unchecked, device=args.device, n_boot=args.n_boot)
+    run = RunFolder.open(args.run)
+    own = run.result if run.split == 'test' else None
+    print(f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n')
+    print(format_external_table(external_table(run)))
+
+# %% ../nbs/cli.ipynb #audit
+def _audit(args):
+    "What else could explain the number? RUN/audit.json, and the report made anew"
+    from covid_cxr.audit.run import audit_run
+    from covid_cxr.audit.sentences import describe_audit
+    audit = audit_run(args.run, quick=args.quick, cache_dir=args.cache, n_boot=args.n_boot)
+    print(describe_audit(audit, every=args.all))
+    _report(args.run)
+
+def _write_report(args): _report(args.run, args.out, not args.no_thumbnails)
+
+def _compare(args):
+    "Several runs on one test split"
+    from covid_cxr.core import write_json
+    from covid_cxr.runs.compare import compare_runs
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.sentences import describe_comparison
+    for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
+    found = compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot)
+    if args.out: write_json(args.out, found.to_dict())
+    print(describe_comparison(found))
 
 # %% ../nbs/cli.ipynb #export
-def do_export(args):
+def _export(args):
     "Copy the bundle of a run (and, when asked, the fastai pickle) to a folder that can be given away"
-    from covid_cxr.bundle import find_bundle, read_bundle
-    src, to = find_bundle(args.run), Path(args.to)
-    read_bundle(src)
-    if to.exists(): raise RunError(f'{to} exists already; name a new folder.')
-    tmp = to.with_name(f'.{to.name}.tmp')
-    try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.copytree(src, tmp)
-        if args.pickle: shutil.copy(Path(args.run) / 'export.pkl', tmp)
-        tmp.rename(to)
-    except OSError as e: raise RunError(f'cannot export to {to}: {e.strerror or e}; choose another folder, or give the run directory that holds export.pkl.') from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    print(f'bundle: {to}')
+    from covid_cxr.bundle import export_bundle
+    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle))}')
+    if args.pickle: print('export.pkl decides at the same threshold; it declines nothing: only the bundle asks the ood check.')
 
-def do_download(args):
+def _reproduce(args):
+    "The recipes of the articles, and their tables"
+    from covid_cxr.articles.reproduce import reproduce
+    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
+              epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
+    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
+
+# %% ../nbs/cli.ipynb #data-commands
+def _download(args):
+    "Fetch a collection, or list them"
     from covid_cxr.curate.download import DOWNLOADS, download
-    if not args.source:
+    if args.source: print(download(args.source, args.out, accept=args.accept, commit=args.commit))
+    else:
         for d in DOWNLOADS.values(): print(f'{d.name:<20} {d.how:<7} {d.title}')
-        return 0
-    print(download(args.source, args.to, accept=args.accept, commit=args.commit))
 
-def do_inspect(args):
+def _inspect(args):
     "What came in and why rows are not used: of a recipe's table, or of one collection before any task"
     from covid_cxr.core import used
+    from covid_cxr.report.quality_page import run_inspection
     from covid_cxr.duplicates import find_near, fingerprints
-    from covid_cxr.curate.quality import run_inspection
     from covid_cxr.recipe import build_table
     from covid_cxr.sources import SOURCES, read_source
     if args.what in SOURCES: table = read_source(args.what, args.data)
-    else:
-        args.recipe = args.what
-        recipe = _recipe_from(args)
-        table = build_table(recipe, args.data, args.cache)
+    else: table = build_table(_recipe(args.what, args), args.data, args.cache)
     seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
-    run_inspection(table, find_near(seen, cache_file=kept), out=args.out, problems=fingerprints(seen['path'].dropna(), kept))
+    problems = fingerprints(seen['path'].dropna(), kept)
+    run_inspection(table, find_near(seen, prints=problems), out=args.out, problems=problems)
 
-def do_recipes(args):
-    from covid_cxr.recipe import list_recipes
-    for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
+# %% ../nbs/cli.ipynb #recipes-command
+def _recipes(args):
+    "The shipped recipes, or the fields that a recipe may set"
+    from covid_cxr.recipe import list_recipes, recipe_fields
+    if not args.fields:
+        for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
+        return
+    for f in recipe_fields().itertuples():
+        print(f'{f.field} = {f.default}')
+        print(textwrap.fill(f'{f.meaning} ({f.value})', 100, initial_indent='    ', subsequent_indent='    '))
 
-# %% ../nbs/cli.ipynb #parser
-def _run_options(p):
-    p.add_argument('--size', type=int, metavar='N', help='side of the square picture in pixels')
-    p.add_argument('--epochs', type=int, metavar='N', help="epochs in all: the recipe's rounds are cut, or the last one stretched, to N")
-    p.add_argument('--arch', metavar='A', help='architecture, e.g. resnet18, resnet50, densenet121')
+# %% ../nbs/cli.ipynb #shared-options
+def _run_argument(p): p.add_argument('run', metavar='RUN', help='run directory')
+
+def _set_option(p):
+    p.add_argument('--set', action='append', metavar='KEY=VALUE',
+                   help="any field of the recipe by its dotted name, e.g. --set training.bs=4 (see 'covid-cxr recipes "
+                        "--fields'); may be repeated")
+
+def _boot_option(p, default: int | None = 2000):
+    shown = 'as in the recipe' if default is None else default
+    p.add_argument('--n-boot', type=int, default=default, metavar='N',
+                   help=f'bootstrap resamples of patients (default: {shown})')
+
+# %% ../nbs/cli.ipynb #recipe-options
+def _recipe_options(p):
+    from covid_cxr.settings import Arch
+    p.add_argument('--size', type=int, metavar='N', help='side of the square image in pixels')
+    p.add_argument('--epochs', type=int, metavar='N',
+                   help="epochs in all: the recipe's stages are cut, or the last one stretched, to N")
+    p.add_argument('--arch', choices=choices(Arch), metavar='A', help=f'architecture: {", ".join(choices(Arch))}')
     p.add_argument('--weights', metavar='W', help="'imagenet', 'none' (train from scratch) or the path of a weights file")
     p.add_argument('--seed', type=int, metavar='S', help='every choice of chance in the run')
     p.add_argument('--device', default='auto', metavar='D', help='cpu, cuda or auto (default: a GPU when there is one)')
-    p.add_argument('--set', action='append', metavar='KEY=VALUE', help='any field of the recipe by its dotted name, e.g. --set training.bs=4; may be repeated')
+    _set_option(p)
 
-def _rung_options(p):
-    p.add_argument('--on', metavar='SOURCE', help="another collection by name (see 'covid-cxr download'): the frozen model is taken there and the rung added to RUN/ladder.json")
-    p.add_argument('--data', default='.', metavar='DIR', help='with --on: folder that holds the collections')
-    p.add_argument('--root', default='', metavar='FOLDER', help="with --on: the collection's folder below --data")
-    p.add_argument('--metadata', default='', metavar='FILE', help="with --on: another metadata file than the collection's own, below --data")
-    p.add_argument('--findings', nargs='+', default=[], metavar='F', help="with --on: only these findings, e.g. 'No Finding'")
-    p.add_argument('--views', nargs='+', metavar='V', help="with --on: only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
-    p.add_argument('--min-age', type=float, metavar='YEARS', help='with --on: only people of this age or above')
-    p.add_argument('--name', metavar='N', help='with --on: name of the rung')
-    p.add_argument('--exclude-bad', action='store_true', help='with --on: leave out files that cannot be read instead of stopping')
-    p.add_argument('--duplicates', choices=('near', 'exact'), default='near', help="with --on: copies of the run's own films to look for: 'near' (edited ones too, default) or 'exact' (equal pictures, faster)")
-    p.add_argument('--unchecked', action='store_true', help='with --on: go on when films that the model was made with are not on this disk; the rung says so')
-    p.add_argument('--device', metavar='D', help='with --on: cpu (default) or cuda')
+def _demo_options(p):
+    p.add_argument('--out', default='demo', metavar='DIR', help='run directory (default: demo)')
+    _recipe_options(p)
 
-def make_parser() -> argparse.ArgumentParser:
-    "The command line of `covid-cxr`"
-    top = argparse.ArgumentParser(prog='covid-cxr', description='Train and judge chest X-ray classifiers with numbers that survive a hostile reviewer. Research and teaching only, not for diagnosis.',
-                                  epilog="First steps: 'covid-cxr demo' runs the whole job on synthetic radiographs in a few minutes.")
-    top.add_argument('--version', action='version', version=f'covid-cxr {__version__}')
-    sub = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    def command(name, do, help, example):
-        p = sub.add_parser(name, help=help, description=f'{help[0].upper()}{help[1:]}.', epilog=f'Example: {example}')
-        p.set_defaults(do=do)
-        return p
-    p = command('demo', do_demo, 'the whole job on synthetic radiographs: train, judge, export, predict', 'covid-cxr demo --out demo')
-    p.add_argument('--out', default='demo', metavar='DIR', help='run directory (default: demo)'); _run_options(p)
-    p = command('train', do_train, 'train and judge what a recipe says, into a run directory; resumes a run that was killed', 'covid-cxr train covid-2020 --data data --out runs/first --size 224')
+def _train_options(p):
     p.add_argument('recipe', metavar='RECIPE', help="name of a shipped recipe (see 'covid-cxr recipes') or path of a TOML file")
     p.add_argument('--data', metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/run', metavar='RUN', help='run directory (default: runs/run)')
-    p.add_argument('--cache', metavar='DIR', help='keep decoded pictures here, for several runs (default: RUN/cache)'); _run_options(p)
-    p = command('inspect', do_inspect, 'what came in, what is not used and why, duplicates, conflicts, licences', 'covid-cxr inspect covid-2020 --data data --out inspection')
-    p.add_argument('what', metavar='RECIPE|SOURCE', help="a recipe (its whole table), or one collection by name (see 'covid-cxr download' for the names)")
+    p.add_argument('--cache', metavar='DIR', help='keep decoded images here, for several runs (default: RUN/cache)')
+    _recipe_options(p)
+
+# %% ../nbs/cli.ipynb #data-options
+def _inspect_options(p):
+    p.add_argument('what', metavar='RECIPE|SOURCE',
+                   help="a recipe (its whole table), or one collection by name (see 'covid-cxr download' for the names)")
     p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections, or the collection itself')
     p.add_argument('--out', metavar='DIR', help='also write text, CSV files and a page with thumbnails of the duplicates here')
-    p.add_argument('--cache', metavar='DIR', help='keep decoded pictures and fingerprints here, for several calls')
-    p.add_argument('--set', action='append', metavar='KEY=VALUE', help='any field of the recipe, e.g. --set data.licences=commercial')
-    p = command('download', do_download, 'fetch a collection, or say how it is had; without a name: list them', 'covid-cxr download covid_chestxray --to data --accept')
+    p.add_argument('--cache', metavar='DIR', help='keep decoded images and fingerprints here, for several calls')
+    _set_option(p)
+
+def _download_options(p):
     p.add_argument('source', nargs='?', metavar='SOURCE', help='name of a collection')
-    p.add_argument('--to', default='data', metavar='DIR', help='folder that holds the collections (default: data)')
+    p.add_argument('--out', default='data', metavar='DIR', help='folder that holds the collections (default: data)')
     p.add_argument('--accept', action='store_true', help='I have read and accept the licence and account words that are printed')
     p.add_argument('--commit', metavar='SHA', help='another commit of a repository than the pinned one')
-    p = command('predict', do_predict, 'predict image files with a trained run or an exported bundle', 'covid-cxr predict runs/first film.png folder/ --csv out.csv')
+
+# %% ../nbs/cli.ipynb #model-options
+def _predict_options(p):
+    from covid_cxr.predict import OnBadFile, OODMode
     p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
     p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
-    p.add_argument('--csv', metavar='FILE', help='also write one row per image to this CSV')
-    p.add_argument('--on-bad', choices=('stop', 'decline'), default='stop', help="an unreadable file: 'stop' with an error (default), or 'decline' it in its row and go on")
-    p.add_argument('--gate', choices=('decline', 'warn', 'off'), default='decline', help="a picture that is unlike the training films: 'decline' it (default), 'warn' and answer, or 'off'")
+    p.add_argument('--out', metavar='FILE', help='also write one row per image to this CSV')
+    p.add_argument('--on-bad', choices=choices(OnBadFile), default='raise',
+                   help="an unreadable file: 'raise' an error (default), or 'decline' it in its row and go on")
+    p.add_argument('--ood', choices=choices(OODMode), default='decline',
+                   help="an image unlike the training images: 'decline' it (default), 'warn' and answer, or 'off'")
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
-    p = command('evaluate', do_evaluate, 'metrics of a finished run with intervals over patients; with --on, its frozen model on another collection', 'covid-cxr evaluate runs/first --on nih_chest_xrays --data data --min-age 18')
-    p.add_argument('run', metavar='RUN', help='run directory'); p.add_argument('--part', default='test', choices=('train', 'valid', 'test'), help='which part (default: test)')
-    p.add_argument('--n-boot', type=int, default=2000, metavar='N', help='bootstrap resamples of patients (default: 2000)'); _rung_options(p)
-    p = command('audit', do_audit, 'ask what else could explain the number: leaks, files, web sites, edges, letters, chance', 'covid-cxr audit runs/first --quick')
-    p.add_argument('run', metavar='RUN', help='run directory'); p.add_argument('--quick', action='store_true', help='only what takes a few minutes on two cores')
-    p.add_argument('--cache', metavar='DIR', help='decoded pictures and fingerprints (default: RUN/cache)'); p.add_argument('--n-boot', type=int, default=2000, metavar='N', help='bootstrap resamples of patients (default: 2000)')
-    p = command('report', do_report, 'one self-contained page and a model card from a finished run', 'covid-cxr report runs/first')
-    p.add_argument('run', metavar='RUN', help='run directory'); p.add_argument('--out', metavar='DIR', help='folder for both files (default: the run directory)')
-    p.add_argument('--no-thumbnails', action='store_true', help='leave out the pictures of wrongly called films, so that the page holds no patient')
-    p = command('compare', do_compare, 'compare finished runs film by film; what cannot be told apart is not ranked', 'covid-cxr compare runs/first runs/second')
-    p.add_argument('runs', nargs='+', metavar='RUN', help='run directories, two or more'); p.add_argument('--shared', action='store_true', help='when the test parts differ, compare on the films that all were tested on')
-    p.add_argument('--margin', type=float, metavar='D', help='largest loss of AUC that would not matter, written down beforehand: adds a word on non-inferiority')
-    p.add_argument('--n-boot', type=int, default=2000, metavar='N', help='bootstrap resamples of patients (default: 2000)')
-    p = command('reproduce', do_reproduce, 'run the recipes of the five articles and write one table: claimed, their protocol, leak-safe, outside', 'covid-cxr reproduce --data data --out runs/articles --quick')
-    p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections'); p.add_argument('--out', default='runs/articles', metavar='DIR', help='folder for the runs and the tables (default: runs/articles); finished runs there are kept')
-    p.add_argument('--quick', action='store_true', help='tiny pictures, one epoch, two folds: minutes, to see that it works'); p.add_argument('--only', nargs='+', metavar='ARTICLE', help="only these: pneumonia-cnn, pneumonia-explained, covid-2020, coronahack-vgg, effusion-resnet, pretrain")
-    p.add_argument('--seeds', type=int, default=1, metavar='N', help='trainings of covid-2020 with seeds in a row (default: 1)')
-    p.add_argument('--cache', metavar='DIR', help='keep decoded pictures here (default: OUT/cache)'); _run_options(p)
-    p = command('export', do_export, 'copy the bundle of a run to a folder that can be given away', 'covid-cxr export runs/first --to my-model')
-    p.add_argument('run', metavar='RUN', help='run directory'); p.add_argument('--to', required=True, metavar='DIR', help='new folder')
-    p.add_argument('--pickle', action='store_true', help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
-    command('recipes', do_recipes, 'list the recipes that come with the library', 'covid-cxr recipes')
+
+def _evaluate_options(p):
+    _run_argument(p)
+    p.add_argument('--split', default='test', choices=choices(Split), help='which split (default: test)')
+    _boot_option(p)
+
+# %% ../nbs/cli.ipynb #external-options
+def _external_options(p):
+    from covid_cxr.cache import OnBad
+    from covid_cxr.runs.external import Search
+    _run_argument(p)
+    p.add_argument('source', metavar='SOURCE', help="another collection by name (see 'covid-cxr download')")
+    p.add_argument('--data', default='.', metavar='DIR', help='folder that holds the collections (default: this one)')
+    p.add_argument('--root', default='', metavar='FOLDER', help="the collection's folder below --data")
+    p.add_argument('--metadata', default='', metavar='FILE', help="another metadata file than the collection's own, below --data")
+    p.add_argument('--findings', nargs='+', default=[], metavar='F', help="only these findings, e.g. 'No Finding'")
+    p.add_argument('--views', nargs='+', metavar='V',
+                   help="only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
+    p.add_argument('--min-age', type=float, metavar='YEARS', help='only people of this age or above')
+    p.add_argument('--name', metavar='N', help='name of the test (default: made from source, findings and age)')
+    p.add_argument('--on-bad', choices=choices(OnBad), default='raise',
+                   help="an unreadable file: 'raise' an error (default), or 'exclude' it with its reason")
+    p.add_argument('--duplicates', choices=choices(Search), default='near',
+                   help="copies of the run's own images to look for: 'near' (edited ones too, default) or 'exact' (faster)")
+    p.add_argument('--unchecked', action='store_true',
+                   help='go on when images that the model was made with are not on this disk; the test says so')
+    p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
+    _boot_option(p, None)
+
+# %% ../nbs/cli.ipynb #audit-options
+def _audit_options(p):
+    _run_argument(p)
+    p.add_argument('--all', action='store_true', help='print every check, also those that pass')
+    p.add_argument('--quick', action='store_true', help='only what takes a few minutes on two cores')
+    p.add_argument('--cache', metavar='DIR', help='decoded images and fingerprints (default: RUN/cache)')
+    _boot_option(p)
+
+def _report_options(p):
+    _run_argument(p)
+    p.add_argument('--out', metavar='DIR', help='folder for both files (default: the run directory)')
+    p.add_argument('--no-thumbnails', action='store_true',
+                   help='leave out the wrongly predicted images, so that the page holds no image of a patient')
+
+def _compare_options(p):
+    p.add_argument('runs', nargs='+', metavar='RUN', help='run directories, two or more')
+    p.add_argument('--shared', action='store_true', help='when the test splits differ, compare on the images they share')
+    p.add_argument('--margin', type=float, metavar='D',
+                   help='largest loss of AUC that would not matter, written down beforehand: adds a word on non-inferiority')
+    p.add_argument('--out', metavar='FILE', help='also write the comparison to this JSON file')
+    _boot_option(p)
+
+# %% ../nbs/cli.ipynb #other-options
+def _reproduce_options(p):
+    from covid_cxr.articles.reported import ARTICLES, PRETRAIN
+    p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections')
+    p.add_argument('--out', default='runs/articles', metavar='DIR',
+                   help='folder for the runs and the tables (default: runs/articles); finished runs there are kept')
+    p.add_argument('--quick', action='store_true', help='tiny images, one epoch, two folds: minutes, to see that it works')
+    p.add_argument('--only', nargs='+', metavar='ARTICLE', choices=(*ARTICLES, PRETRAIN),
+                   help=f'only these: {", ".join((*ARTICLES, PRETRAIN))}')
+    p.add_argument('--seeds', type=int, default=1, metavar='N',
+                   help='trainings of covid-2020 with seeds in a row (default: 1)')
+    p.add_argument('--cache', metavar='DIR', help='keep decoded images here (default: OUT/cache)')
+    _recipe_options(p)
+
+def _export_options(p):
+    _run_argument(p)
+    p.add_argument('--out', required=True, metavar='DIR', help='new folder')
+    p.add_argument('--pickle', action='store_true',
+                   help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
+
+def _recipes_options(p):
+    p.add_argument('--fields', action='store_true', help='list the fields of a recipe instead: default, meaning, known words')
+
+# %% ../nbs/cli.ipynb #commands
+@dataclass(frozen=True)
+class Command:
+    "A verb of the command line"
+    name: str
+    do: Callable[[Namespace], int | None]        # the exit code; None: 0
+    options: Callable[[ArgumentParser], None]
+    help: str
+    example: str
+
+COMMANDS = [
+    Command('demo', _demo, _demo_options, 'the whole job on synthetic radiographs: train, evaluate, export, predict',
+            'covid-cxr demo --out demo'),
+    Command('train', _train, _train_options,
+            'train and evaluate what a recipe says, into a run directory; resumes a run that was killed',
+            'covid-cxr train covid-2020 --data data --out runs/first --size 224'),
+    Command('inspect', _inspect, _inspect_options, 'what came in, what is not used and why, duplicates, conflicts, licences',
+            'covid-cxr inspect covid-2020 --data data --out inspection'),
+    Command('download', _download, _download_options, 'fetch a collection, or say how to get it; without a name: list them',
+            'covid-cxr download covid_chestxray --out data --accept'),
+    Command('predict', _predict, _predict_options, 'predict image files with a trained run or an exported bundle',
+            'covid-cxr predict runs/first chest.png folder/ --out out.csv'),
+    Command('evaluate', _evaluate, _evaluate_options, 'metrics of a finished run with intervals over patients',
+            'covid-cxr evaluate runs/first --split valid'),
+    Command('external', _external, _external_options, 'the frozen model of a finished run on another collection',
+            "covid-cxr external runs/first nih --data data --findings 'No Finding' --min-age 18"),
+    Command('audit', _audit, _audit_options, 'ask what else could explain the number: leaks, files, web sites, edges, letters, chance',
+            'covid-cxr audit runs/first --quick'),
+    Command('report', _write_report, _report_options, 'one self-contained page and a model card from a finished run',
+            'covid-cxr report runs/first'),
+    Command('compare', _compare, _compare_options, 'compare finished runs image by image; runs that do not differ are not ranked',
+            'covid-cxr compare runs/first runs/second'),
+    Command('reproduce', _reproduce, _reproduce_options,
+            'run the recipes of the five articles and write one table: reported, their protocol, leak-safe, external',
+            'covid-cxr reproduce --data data --out runs/articles --quick'),
+    Command('export', _export, _export_options, 'copy the bundle of a run to a folder that can be given away',
+            'covid-cxr export runs/first --out my-model'),
+    Command('recipes', _recipes, _recipes_options, 'list the recipes that come with the library', 'covid-cxr recipes'),
+]
+
+# %% ../nbs/cli.ipynb #parser
+_DESCRIPTION = ('Train and evaluate chest X-ray classifiers with numbers that survive a hostile reviewer. '
+                'Research and teaching only, not for diagnosis.')
+_EPILOG = "First steps: 'covid-cxr demo' runs the whole job on synthetic radiographs in a few minutes."
+
+def make_parser(
+    only: str | None = None,   # the command whose options are put together; None: those of all
+) -> ArgumentParser:
+    "The command line of `covid-cxr`"
+    top = ArgumentParser(prog='covid-cxr', description=_DESCRIPTION, epilog=_EPILOG)
+    top.add_argument('--version', action='version', version=f'covid-cxr {__version__}')
+    commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for c in COMMANDS:
+        description = f'{c.help[0].upper()}{c.help[1:]}.'
+        p = commands.add_parser(c.name, help=c.help, description=description, epilog=f'Example: {c.example}')
+        p.set_defaults(do=c.do)
+        if only in (None, c.name): c.options(p)
     return top
 
+# %% ../nbs/cli.ipynb #old-flags
+OLD_FLAGS: dict[str, dict[str, list[str]]] = {      # command -> flag (or flag and word) -> what it is today
+    'predict': {'--csv': ['--out'], '--gate': ['--ood'], '--on-bad stop': ['--on-bad', 'raise']},
+    'download': {'--to': ['--out']},
+    'export': {'--to': ['--out']},
+    'evaluate': {'--part': ['--split']},
+    'external': {'--exclude-bad': ['--on-bad', 'exclude']},
+}
+
+def _take(argv, flag):
+    "A flag and its value taken out of a command line: (value or None, the rest)"
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv): return argv[i + 1], argv[:i] + argv[i + 2:]
+        if word.startswith(f'{flag}='): return word[len(flag) + 1:], argv[:i] + argv[i + 1:]
+    return None, argv
+
+def _new_verb(argv):
+    "'evaluate RUN --on SOURCE' as 'external RUN SOURCE'"
+    source, rest = _take(argv, '--on') if argv[:1] == ['evaluate'] else (None, argv)
+    if source is None: return argv, []
+    _, rest = _take(rest, '--part')
+    return ['external', *rest[1:], '--', source], ["'evaluate RUN --on SOURCE' is now 'external RUN SOURCE'"]
+
+# %% ../nbs/cli.ipynb #renew
+def renew_command(
+    argv: Sequence[str],              # a command line, without the program
+) -> tuple[list[str], list[str]]:     # today's command line; what was renamed, for a person
+    "A command line with old flags as it is written today"
+    argv, notes = _new_verb(list(argv))
+    old, out, i = OLD_FLAGS.get(argv[0] if argv else '', {}), [], 0
+    while i < len(argv):
+        flag, eq, value = argv[i].partition('=')
+        pair = f'{argv[i]} {argv[i + 1]}' if i + 1 < len(argv) else ''
+        if argv[i] == '--': break
+        if pair in old: new, used, said = old[pair], 2, pair
+        elif flag in old: new, used, said = [*old[flag][:-1], old[flag][-1] + eq + value], 1, flag
+        else: new, used, said = [argv[i]], 1, ''
+        if said: notes.append(f"{said} is now {' '.join(old[said])}")
+        out += new
+        i += used
+    return [*out, *argv[i:]], notes
+
+# %% ../nbs/cli.ipynb #altered
+def _say_unverified(integrity, folder):
+    "A note on a run or a bundle without a manifest"
+    from covid_cxr.bundle import describe_integrity
+    if integrity.status == 'unverified':
+        print(f'note: {printable(describe_integrity(integrity, folder))}', file=sys.stderr)
+
+@contextlib.contextmanager
+def _altered_in_red() -> Iterator[None]:
+    "Every warning of altered files as one line, red in a terminal, once per command"
+    told, other = set(), warnings.showwarning
+    def show(message, category, filename, lineno, file=None, line=None):
+        from covid_cxr.bundle import AlteredWarning
+        if not issubclass(category, AlteredWarning): return other(message, category, filename, lineno, file, line)
+        text, red = printable(message), sys.stderr.isatty()
+        if text not in told: print(f'\x1b[1;31m{text}\x1b[0m' if red else text, file=sys.stderr)
+        told.add(text)
+    warnings.showwarning = show
+    warnings.filterwarnings('always', message='ALTERED')      # also where a person has turned warnings off
+    yield
+
 # %% ../nbs/cli.ipynb #main
-def main(argv=None) -> int:
-    "Run one command; the exit code is returned"
-    args = make_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)      # notes of other packages to their own authors
-            return args.do(args) or 0
-    except CxrError as e: print(f'covid-cxr: {e}', file=sys.stderr)
-    except KeyboardInterrupt: print('covid-cxr: interrupted; the same command goes on where a training stopped.', file=sys.stderr); return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader of our output went away
-    except OSError as e: print(f'covid-cxr: {e.strerror or e}: {e.filename or "file"}; check the path, the permissions and the free space.', file=sys.stderr)
+def _run(argv):
+    "Parse, say what was renamed, do"
+    argv, notes = renew_command(argv)
+    args = make_parser(argv[0] if argv else '').parse_args(argv)
+    for note in notes: print(f'note: {note} (the old name still works)', file=sys.stderr)
+    with warnings.catch_warnings(), _altered_in_red():
+        for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)   # of other packages
+        return args.do(args) or 0
+
+def main(
+    argv: Sequence[str] | None = None,   # None: the words of the terminal
+) -> int:                                # the exit code
+    "Run one command"
+    try: return _run(sys.argv[1:] if argv is None else list(argv))
+    except CxrError as e: print(f'covid-cxr: {printable(e)}', file=sys.stderr)
+    except KeyboardInterrupt:
+        print('covid-cxr: interrupted; the same command goes on where a training stopped.', file=sys.stderr)
+        return 130
+    except BrokenPipeError:                     # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        what = printable(f'{e.strerror or e}: {e.filename or "file"}')
+        print(f'covid-cxr: {what}; check the path, the permissions and the free space.', file=sys.stderr)
     return 1

@@ -7,16 +7,17 @@ from __future__ import annotations
 import difflib, hashlib, importlib.metadata, json, os, platform, re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence, get_args
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Mapping, NamedTuple, get_args
 import numpy as np
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['COLUMNS', 'NUMERIC', 'SYNTHETIC', 'SPLITS', 'Step', 'FINDINGS', 'FINDING_WORDS', 'NOT_STATED', 'VIEWS', 'CxrError',
-           'SourceError', 'VocabularyError', 'TableError', 'LeakError', 'ImageError', 'WeightsError', 'RecipeError',
-           'RunError', 'BundleError', 'nearest', 'choices', 'check_choice', 'new_table', 'Reason', 'exclude', 'used',
-           'require_columns', 'is_missing', 'canonical_finding', 'canonical_findings', 'is_finding', 'canonical_view',
-           'canonical_views', 'atomic_path', 'write_text', 'write_json', 'sha256_file', 'sha256_text', 'versions']
+__all__ = ['COLUMNS', 'NUMERIC', 'SYNTHETIC', 'Split', 'SPLITS', 'Step', 'FINDINGS', 'FINDING_WORDS', 'NOT_STATED', 'View',
+           'VIEWS', 'CxrError', 'SourceError', 'VocabularyError', 'TableError', 'LeakError', 'ImageError',
+           'WeightsError', 'RecipeError', 'RunError', 'BundleError', 'nearest', 'choices', 'check_choice', 'new_table',
+           'Reason', 'exclude', 'used', 'require_columns', 'is_missing', 'canonical_finding', 'canonical_findings',
+           'is_finding', 'canonical_view', 'canonical_views', 'atomic_path', 'write_text', 'write_json', 'sha256_file',
+           'sha256_text', 'versions', 'data_folder']
 
 # %% ../nbs/core.ipynb #errors
 class CxrError(ValueError): "A refusal of this library: one sentence with the name, the value and the cure"
@@ -26,7 +27,9 @@ class VocabularyError(CxrError): "A finding, view, task or other word that the l
 # %% ../nbs/core.ipynb #errors-table
 class TableError(CxrError): "A table lacks a column, a class or a split that the next step needs"
 class LeakError(CxrError): "A group of images of one patient stands on both sides of a split"
-class ImageError(CxrError): "An image file cannot be read, or should not be"
+class ImageError(CxrError):
+    "An image file cannot be read, or should not be"
+    why: str = ''   # the cause and the cure without the name of the file, for a column of reasons
 
 # %% ../nbs/core.ipynb #errors-run
 class WeightsError(CxrError): "Weights cannot be had or do not fit the architecture"
@@ -85,7 +88,8 @@ COLUMNS = {
 }
 NUMERIC = ('age_years', 'offset_days')
 SYNTHETIC = 'synthetic phantom'   # the licence of every row made by `phantom`; outputs made from such rows say so
-SPLITS = ('train', 'valid', 'test')
+Split = Literal['train', 'valid', 'test']
+SPLITS: tuple[Split, ...] = choices(Split)
 
 # %% ../nbs/core.ipynb #new-table
 def new_table(
@@ -105,8 +109,10 @@ def new_table(
     return t[[*COLUMNS, *(c for c in t if c not in COLUMNS)]]
 
 # %% ../nbs/core.ipynb #exclude
-Step = Literal['reading', 'joining', 'views', 'ages', 'licences', 'task', 'repeats', 'files', 'sampling', 'split', 'prediction',
-               'manual', 'unknown']   # 'manual': by hand, a plain text; 'unknown': from a table that recorded no step
+Step = Literal['reading', 'joining', 'views', 'ages', 'licences', 'task', 'repeats', 'files', 'sampling', 'split',
+               'prediction',
+               'manual',    # by hand, a plain text
+               'unknown']   # from a table that recorded no step
 
 class Reason(NamedTuple):
     "Why a row is not used"
@@ -116,6 +122,11 @@ class Reason(NamedTuple):
     def __str__(self) -> str: return f'{self.rule}: {self.detail}' if self.detail else self.rule
 
 # %% ../nbs/core.ipynb #exclude-rows
+def _reason_columns(reasons: list[Reason]) -> dict[str, list]:
+    "What the four columns of the table say of these reasons"
+    return dict(excluded=[str(r) for r in reasons], excluded_step=[r.step for r in reasons],
+                excluded_rule=[r.rule for r in reasons], excluded_detail=[r.detail or np.nan for r in reasons])
+
 def exclude(
     table: pd.DataFrame,
     mask: Any,                # (n,) bool, rows to exclude; rows already excluded keep their first reason
@@ -124,16 +135,12 @@ def exclude(
     "Mark rows as not used, with the reason, without deleting them"
     table = table.copy()
     hit = np.flatnonzero(np.asarray(mask, bool) & table['excluded'].isna().to_numpy())
-    one = isinstance(reason, (str, Reason))
-    every = None if one else list(reason)
-    reasons = [reason if every is None else every[i] for i in hit]
-    reasons = [r if isinstance(r, Reason) else Reason('manual', str(r)) for r in reasons]
-    parts = dict(excluded=map(str, reasons), excluded_step=(r.step for r in reasons), excluded_rule=(r.rule for r in reasons),
-                 excluded_detail=(r.detail or np.nan for r in reasons))
-    for column, values in parts.items():
-        new = table[column].to_numpy(object) if column in table else np.full(len(table), np.nan, object)
-        new = new.copy()
-        new[hit] = list(values)
+    every = None if isinstance(reason, (str, Reason)) else list(reason)
+    given = [reason if every is None else every[i] for i in hit]
+    reasons = [r if isinstance(r, Reason) else Reason('manual', str(r)) for r in given]
+    for column, values in _reason_columns(reasons).items():
+        new = table[column].to_numpy(object).copy() if column in table else np.full(len(table), np.nan, object)
+        new[hit] = values
         table[column] = new
     return table
 
@@ -142,10 +149,11 @@ def used(table: pd.DataFrame) -> pd.DataFrame:
     return table[table['excluded'].isna()]
 
 # %% ../nbs/core.ipynb #require-columns
-def require_columns(table: pd.DataFrame,
-                    names,              # column names that must be present
-                    who: str,           # the step that needs them, for the error sentence
-                   ) -> None:
+def require_columns(
+    table: pd.DataFrame,
+    names: Iterable[str],    # column names that must be present
+    who: str,                # the step that needs them, for the error sentence
+) -> None:
     "Refuse a table that lacks a column, naming the column and what the table does have"
     missing = [n for n in names if n not in table.columns]
     if missing:
@@ -156,46 +164,53 @@ def require_columns(table: pd.DataFrame,
 FINDINGS = (
     'No Finding', 'Tuberculosis', 'ARDS',
     'Pneumonia', 'Pneumonia/Viral', 'Pneumonia/Viral/COVID-19', 'Pneumonia/Viral/SARS', 'Pneumonia/Viral/MERS-CoV',
-    'Pneumonia/Viral/Influenza', 'Pneumonia/Viral/Influenza/H1N1', 'Pneumonia/Viral/Herpes', 'Pneumonia/Viral/Varicella',
-    'Pneumonia/Bacterial', 'Pneumonia/Bacterial/Streptococcus', 'Pneumonia/Bacterial/Klebsiella', 'Pneumonia/Bacterial/Chlamydophila',
-    'Pneumonia/Bacterial/Legionella', 'Pneumonia/Bacterial/E.Coli', 'Pneumonia/Bacterial/Mycoplasma', 'Pneumonia/Bacterial/Nocardia',
-    'Pneumonia/Bacterial/Staphylococcus', 'Pneumonia/Bacterial/Staphylococcus/MRSA',
+    'Pneumonia/Viral/Influenza', 'Pneumonia/Viral/Influenza/H1N1', 'Pneumonia/Viral/Herpes',
+    'Pneumonia/Viral/Varicella',
+    'Pneumonia/Bacterial', 'Pneumonia/Bacterial/Streptococcus', 'Pneumonia/Bacterial/Klebsiella',
+    'Pneumonia/Bacterial/Chlamydophila', 'Pneumonia/Bacterial/Legionella', 'Pneumonia/Bacterial/E.Coli',
+    'Pneumonia/Bacterial/Mycoplasma', 'Pneumonia/Bacterial/Nocardia', 'Pneumonia/Bacterial/Staphylococcus',
+    'Pneumonia/Bacterial/Staphylococcus/MRSA',
     'Pneumonia/Fungal', 'Pneumonia/Fungal/Pneumocystis', 'Pneumonia/Fungal/Aspergillosis',
     'Pneumonia/Lipoid', 'Pneumonia/Aspiration', 'Pneumonia/Organizing', 'Pneumonia/Stress-Smoking',
-    'Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Effusion', 'Emphysema', 'Fibrosis', 'Hernia', 'Infiltration',
-    'Mass', 'Nodule', 'Pleural_Thickening', 'Pneumothorax', 'Lung Opacity', 'Other Abnormality',
+    'Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Effusion', 'Emphysema', 'Fibrosis', 'Hernia',
+    'Infiltration', 'Mass', 'Nodule', 'Pleural_Thickening', 'Pneumothorax', 'Lung Opacity', 'Other Abnormality',
 )
 
 FINDING_WORDS = {                     # a word that is not the last part of exactly one path above
-    'covid': 'Pneumonia/Viral/COVID-19', 'covid19': 'Pneumonia/Viral/COVID-19', 'sars-cov-2': 'Pneumonia/Viral/COVID-19',
-    'covid-19, ards': 'Pneumonia/Viral/COVID-19', 'normal': 'No Finding', 'nofinding': 'No Finding', 'nofindings': 'No Finding',
-    'pnemonia': 'Pneumonia', 'virus': 'Pneumonia/Viral', 'viral pneumonia': 'Pneumonia/Viral', 'bacteria': 'Pneumonia/Bacterial',
-    'bacterial pneumonia': 'Pneumonia/Bacterial', 'mycoplasma bacterial pneumonia': 'Pneumonia/Bacterial/Mycoplasma',
-    'lipoid pneumonia': 'Pneumonia/Lipoid', 'organizing pneumonia': 'Pneumonia/Organizing', 'pneumocystis pneumonia': 'Pneumonia/Fungal/Pneumocystis',
-    'lung_opacity': 'Lung Opacity', 'no lung opacity / not normal': 'Other Abnormality', 'pleural effusion': 'Effusion',
+    'covid': 'Pneumonia/Viral/COVID-19', 'covid19': 'Pneumonia/Viral/COVID-19',
+    'sars-cov-2': 'Pneumonia/Viral/COVID-19', 'covid-19, ards': 'Pneumonia/Viral/COVID-19',
+    'normal': 'No Finding', 'nofinding': 'No Finding', 'nofindings': 'No Finding',
+    'pnemonia': 'Pneumonia', 'virus': 'Pneumonia/Viral', 'viral pneumonia': 'Pneumonia/Viral',
+    'bacteria': 'Pneumonia/Bacterial', 'bacterial pneumonia': 'Pneumonia/Bacterial',
+    'mycoplasma bacterial pneumonia': 'Pneumonia/Bacterial/Mycoplasma',
+    'lipoid pneumonia': 'Pneumonia/Lipoid', 'organizing pneumonia': 'Pneumonia/Organizing',
+    'pneumocystis pneumonia': 'Pneumonia/Fungal/Pneumocystis',
     'invasive aspergillosis': 'Pneumonia/Fungal/Aspergillosis',
+    'lung_opacity': 'Lung Opacity', 'no lung opacity / not normal': 'Other Abnormality', 'pleural effusion': 'Effusion',
 }
 NOT_STATED = ('', 'todo', '?', 'unknown', 'unclear', 'nan', 'none')   # a person did not say; never "negative"
 
 # %% ../nbs/core.ipynb #canonical-finding
 def is_missing(value: object) -> bool:
-    "None, NaN or pandas' NA or NaT: nobody said"
+    "None, NaN or pandas' NA or NaT: the value is not recorded"
     return value is None or type(value).__name__ in ('NAType', 'NaTType') or value != value
 
 def _squash(word): return re.sub(r'\s+', ' ', str(word)).strip().lower()
 
 _BY_WORD = {**{_squash(f): f for f in FINDINGS}, **{_squash(f.split('/')[-1]): f for f in FINDINGS}}
 
-def canonical_finding(word: str  # as the source writes it: flat, slash-separated, any case, stray spaces; NaN allowed
-                     ):          # a path of `FINDINGS`, or NaN when the source did not state one
+def canonical_finding(
+    word: object,   # as the source writes it: flat, slash-separated, any case, stray spaces; NaN allowed
+) -> str | float:   # a path of `FINDINGS`, or NaN when the source did not state one
     "One word of a source -> the canonical finding; an unknown word is an error, a missing one stays unknown"
     if is_missing(word) or _squash(word) in NOT_STATED: return np.nan
     w = _squash(word)
     tight = w.replace(' /', '/').replace('/ ', '/')
     for known in (w, tight):
-        if known in FINDING_WORDS: return FINDING_WORDS[known]            # asked first and every time: a person may add a word
+        if known in FINDING_WORDS: return FINDING_WORDS[known]     # asked first and every time: a person may add a word
         if known in _BY_WORD: return _BY_WORD[known]
-    raise VocabularyError(f"unknown finding '{word}'{nearest(tight, [*_BY_WORD, *FINDING_WORDS])} (add it to covid_cxr.core.FINDING_WORDS if it is right)")
+    raise VocabularyError(f"unknown finding '{word}'{nearest(tight, [*_BY_WORD, *FINDING_WORDS])} "
+                          "(add it to covid_cxr.core.FINDING_WORDS if it is right)")
 
 # %% ../nbs/core.ipynb #canonical-findings
 def _canonical_column(words, one, what, cure):
@@ -210,49 +225,62 @@ def _canonical_column(words, one, what, cure):
         raise VocabularyError(f"unknown {what}{'s' * (len(bad) > 1)}: {listed}; {cure}")
     return pd.Series([np.nan if pd.isna(w) else memo[w] for w in words], dtype=object)
 
-def canonical_findings(words,     # (n,) findings as the source writes them
-                       also=None  # {word: canonical finding} that a person adds for their own data
-                      ) -> pd.Series: # (n,) canonical findings, NaN where not stated
+_ADD_WORDS = "correct the file, or pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)"
+
+def canonical_findings(
+    words: Iterable,                         # (n,) findings as the source writes them
+    also: Mapping[str, str] | None = None,   # {word: canonical finding} that a person adds for their own data
+    cure: str = _ADD_WORDS,                  # the end of the error: what a person can do about an unknown word
+) -> pd.Series:                              # (n,) canonical findings, NaN where not stated
     "A column of findings -> canonical; every unknown word is listed with its count"
     extra = {_squash(k): canonical_finding(v) for k, v in (also or {}).items()}
     one = lambda w: extra[_squash(w)] if _squash(w) in extra else canonical_finding(w)
-    return _canonical_column(words, one, 'finding', "correct the file, or pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)")
+    return _canonical_column(words, one, 'finding', cure)
 
 # %% ../nbs/core.ipynb #is-a
-def is_finding(finding,     # canonical finding or NaN
-               parent: str  # canonical finding: is the first one the same or below it in the tree?
-              ) -> bool:
+def is_finding(
+    finding: object,  # canonical finding or NaN
+    parent: str,      # canonical finding: is the first one the same or below it in the tree?
+) -> bool:
     "Is this finding the given one or a kind of it? 'Pneumonia/Viral/SARS' is a 'Pneumonia'; NaN is nothing"
     return isinstance(finding, str) and (finding == parent or finding.startswith(parent + '/'))
 
 # %% ../nbs/core.ipynb #views
-VIEWS = {'PA': 'postero-anterior', 'AP': 'antero-posterior, position not recorded', 'AP Supine': 'antero-posterior, lying',
-         'AP Erect': 'antero-posterior, sitting or standing', 'L': 'lateral', 'Axial': 'CT slice', 'Coronal': 'CT slice'}
-_VIEW_WORDS = {**{v.lower(): v for v in VIEWS}, 'ap semi erect': 'AP Erect', 'lateral': 'L', 'll': 'L', 'll right': 'L', 'rl': 'L', 'decubitus': 'AP Supine',
-               'ct': 'Axial', 'coronal ct': 'Coronal', 'axial ct': 'Axial', 'x-ray': np.nan}
+View = Literal['PA', 'AP', 'AP Supine', 'AP Erect', 'L', 'Axial', 'Coronal']
+VIEWS: dict[View, str] = {
+    'PA': 'postero-anterior', 'AP': 'antero-posterior, position not recorded', 'AP Supine': 'antero-posterior, lying',
+    'AP Erect': 'antero-posterior, sitting or standing', 'L': 'lateral', 'Axial': 'CT slice', 'Coronal': 'CT slice'}
+_VIEW_WORDS: dict[str, View | float] = {
+    **{v.lower(): v for v in VIEWS}, 'ap semi erect': 'AP Erect', 'decubitus': 'AP Supine', 'lateral': 'L', 'll': 'L',
+    'll right': 'L', 'rl': 'L', 'ct': 'Axial', 'axial ct': 'Axial', 'coronal ct': 'Coronal', 'x-ray': np.nan}
 
-def canonical_view(word):
-    "One word of a source -> a view of `VIEWS`; '?', blank and 'X-ray' say nothing and stay NaN; an unknown word is an error"
+def canonical_view(
+    word: object,    # as the source writes it; NaN allowed
+) -> View | float:   # NaN when it is not recorded
+    "One word of a source -> a view; '?', blank and 'X-ray' say nothing and stay NaN; an unknown word is an error"
     if is_missing(word) or _squash(word) in NOT_STATED: return np.nan
     if _squash(word) in _VIEW_WORDS: return _VIEW_WORDS[_squash(word)]
     raise VocabularyError(f"unknown view '{word}'{nearest(_squash(word), _VIEW_WORDS)} (known: {', '.join(VIEWS)})")
 
-def canonical_views(words  # (n,) views as the source writes them
-                   ) -> pd.Series: # (n,) views of `VIEWS`, NaN where not stated
+def canonical_views(
+    words: Iterable, # (n,) views as the source writes them
+) -> pd.Series:      # (n,) views of `VIEWS`, NaN where not stated
     "A column of views -> canonical; every unknown word is listed with its count"
     return _canonical_column(words, canonical_view, 'view', f"known views are {', '.join(VIEWS)}; correct the file")
 
 # %% ../nbs/core.ipynb #write-atomic
 @contextmanager
-def atomic_path(path  # final place of the file
-               ):     # yields a temporary Path in the same folder, same suffix
+def atomic_path(
+    path: str | Path,  # final place of the file
+) -> Iterator[Path]:   # yields a temporary path in the same folder, same suffix
     "Write to a temporary file and move it into place when the block ends well; leave nothing behind when it does not"
     path = Path(path)
     tmp = path.with_name(f'.{path.stem[:40]}-{os.urandom(6).hex()}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(tmp, 'xb').close()
-    except OSError as e: raise RunError(f'cannot write {path}: {e.strerror}; choose an output folder that you can write to.') from e
+    except OSError as e:
+        raise RunError(f'cannot write {path}: {e.strerror}; choose an output folder that you can write to.') from e
     try:
         yield tmp
         os.replace(tmp, path)
@@ -261,12 +289,15 @@ def atomic_path(path  # final place of the file
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/core.ipynb #write-files
-def write_text(path, text: str) -> Path:
+def write_text(path: str | Path, text: str) -> Path:
     "Write a text file atomically"
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
-def write_json(path, obj) -> Path:
+def write_json(
+    path: str | Path,
+    obj: object,       # dictionaries, lists, numbers, texts, arrays; anything else is written as its text
+) -> Path:
     "Write JSON atomically: sorted as given, NaN as null, numpy numbers as plain ones"
     return write_text(path, json.dumps(_plain(obj), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
 
@@ -278,22 +309,32 @@ def _plain(o):
     return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
 
 # %% ../nbs/core.ipynb #sha256
-def sha256_file(path) -> str:
+def sha256_file(path: str | Path) -> str:
     "SHA-256 of a file's bytes, as 64 hex digits"
     h = hashlib.sha256()
     with open(path, 'rb') as f:
         for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
     return h.hexdigest()
 
-def sha256_text(*parts) -> str:
+def sha256_text(*parts: object) -> str:
     "SHA-256 of texts, kept apart by a zero byte, as 64 hex digits"
     return hashlib.sha256('\0'.join(map(str, parts)).encode()).hexdigest()
 
 # %% ../nbs/core.ipynb #versions
-def versions() -> dict:
-    "Versions of Python and of the packages that can change a number, for the provenance of a run"
-    def v(name):
+_PACKAGES = ('covid_cxr', 'fastai', 'fastcore', 'torch', 'torchvision', 'numpy', 'pandas',
+             'scikit-learn', 'pillow', 'pydicom')
+
+def versions() -> dict[str, str | None]: # None: not installed
+    "Versions of Python and of the packages that can change a number"
+    def version(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return None
-    names = ('covid_cxr', 'fastai', 'fastcore', 'torch', 'torchvision', 'numpy', 'pandas', 'scikit-learn', 'pillow', 'pydicom')
-    return dict(python=platform.python_version(), platform=platform.machine(), **{n: v(n) for n in names})
+    return dict(python=platform.python_version(), platform=platform.machine(), **{n: version(n) for n in _PACKAGES})
+
+# %% ../nbs/core.ipynb #data-folder
+def data_folder() -> Path: # it need not exist
+    "The folder of the collections: the environment variable CXR_DATA, else `../shared/data` beside the repository"
+    if named := os.environ.get('CXR_DATA'): return Path(named)
+    near = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd()
+    places = [p / 'shared' / 'data' for p in (near, *near.parents)]
+    return next((p for p in places if p.is_dir()), near.parent / 'shared' / 'data')

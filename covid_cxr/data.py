@@ -6,6 +6,7 @@
 from __future__ import annotations
 from functools import partial
 from pathlib import Path
+from typing import Any, Sequence
 import numpy as np, pandas as pd, torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, TransformBlock
 from fastai.vision.augment import AffineCoordTfm, affine_mat, aug_transforms
@@ -13,65 +14,73 @@ from fastai.vision.core import TensorImageBW
 import fastai.callback.data      # adds weighted_dataloaders to DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from .core import RecipeError, TableError, require_columns, used
-from .images import ImageRule, load_image
-from .model import MEAN, STD
+from .images import How, ImageRule, load_image
+from .cache import ImageCache
 from .table import check_split
+from .model import MEAN, STD
 
 # %% auto #0
 __all__ = ['LoadImage', 'read_label', 'split_column', 'cxr_augment', 'cxr_block', 'cxr_dls']
 
-# %% ../nbs/data.ipynb #read-grey-picture
+# %% ../nbs/data.ipynb #load-image
 class LoadImage(DisplayedTransform):
     "A table row or a path -> TensorImageBW (1, size, size) uint8, by `images.load_image`"
-    input_types = (str, Path, pd.Series)                # what fastai may put in: a row in training, a path in `learn.predict`
-    def __init__(self, rule: ImageRule, cache=None): self.rule, self.cache = rule, cache
+    input_types = (str, Path, pd.Series)       # what fastai may put in: a row in training, a path in `learn.predict`
+    def __init__(self, rule: ImageRule, cache: ImageCache | None = None): self.rule, self.cache = rule, cache
+
     def __call__(self, row, **kwargs):
         path = row['path'] if isinstance(row, (pd.Series, dict)) else row
         pixels = self.cache.get(path) if self.cache is not None else load_image(path, self.rule)
         return TensorImageBW(torch.from_numpy(pixels)[None])
 
-def read_label(row): 
+def read_label(row: pd.Series) -> str:
     "The class of a table row"
     return row['label']
 
-def split_column(table):
-    "Positions of the train and of the valid rows; test rows are in neither"
+def split_column(
+    table: pd.DataFrame,
+) -> list[list[int]]:    # positions of the train rows, and of the valid rows
+    "The split as fastai wants it; test rows are in neither"
     return [list(np.flatnonzero(table['split'].to_numpy(object) == s)) for s in ('train', 'valid')]
 
 # %% ../nbs/data.ipynb #augment
 def _shift_mat(x, share, p=.75):
-    "(n, 3, 3) moves by up to a share of the side, each way, for a share p of the pictures; fastai counts a side as 2"
+    "(n, 3, 3) moves by up to a share of the side, each way, for a share p of the images; fastai counts a side as 2"
     n = x.size(0)
     on = (x.new_empty(n).uniform_(0, 1) < p).to(x.dtype)
     tx, ty = (x.new_empty(n).uniform_(-2 * share, 2 * share) * on for _ in range(2))
     one, zero = torch.ones_like(tx), torch.zeros_like(tx)
     return affine_mat(one, zero, tx, zero, one, ty)
 
-def cxr_augment(rotate: float = 10.,  # largest rotation, degrees, either way
-                zoom: float = 1.1,    # largest enlargement, factor
-                lighting: float = .2, # largest change of brightness and contrast, share
-                flip: bool = False,   # mirror left and right at random?
-                shift: float = 0.,    # largest move along each side, share of the side
-               ) -> list:             # fastai batch transforms
-    "The batch augmentations that a frontal chest film allows; never a vertical flip, never a warp"
+def cxr_augment(
+    rotate: float = 10.,   # largest rotation, degrees, either way
+    zoom: float = 1.1,     # largest enlargement, factor
+    lighting: float = .2,  # largest change of brightness and contrast, share
+    flip: bool = False,    # mirror left and right at random?
+    shift: float = 0.,     # largest move along each side, share of the side
+) -> list:                 # fastai batch transforms
+    "The batch augmentations that a frontal chest radiograph allows; never a vertical flip, never a warp"
     if not 0 <= shift < .5: raise RecipeError(f'shift = {shift}; give a share of the side from 0 (off) to below 0.5.')
     move = [AffineCoordTfm(aff_fs=partial(_shift_mat, share=shift), pad_mode='zeros')] if shift else []
-    return aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=1., max_zoom=zoom, max_lighting=lighting, max_warp=0., pad_mode='zeros', xtra_tfms=move)
+    return aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=1., max_zoom=zoom, max_warp=0.,
+                          max_lighting=lighting, pad_mode='zeros', xtra_tfms=move)
 
 # %% ../nbs/data.ipynb #cxr-block
-def cxr_block(classes,                  # class names in the order of the task, negative first
-              size: int = 512,          # side of the square picture, pixels
-              how: str = 'pad',         # 'pad' keeps the aspect, 'crop' and 'squash' are the articles' rules
-              rule: ImageRule = None,   # a whole rule instead of size and how
-              cache = None,             # an `ImageCache` made with the same rule
-              augment = None,           # fastai batch transforms; None: `cxr_augment()`; []: none
-             ) -> DataBlock:            # for a table with the columns path, label, split
-    "A DataBlock that reads grey chest films, takes its split from the table, and augments as a chest allows"
+def cxr_block(
+    classes: Sequence[str],           # class names in the order of the task, negative first
+    size: int = 512,                  # side of the square image, pixels
+    how: How = 'pad',                 # 'pad' keeps the aspect, 'crop' and 'squash' are the articles' rules
+    rule: ImageRule | None = None,    # a whole rule instead of size and how
+    cache: ImageCache | None = None,  # made with the same rule
+    augment: Sequence | None = None,  # fastai batch transforms; None: `cxr_augment()`; []: none
+) -> DataBlock:                       # for a table with the columns path, label, split
+    "A DataBlock that reads grey chest radiographs, takes its split from the table, and augments as a chest allows"
     rule = rule or ImageRule(size=size, how=how)
-    if cache is not None and cache.rule != rule: raise TableError(f'the cache was made for {cache.rule}, the pictures are asked for as {rule}; use one rule for both.')
+    if cache is not None and cache.rule != rule:
+        raise TableError(f'the cache was made for {cache.rule}, the images are asked for as {rule}; use one rule for both.')
     tfms = cxr_augment() if augment is None else list(augment)
-    return DataBlock(blocks=(TransformBlock(batch_tfms=IntToFloatTensor), CategoryBlock(vocab=list(classes), sort=False)),
-                     get_x=LoadImage(rule, cache), get_y=read_label, splitter=split_column,
+    blocks = TransformBlock(batch_tfms=IntToFloatTensor), CategoryBlock(vocab=list(classes), sort=False)
+    return DataBlock(blocks=blocks, get_x=LoadImage(rule, cache), get_y=read_label, splitter=split_column,
                      batch_tfms=[*tfms, Normalize.from_stats([MEAN], [STD], cuda=False)])
 
 # %% ../nbs/data.ipynb #check-ready
@@ -80,31 +89,36 @@ def _ready(table, classes, bs, allow_leak):
     require_columns(table, ('path', 'label', 'split', 'group'), 'cxr_dls')
     rows = used(table)
     rows = rows[rows['split'].isin(['train', 'valid'])]
-    if not len(rows): raise TableError('no row of this table has split train or valid; make a split first, e.g. split_by_group(table).')
+    if not len(rows):
+        raise TableError('no row of this table has split train or valid; make a split first, e.g. split_by_group(table).')
     check_split(table, allow_leak=allow_leak)
-    for part in ('train', 'valid'):
-        have = rows.loc[rows['split'] == part, 'label'].value_counts()
+    for split in ('train', 'valid'):
+        have = rows.loc[rows['split'] == split, 'label'].value_counts()
         for c in classes:
-            if not have.get(c, 0): raise TableError(f"the {part} part has no image of class '{c}' (it has {have.to_dict()}); split again or take another task.")
+            if not have.get(c, 0):
+                raise TableError(f"the {split} split has no image of class '{c}' (it has {have.to_dict()}); "
+                                 'split again or take another task.')
     n = int((rows['split'] == 'train').sum())
-    if n < bs: raise TableError(f'the train part has {n} images, fewer than one batch of bs={bs}; use a smaller bs.')
+    if n < bs: raise TableError(f'the train split has {n} images, fewer than one batch of bs={bs}; use a smaller bs.')
     return rows.reset_index(drop=True)
 
 # %% ../nbs/data.ipynb #cxr-dls
-def cxr_dls(table: pd.DataFrame,     # with label, group and split
-            size: int = 512,         # side of the square picture, pixels
-            bs: int = 8,             # images per batch
-            classes = None,          # class order; None: the labels of the table, sorted
-            oversample: bool = False,# draw every class equally often for training
-            allow_leak: bool = False,# accept groups that cross the split (to repeat a leaky protocol)
-            device = None,           # torch device; None: a GPU when there is one
-            num_workers: int = 0,    # processes that read ahead
-            **kwargs,                # for `cxr_block`: how, rule, cache, augment
-           ) -> DataLoaders:         # train and valid; test rows wait for `test_dl`
+def cxr_dls(
+    table: pd.DataFrame,                    # with label, group and split
+    size: int = 512,                        # side of the square image, pixels
+    bs: int = 8,                            # images per batch
+    classes: Sequence[str] | None = None,   # class order; None: the labels of the table, sorted
+    oversample: bool = False,               # draw every class equally often for training
+    allow_leak: bool = False,               # accept groups that cross the split (to repeat a leaky protocol)
+    device: str | torch.device | None = None,  # None: a GPU when there is one
+    num_workers: int = 0,                   # processes that read ahead
+    **kwargs: Any,                          # for `cxr_block`: how, rule, cache, augment
+) -> DataLoaders:                           # train and valid; test rows wait for `test_dl`
     "DataLoaders for a table that is ready to be trained on, or a refusal that says what it lacks"
     classes = list(classes) if classes is not None else sorted(used(table)['label'].dropna().unique())
     rows = _ready(table, classes, bs, allow_leak)[['path', 'label', 'split']]
     block = cxr_block(classes, size, **kwargs)
     opts = dict(bs=bs, num_workers=num_workers, device=torch.device(device) if device else None)
     if not oversample: return block.dataloaders(rows, **opts)
-    return block.weighted_dataloaders(rows, wgts=(1 / rows['label'].map(rows['label'].value_counts())).to_numpy(), **opts)
+    weights = (1 / rows['label'].map(rows['label'].value_counts())).to_numpy()
+    return block.weighted_dataloaders(rows, wgts=weights, **opts)

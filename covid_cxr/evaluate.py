@@ -6,17 +6,20 @@
 from __future__ import annotations
 import math, re, warnings
 from dataclasses import asdict, dataclass, field
-from typing import Callable, NamedTuple
+from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence, cast
 import numpy as np, pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 from .core import CxrError, nearest, sha256_text
+from .words import format_count, format_interval, format_number, join_words
 
 # %% auto #0
-__all__ = ['BINARY', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GOALS', 'EvaluationError', 'UndefinedMetric', 'UnmetGoal',
-           'Scores', 'check_scores', 'wilson', 'describe_precision', 'Metric', 'rank_sums', 'auc_and_ap',
-           'compute_metrics', 'group_resamples', 'Estimate', 'percentile_interval', 'few_error_size', 'Evaluation',
-           'to_plain', 'describe', 'evaluate', 'design_effect', 'OperatingPoint', 'parse_goal', 'choose_threshold',
-           'threshold_regret']
+__all__ = ['BINARY', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GoalKind', 'GOALS', 'EvaluationError',
+           'UndefinedMetric', 'UnmetGoal', 'Scores', 'check_scores', 'Interval', 'wilson', 'describe_precision',
+           'Metric', 'metric_name', 'RankSums', 'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts',
+           'compute_metrics', 'group_resamples', 'Estimate', 'PercentileInterval', 'percentile_interval',
+           'few_error_size', 'to_plain', 'Evaluation', 'describe', 'evaluate', 'OperatingPoint', 'Goal', 'parse_goal',
+           'PredictiveValues', 'predictive_values', 'choose_threshold', 'ThresholdRegret', 'threshold_regret']
 
 # %% ../nbs/evaluate.ipynb #errors
 class EvaluationError(CxrError): "Labels, probabilities or a request that no metric can be computed from"
@@ -26,131 +29,181 @@ class UnmetGoal(UserWarning): "No threshold reaches the goal on the validation i
 BINARY = ('negative', 'positive')
 
 # %% ../nbs/evaluate.ipynb #check-labels
+def _label_index(values, classes):
+    "{label: class index}; the labels are class names, or 0..k-1 (also as 1.0 or True, which hash alike)"
+    names = {c: i for i, c in enumerate(classes)}
+    return names if set(values) <= set(names) else {i: i for i in range(len(classes))}
+
 def _check_labels(y_true, classes):
     "(n,) class indices from class names, 0..k-1 or booleans"
-    y = np.asarray(y_true, dtype=object).reshape(-1) if np.ndim(y_true) != 1 else np.asarray(y_true, dtype=object)
-    if np.ndim(y_true) != 1 and np.size(y_true): raise EvaluationError(f'y_true has shape {np.shape(y_true)}; give one label per image, shape (n,).')
+    if np.ndim(y_true) != 1 and np.size(y_true):
+        raise EvaluationError(f'y_true has shape {np.shape(y_true)}; give one label per image, shape (n,).')
+    y = np.asarray(y_true, dtype=object).reshape(-1)
     missing = int(pd.isna(y).sum())
     if missing:
-        raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out before judging, a missing label is not a negative.')
-    index = {c: i for i, c in enumerate(classes)}
+        raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out before evaluating: '
+                              f'a missing label is not a negative.')
     values = pd.unique(y)
-    if not set(values) <= set(index):
-        index = {i: i for i in range(len(classes))}       # 0..k-1, also as 1.0 or True, which hash alike
+    index = _label_index(values, classes)
     unknown = [v for v in values if v not in index]
     if unknown:
-        raise EvaluationError(f"label '{unknown[0]}' is none of the classes {', '.join(map(str, classes))}{nearest(unknown[0], classes)}; "
-                              f"pass classes=(...) in the order of the columns of y_prob.")
+        raise EvaluationError(f"label '{unknown[0]}' is none of the classes {', '.join(map(str, classes))}"
+                              f"{nearest(unknown[0], classes)}; pass classes=(...) in the order of the columns of y_prob.")
     return np.array([index[v] for v in y], dtype=np.int64)
 
 # %% ../nbs/evaluate.ipynb #check-probs
-def _check_probs(y_prob, n, classes):
-    "(n, k) probabilities from (n,) or (n, k)"
+def _check_shape(y_prob, n, classes):
+    "(n, k) numbers from (n,) or (n, k)"
     p, k = np.asarray(y_prob, dtype=float), len(classes)
     if p.size == 0 and n == 0: return np.empty((0, k))
     if p.ndim == 1 and k == 2: p = np.column_stack([1 - p, p])
     if p.ndim != 2 or p.shape[1] != k:
-        raise EvaluationError(f"y_prob has shape {np.shape(y_prob)} and there are {k} classes ({', '.join(map(str, classes))}); give (n, {k})" + (' or (n,)' * (k == 2)) + '.')
+        wanted = f'(n, {k}) or (n,)' if k == 2 else f'(n, {k})'
+        raise EvaluationError(f"y_prob has shape {np.shape(y_prob)} and there are {k} classes ({', '.join(map(str, classes))}); "
+                              f"give {wanted}.")
     if len(p) != n: raise EvaluationError(f'{n} labels but {len(p)} rows of probabilities; give one of each per image.')
+    return p
+
+def _check_probs(y_prob, n, classes):
+    "(n, k) probabilities from (n,) or (n, k)"
+    p = _check_shape(y_prob, n, classes)
+    if not len(p): return p
     bad = ~np.isfinite(p).all(1)
     if bad.any():
-        raise EvaluationError(f'{bad.sum()} of {n} rows of y_prob are NaN or infinite (first: row {bad.argmax()}); find out why the model gave no number.')
-    out = ((p < -1e-6) | (p > 1 + 1e-6)).any(1)                        # a softmax in single precision may end at 1.0000001
+        raise EvaluationError(f'{bad.sum()} of {n} rows of y_prob are NaN or infinite (first: row {bad.argmax()}); '
+                              f'find out why the model gave no number.')
+    out = ((p < -1e-6) | (p > 1 + 1e-6)).any(1)               # a softmax in single precision may end at 1.0000001
     if out.any():
-        raise EvaluationError(f'row {out.argmax()} of y_prob holds {p[out.argmax(), -1]:.4g}, outside 0..1; give probabilities, not logits.')
+        raise EvaluationError(f'row {out.argmax()} of y_prob holds {p[out.argmax(), -1]:.4g}, outside 0..1; '
+                              f'give probabilities, not logits.')
     off = abs(p.sum(1) - 1) > .01
-    if off.any(): raise EvaluationError(f'row {off.argmax()} of y_prob sums to {p[off.argmax()].sum():.4g}; the probabilities of one image sum to 1.')
+    if off.any():
+        raise EvaluationError(f'row {off.argmax()} of y_prob sums to {p[off.argmax()].sum():.4g}; '
+                              f'the probabilities of one image sum to 1.')
     return p.clip(0, 1)
 
-# %% ../nbs/evaluate.ipynb #check-scores
+# %% ../nbs/evaluate.ipynb #scores
 @dataclass(frozen=True)
 class Scores:
     "Labels, probabilities and groups after all checks"
-    y: np.ndarray          # (n,) class index
-    p: np.ndarray          # (n, k) probabilities
-    group: np.ndarray      # (n,) group index 0..n_groups-1
-    classes: tuple         # k names; the last one is the positive class
-    grouped: bool          # were groups given?
+    y: np.ndarray              # (n,) class index
+    p: np.ndarray              # (n, k) probabilities
+    group: np.ndarray          # (n,) group index 0..n_groups-1
+    classes: tuple[str, ...]   # k names; the last one is the positive class
+    grouped: bool              # were groups given?
+
     @property
-    def score(self): return self.p[:, -1]
+    def score(self) -> np.ndarray:
+        "(n,) probability of the positive class"
+        return self.p[:, -1]
+
     @property
-    def n_groups(self): return int(self.group.max()) + 1 if len(self.group) else 0
-    def group_class(self):
+    def n_groups(self) -> int:
+        "Number of patient groups"
+        return int(self.group.max()) + 1 if len(self.group) else 0
+
+    def group_class(self) -> np.ndarray:
         "(n_groups,) the most frequent class of a group's images; a tie goes to the later class"
         counts = np.zeros((self.n_groups, len(self.classes)))
         np.add.at(counts, (self.group, self.y), 1)
         return len(self.classes) - 1 - counts[:, ::-1].argmax(1)
 
-def check_scores(y_true,           # (n,) class names, or 0..k-1
-                 y_prob,           # (n,) probability of the last class, or (n, k)
-                 groups = None,    # (n,) patient groups; None: every image is a patient of its own
-                 classes = BINARY, # k names, in the order of the columns of `y_prob`
-                ) -> Scores:
-    "Labels, probabilities and groups that metrics can be computed from, or a refusal"
-    given = tuple(classes)
-    classes = tuple(map(str, given))
-    if len(classes) < 2 or len(set(classes)) < len(classes): raise EvaluationError(f'classes={classes}: give two or more different names.')
-    y = _check_labels(y_true, given)
-    p = _check_probs(y_prob, len(y), classes)
-    if groups is None:             # images that are alike are exchangeable: number them by what they are, not by where they stand
+# %% ../nbs/evaluate.ipynb #check-scores
+def _check_groups(groups, y, p):
+    "(n,) group index 0..n_groups-1"
+    if groups is None:          # images that are alike are exchangeable: number them by what they are, not by place
         g = np.empty(len(y), np.int64)
         g[np.lexsort((*p.T, y))] = np.arange(len(y))
-        return Scores(y, p, g, classes, False)
+        return g
     groups = pd.Series(np.asarray(groups, dtype=object))
     if len(groups) != len(y): raise EvaluationError(f'{len(y)} labels but {len(groups)} groups; give one of each per image.')
-    if groups.isna().any():
-        raise EvaluationError(f'{int(groups.isna().sum())} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None and say so.')
-    return Scores(y, p, np.unique(groups.astype(str), return_inverse=True)[1].reshape(-1), classes, True)
+    missing = int(groups.isna().sum())
+    if missing:
+        raise EvaluationError(f'{missing} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None and say so.')
+    return np.unique(groups.astype(str), return_inverse=True)[1].reshape(-1)
+
+def check_scores(
+    y_true: ArrayLike,                # (n,) class names, or 0..k-1
+    y_prob: ArrayLike,                # (n,) probability of the last class, or (n, k)
+    groups: ArrayLike | None = None,  # (n,) patient groups; None: every image is a patient of its own
+    classes: Sequence = BINARY,       # k names, in the order of the columns of `y_prob`
+) -> Scores:
+    "Labels, probabilities and groups that metrics can be computed from, or a refusal"
+    given = tuple(classes)
+    names = tuple(map(str, given))
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise EvaluationError(f'classes={names}: give two or more different names.')
+    y = _check_labels(y_true, given)
+    p = _check_probs(y_prob, len(y), names)
+    return Scores(y, p, _check_groups(groups, y, p), names, groups is not None)
 
 # %% ../nbs/evaluate.ipynb #wilson
-def wilson(k,            # successes; may be an array
-           n,            # trials
-           level = .95,  # of confidence
-          ) -> tuple:    # (low, high), NaN where n is 0
+class Interval(NamedTuple):
+    "Two ends of an interval: numbers, or arrays of them; NaN: there is none"
+    low: Any
+    high: Any
+
+def wilson(
+    k: ArrayLike,         # successes; may be an array
+    n: ArrayLike,         # trials
+    level: float = .95,   # of confidence
+) -> Interval:            # NaN where n is 0
     "Wilson score interval of a share"
     k, n = np.asarray(k, float), np.asarray(n, float)
     z = stats.norm.ppf(.5 + level / 2)
     with np.errstate(invalid='ignore', divide='ignore'):
         p = k / n
-        mid, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        mid = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = np.where(k == 0, 0., mid - half), np.where(k == n, 1., mid + half)
-    return np.where(n > 0, low, np.nan)[()], np.where(n > 0, high, np.nan)[()]
+    return Interval(np.where(n > 0, low, np.nan)[()], np.where(n > 0, high, np.nan)[()])
 
-# %% ../nbs/evaluate.ipynb #power-words
+# %% ../nbs/evaluate.ipynb #precision
 def _points(n, at, level):
+    "Half the width of a Wilson interval in percentage points, as text"
     low, high = wilson(at * n, n, level)
-    return f'{100 * (high - low) / 2:.0f}' if high - low >= .02 else f'{100 * (high - low) / 2:.1f}'
+    return format_number(100 * (high - low) / 2, 0 if high - low >= .02 else 1)
 
-def describe_precision(n_pos: int,         # positive images (or patients, to be strict)
-                n_neg: int,         # negative ones
-                accuracy = .95,     # the precision depends on it a little; near the ones that are published
-                level = .95,        # of confidence
-                unit = 'image',     # what is counted
-               ) -> str:            # a sentence for a report
+def describe_precision(
+    n_pos: int,             # positive images (or patients, to be strict)
+    n_neg: int,             # negative ones
+    accuracy: float = .95,  # the precision depends on it a little; near the ones that are published
+    level: float = .95,     # of confidence
+    unit: str = 'image',    # what is counted
+) -> str:                   # a sentence for a report
     "What so many images can say, in words: half the width of the Wilson interval, in percentage points"
     n = n_pos + n_neg
     if n == 0: return f'no {unit}s: nothing is known.'
-    text = f'{n} {unit}{"s" * (n != 1)}: accuracy is known to about +/- {_points(n, accuracy, level)} points'
-    parts = [f'{name} ({m}) to +/- {_points(m, accuracy, level)}' for name, m in (('sensitivity', n_pos), ('specificity', n_neg)) if m]
-    text += ', ' + ', '.join(parts) + f'; one {unit} is {100 / n:.2g} points'
+    text = f'{format_count(n, unit)}: accuracy is known to about +/- {_points(n, accuracy, level)} points'
+    for name, m in (('sensitivity', n_pos), ('specificity', n_neg)):
+        if m: text += f', {name} ({m}) to +/- {_points(m, accuracy, level)}'
+    text += f'; one {unit} is {format_number(100 / n, 2 if n > 100 else 1)} points'
     missing = [c for c, m in (('positive', n_pos), ('negative', n_neg)) if m == 0]
     return text + (f'; without a {missing[0]} {unit} there is no AUC.' if missing else '.')
 
 # %% ../nbs/evaluate.ipynb #metric-type
+Needs = Literal['predictions', 'ranks', 'probabilities']   # predicted classes, order of the scores, scores themselves
+Scope = Literal['two', 'all']    # one class against the rest (with two classes: positive against negative); all at once
+
 class Metric(NamedTuple):
     "One row of `METRICS`"
-    formula: str       # in words of the confusion matrix
-    needs: str         # 'calls' (a threshold), 'ranks' (the order of the scores) or 'probabilities'
-    scope: str         # 'two': positive against negative (with k classes: each against the rest); 'all': all classes at once
-    compute: Callable  # of counts (tp, fp, fn, tn), of the confusion matrix, or of ranks
+    formula: str                     # in words of the confusion matrix
+    needs: Needs
+    scope: Scope
+    compute: Any = None              # function of counts (tp, fp, fn, tn) or of the confusion matrix; None: of scores
 
+# %% ../nbs/evaluate.ipynb #division
 def _div(a, b):
     "a / b, NaN where it is 0 / 0 and infinite where only b is 0"
     with np.errstate(invalid='ignore', divide='ignore'): return np.asarray(a, float) / np.asarray(b, float)
 
 def _share(a, b):
     "a / b, NaN where b is 0"
-    with np.errstate(invalid='ignore', divide='ignore'): return np.where(np.asarray(b) == 0, np.nan, np.asarray(a, float) / np.asarray(b, float))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(np.asarray(b) == 0, np.nan, np.asarray(a, float) / np.asarray(b, float))
+
+# %% ../nbs/evaluate.ipynb #matrix-metrics
+def _diagonal(c): return np.diagonal(c, axis1=-2, axis2=-1)      # (..., k) right predictions per class
 
 def _kappa(c):
     n = c.sum((-1, -2))
@@ -162,58 +215,95 @@ def _mcc(c):
     cov = lambda a, b: n * n - (a * b).sum(-1)
     return _share(n * np.trace(c, axis1=-2, axis2=-1) - (t * p).sum(-1), np.sqrt(cov(t, t) * cov(p, p)))
 
-def _recalls(c): return _share(np.diagonal(c, axis1=-2, axis2=-1), c.sum(-1))   # (..., k)
-
 # %% ../nbs/evaluate.ipynb #metrics-table
-METRICS = {
-    'auc':                 Metric('share of (positive, negative) pairs in the right order, ties count half', 'ranks', 'two', None),
-    'average_precision':   Metric('sum of precision x gain in recall over the distinct scores', 'ranks', 'two', None),
-    'accuracy':            Metric('right calls / n', 'calls', 'all', lambda c: _share(np.trace(c, axis1=-2, axis2=-1), c.sum((-1, -2)))),
-    'balanced_accuracy':   Metric('mean recall of the classes', 'calls', 'all', lambda c: _recalls(c).mean(-1)),
-    'precision':           Metric('TP / (TP + FP), the PPV at this prevalence', 'calls', 'two', lambda tp, fp, fn, tn: _share(tp, tp + fp)),
-    'recall':              Metric('TP / (TP + FN), the sensitivity', 'calls', 'two', lambda tp, fp, fn, tn: _share(tp, tp + fn)),
-    'specificity':         Metric('TN / (TN + FP)', 'calls', 'two', lambda tp, fp, fn, tn: _share(tn, tn + fp)),
-    'npv':                 Metric('TN / (TN + FN) at this prevalence', 'calls', 'two', lambda tp, fp, fn, tn: _share(tn, tn + fn)),
-    'false_positive_rate': Metric('FP / (FP + TN)', 'calls', 'two', lambda tp, fp, fn, tn: _share(fp, fp + tn)),
-    'false_negative_rate': Metric('FN / (FN + TP)', 'calls', 'two', lambda tp, fp, fn, tn: _share(fn, fn + tp)),
-    'f1':                  Metric('2 TP / (2 TP + FP + FN)', 'calls', 'two', lambda tp, fp, fn, tn: _share(2 * tp, 2 * tp + fp + fn)),
-    'lr_positive':         Metric('recall / false positive rate', 'calls', 'two', lambda tp, fp, fn, tn: _div(_share(tp, tp + fn), _share(fp, fp + tn))),
-    'lr_negative':         Metric('false negative rate / specificity', 'calls', 'two', lambda tp, fp, fn, tn: _div(_share(fn, tp + fn), _share(tn, fp + tn))),
-    'mcc':                 Metric('correlation of calls and labels (Matthews)', 'calls', 'all', _mcc),
-    'kappa':               Metric('agreement beyond chance (Cohen)', 'calls', 'all', _kappa),
-    'brier':               Metric('mean squared error of the probability (k > 2: summed over classes)', 'probabilities', 'all', None),
-    'log_loss':            Metric('mean of -log probability of the true class', 'probabilities', 'all', None),
-    'prevalence':          Metric('share of this class, as collected', 'calls', 'two', lambda tp, fp, fn, tn: _share(tp + fn, tp + fp + fn + tn)),
+METRICS: Mapping[str, Metric] = {
+    'auc': Metric('share of (positive, negative) pairs in the right order, ties count half', 'ranks', 'two'),
+    'average_precision': Metric('sum of precision x gain in recall over the distinct scores', 'ranks', 'two'),
+    'accuracy': Metric('right predictions / n', 'predictions', 'all',
+                       lambda c: _share(np.trace(c, axis1=-2, axis2=-1), c.sum((-1, -2)))),
+    'balanced_accuracy': Metric('mean recall of the classes', 'predictions', 'all',
+                                lambda c: _share(_diagonal(c), c.sum(-1)).mean(-1)),
+    'precision': Metric('TP / (TP + FP), the PPV at this prevalence', 'predictions', 'two',
+                        lambda tp, fp, fn, tn: _share(tp, tp + fp)),
+    'recall': Metric('TP / (TP + FN), the sensitivity', 'predictions', 'two',
+                     lambda tp, fp, fn, tn: _share(tp, tp + fn)),
+    'specificity': Metric('TN / (TN + FP)', 'predictions', 'two', lambda tp, fp, fn, tn: _share(tn, tn + fp)),
+    'npv': Metric('TN / (TN + FN) at this prevalence', 'predictions', 'two',
+                  lambda tp, fp, fn, tn: _share(tn, tn + fn)),
+    'false_positive_rate': Metric('FP / (FP + TN)', 'predictions', 'two', lambda tp, fp, fn, tn: _share(fp, fp + tn)),
+    'false_negative_rate': Metric('FN / (FN + TP)', 'predictions', 'two', lambda tp, fp, fn, tn: _share(fn, fn + tp)),
+    'f1': Metric('2 TP / (2 TP + FP + FN)', 'predictions', 'two',
+                 lambda tp, fp, fn, tn: _share(2 * tp, 2 * tp + fp + fn)),
+    'lr_positive': Metric('recall / false positive rate', 'predictions', 'two',
+                          lambda tp, fp, fn, tn: _div(_share(tp, tp + fn), _share(fp, fp + tn))),
+    'lr_negative': Metric('false negative rate / specificity', 'predictions', 'two',
+                          lambda tp, fp, fn, tn: _div(_share(fn, tp + fn), _share(tn, fp + tn))),
+    'mcc': Metric('correlation of predictions and labels (Matthews)', 'predictions', 'all', _mcc),
+    'kappa': Metric('agreement beyond chance (Cohen)', 'predictions', 'all', _kappa),
+    'brier': Metric('mean squared error of the probability (k > 2: summed over classes)', 'probabilities', 'all'),
+    'log_loss': Metric('mean of -log probability of the true class', 'probabilities', 'all'),
+    'prevalence': Metric('share of this class, as collected', 'predictions', 'two',
+                         lambda tp, fp, fn, tn: _share(tp + fn, tp + fp + fn + tn)),
 }
-ALIASES = {'sensitivity': 'recall', 'ppv': 'precision', 'fpr': 'false_positive_rate', 'fnr': 'false_negative_rate', 'tpr': 'recall', 'tnr': 'specificity',
-           'ap': 'average_precision', 'lr+': 'lr_positive', 'lr-': 'lr_negative'}
-MACRO = ('auc', 'precision', 'f1')           # with k > 2 also the plain mean over classes; the mean recall is `balanced_accuracy`
+ALIASES = {'sensitivity': 'recall', 'ppv': 'precision', 'fpr': 'false_positive_rate', 'fnr': 'false_negative_rate',
+           'tpr': 'recall', 'tnr': 'specificity', 'ap': 'average_precision', 'lr+': 'lr_positive', 'lr-': 'lr_negative'}
+MACRO = ('auc', 'precision', 'f1')   # with k > 2 also the mean over classes; the mean recall is `balanced_accuracy`
+
+# %% ../nbs/evaluate.ipynb #metric-name
+def metric_name(
+    metric: str,  # a name of `METRICS`, or another name of `ALIASES`
+) -> str:         # a name of `METRICS`
+    "The name by which `METRICS` knows a metric, or a refusal"
+    name = ALIASES.get(metric, metric)
+    if name in METRICS: return name
+    raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, [*METRICS, *ALIASES])} (known: {', '.join(METRICS)})")
 
 # %% ../nbs/evaluate.ipynb #ranks
-def rank_sums(positive,  # (n,) bool
-              score,     # (n,) float, higher means more positive
-              weights,   # (b, n) how often every image counts
-             ) -> tuple: # (b, u) weight of positives and of negatives at each distinct score, highest score first
+class RankSums(NamedTuple):
+    "Weights at every distinct score, highest score first"
+    pos: np.ndarray   # (b, u) of positives
+    neg: np.ndarray   # (b, u) of negatives
+
+def rank_sums(
+    positive: np.ndarray,  # (n,) bool
+    score: np.ndarray,     # (n,) float, higher means more positive
+    weights: np.ndarray,   # (b, n) how often every image counts
+) -> RankSums:
     "Weights of positives and negatives at every distinct score, for many weightings at once"
     order = np.argsort(-score, kind='stable')
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
     w = weights[:, order]
     pos = np.add.reduceat(w * positive[order], starts, axis=1)
-    return pos, np.add.reduceat(w, starts, axis=1) - pos
+    return RankSums(pos, np.add.reduceat(w, starts, axis=1) - pos)
 
-def auc_and_ap(pos, neg):  # (b, u) each, from `rank_sums`
-    "(b,) area under the ROC curve and (b,) average precision; NaN where a class has no weight"
+# %% ../nbs/evaluate.ipynb #auc-and-ap
+class RankMetrics(NamedTuple):
+    "The two metrics of rank under b weightings; NaN where a class has no weight"
+    auc: np.ndarray                # (b,) area under the ROC curve
+    average_precision: np.ndarray  # (b,)
+
+def auc_and_ap(
+    pos: np.ndarray, neg: np.ndarray, # (b, u) each, from `rank_sums`
+) -> RankMetrics:
+    "Area under the ROC curve and average precision for many weightings at once"
     tp, fp = pos.cumsum(1), neg.cumsum(1)
     P, N = tp[:, -1], fp[:, -1]
     auc = _share((neg * (tp - pos / 2)).sum(1), P * N)
     with np.errstate(invalid='ignore', divide='ignore'): precision = np.where(tp + fp > 0, tp / (tp + fp), 0)
-    return auc, _share((pos * precision).sum(1), P)
+    return RankMetrics(auc, _share((pos * precision).sum(1), P))
 
-# %% ../nbs/evaluate.ipynb #compute
+# %% ../nbs/evaluate.ipynb #counts
+class ConfusionCounts(NamedTuple):
+    "One class against the rest: numbers, or arrays of them"
+    tp: Any
+    fp: Any
+    fn: Any
+    tn: Any
+
 def _counts(c, i):
-    "One class against the rest: tp, fp, fn, tn of a confusion matrix (..., k, k) with rows actual, columns called"
+    "One class against the rest, from a confusion matrix (..., k, k) with rows actual, columns predicted"
     tp, t, p = c[..., i, i], c[..., i, :].sum(-1), c[..., :, i].sum(-1)
-    return tp, p - tp, t - tp, c.sum((-1, -2)) - t - p + tp
+    return ConfusionCounts(tp, p - tp, t - tp, c.sum((-1, -2)) - t - p + tp)
 
 def _losses(s):
     "(n, 2) squared error and log loss of every image"
@@ -221,32 +311,41 @@ def _losses(s):
     p = np.clip(s.p, np.finfo(float).eps, 1)
     return np.column_stack([((s.p - onehot) ** 2).sum(1) / (2 if k == 2 else 1), -np.log(p[np.arange(len(p)), s.y])])
 
-def compute_metrics(s: Scores,
-                    calls,         # (n,) index of the class that was called
-                    weights,       # (b, n) how often every image counts
-                    visit = None,  # called with (class index, pos, neg) of `rank_sums`
-                   ) -> dict:      # {metric: (b,)}
+# %% ../nbs/evaluate.ipynb #compute
+def _of_predictions(confusion, names):
+    "{metric: (b,)} of everything that needs predicted classes; confusion (b, k, k), names [(class index, suffix)]"
+    out = {}
+    for m, d in METRICS.items():
+        if d.needs != 'predictions': continue
+        if d.scope == 'all': out[m] = d.compute(confusion)
+        else: out.update({m + suffix: d.compute(*_counts(confusion, i)) for i, suffix in names})
+    return out
+
+def compute_metrics(
+    s: Scores,
+    predicted: np.ndarray,           # (n,) index of the predicted class
+    weights: np.ndarray,             # (b, n) how often every image counts
+    visit: Callable | None = None,   # is handed (class index, pos, neg) of `rank_sums`, class by class
+) -> dict[str, np.ndarray]:          # {metric: (b,)}
     "Every metric for many weightings of the images at once"
     k, out = len(s.classes), {}
-    conf = (weights @ np.eye(k * k)[s.y * k + calls]).reshape(-1, k, k)
-    losses = _share(weights @ _losses(s), weights.sum(1)[:, None])
     names = [(k - 1, '')] if k == 2 else [(i, f':{c}') for i, c in enumerate(s.classes)]
     for i, suffix in names:
-        pos, neg = rank_sums(s.y == i, s.p[:, i], weights) if len(s.y) else (np.zeros((len(weights), 1)),) * 2
-        if visit: visit(i, pos, neg)
-        out['auc' + suffix], out['average_precision' + suffix] = auc_and_ap(pos, neg)
-    for m, d in METRICS.items():
-        if d.needs == 'calls' and d.scope == 'all': out[m] = d.compute(conf)
-        elif d.needs == 'calls': out.update({m + suffix: d.compute(*_counts(conf, i)) for i, suffix in names})
+        ranks = rank_sums(s.y == i, s.p[:, i], weights) if len(s.y) else RankSums(*(np.zeros((len(weights), 1)),) * 2)
+        if visit: visit(i, *ranks)
+        out['auc' + suffix], out['average_precision' + suffix] = auc_and_ap(*ranks)
+    out.update(_of_predictions((weights @ np.eye(k * k)[s.y * k + predicted]).reshape(-1, k, k), names))
+    losses = _share(weights @ _losses(s), weights.sum(1)[:, None])
     out.update(brier=losses[:, 0], log_loss=losses[:, 1])
     if k > 2: out.update({f'{m}_macro': np.mean([out[f'{m}:{c}'] for c in s.classes], axis=0) for m in MACRO})
     return out
 
 # %% ../nbs/evaluate.ipynb #resamples
-def group_resamples(s: Scores,
-                    n_boot: int, # resamples
-                    seed: int,
-                   ):            # yields (b, n) weights of the images, `n_boot` rows in all
+def group_resamples(
+    s: Scores,
+    n_boot: int,          # resamples
+    seed: int,
+) -> Iterator[np.ndarray]:  # (b, n) weights of the images, `n_boot` rows in all
     "Draw groups with replacement within classes; each row says how often every image counts"
     rng, of = np.random.default_rng(seed), s.group_class()
     step = max(1, min(n_boot, 2_000_000 // max(len(s.y), 1)))
@@ -268,71 +367,110 @@ class Estimate(NamedTuple):
     n: int             # images in the denominator
     note: str = ''     # what a reader must know
 
-# %% ../nbs/evaluate.ipynb #interval
-def percentile_interval(draws,       # (b,) resamples of one number; NaN where it was undefined
-                        level = .95, # of the interval
-                       ) -> tuple:   # low, high, note
+class PercentileInterval(NamedTuple):
+    "An interval from resamples"
+    low: float         # NaN: none
+    high: float
+    note: str = ''     # what a reader must know
+
+def percentile_interval(
+    draws: np.ndarray,   # (b,) resamples of one number; NaN where it was undefined
+    level: float = .95,  # of the interval
+) -> PercentileInterval:
     "Percentile interval of the defined resamples, and a note when some were not"
     ok = draws[~np.isnan(draws)]
-    if len(ok) < max(50, len(draws) / 2): return np.nan, np.nan, f'undefined in {len(draws) - len(ok)} of {len(draws)} resamples'
+    lost = len(draws) - len(ok)
+    note = f'undefined in {lost} of {len(draws)} resamples' if lost else ''
+    if len(ok) < max(50, len(draws) / 2):
+        return PercentileInterval(np.nan, np.nan, f'undefined in {lost} of {len(draws)} resamples')
     low, high = np.quantile(ok, (1 - level) / 2, method='lower'), np.quantile(ok, (1 + level) / 2, method='higher')
-    return float(low), float(high), '' if len(ok) == len(draws) else f'undefined in {len(draws) - len(ok)} of {len(draws)} resamples'
+    return PercentileInterval(float(low), float(high), note)
 
-SHARES = {   # metric -> which images are counted, and which of them are right
-    'accuracy':            lambda y, called, i: (y >= 0, y == called),
-    'recall':              lambda y, called, i: (y == i, called == i),
-    'false_negative_rate': lambda y, called, i: (y == i, called == i),
-    'specificity':         lambda y, called, i: (y != i, called != i),
-    'false_positive_rate': lambda y, called, i: (y != i, called != i),
-    'precision':           lambda y, called, i: (called == i, y == i),
-    'npv':                 lambda y, called, i: (called != i, y != i),
+# %% ../nbs/evaluate.ipynb #shares
+SHARES: Mapping[str, Callable] = {   # metric -> which images are counted, and which of them are right
+    'accuracy':            lambda y, predicted, i: (y >= 0, y == predicted),
+    'recall':              lambda y, predicted, i: (y == i, predicted == i),
+    'false_negative_rate': lambda y, predicted, i: (y == i, predicted == i),
+    'specificity':         lambda y, predicted, i: (y != i, predicted != i),
+    'false_positive_rate': lambda y, predicted, i: (y != i, predicted != i),
+    'precision':           lambda y, predicted, i: (predicted == i, y == i),
+    'npv':                 lambda y, predicted, i: (predicted != i, y != i),
 }
 
-def few_error_size(metric,      # one of `SHARES`
-               value, draws, # of the metric: on the images, in the resamples
-               s: Scores, calls, i = None, # (n,) index of the called class; class that counts as positive, None: the last
-              ):             # the effective number of patients, or None where ten groups or more err and the resamples can be trusted
-    "How many patients a share rests on, when hardly any group errs (or is right)"
-    counted, right = SHARES[metric](s.y, calls, len(s.classes) - 1 if i is None else i)
+def few_error_size(
+    metric: str,             # one of `SHARES`
+    value: float,            # of the metric on the images
+    draws: np.ndarray,       # (b,) of the metric in the resamples
+    s: Scores,
+    predicted: np.ndarray,   # (n,) index of the predicted class
+    i: int | None = None,    # class that counts as positive; None: the last
+) -> float | None:           # effective number of patients; None where ten groups or more err: trust the resamples
+    "How many patients a share rests on, when very few groups err (or are right)"
+    counted, right = SHARES[metric](s.y, predicted, len(s.classes) - 1 if i is None else i)
     groups = lambda mask: len(np.unique(s.group[mask]))
     if min(groups(counted & right), groups(counted & ~right)) >= 10: return None
     ok = draws[~np.isnan(draws)]
     spread = ok.var() if len(ok) else 0.
     return float(value * (1 - value) / spread) if spread > 0 and 0 < value < 1 else float(groups(counted))
 
-def _corners(metric, i, conf, groups, level):
-    "Interval of a metric of calls when the resamples have no spread: its range over Wilson's box of recall and specificity"
-    tp, fp, fn, tn = _counts(np.asarray(conf, float), i)
-    P, N = tp + fn, fp + tn
-    values = []
+# %% ../nbs/evaluate.ipynb #outcome
+class _Outcome(NamedTuple):
+    "Predicted classes on checked scores"
+    s: Scores
+    predicted: np.ndarray   # (n,) class index
+    confusion: np.ndarray   # (k, k) counts, rows actual, columns predicted
+
+    def find(self, name):
+        "A metric's name without its class, the class index, and whether a class was named"
+        metric, _, cls = name.partition(':')
+        return metric, self.s.classes.index(cls) if cls else len(self.s.classes) - 1, bool(cls)
+
+# %% ../nbs/evaluate.ipynb #corners
+def _corners(metric, i, confusion, groups, level):
+    "Interval of a metric of predictions when the resamples have no spread: its range over Wilson's box of recall and specificity"
+    tp, fp, fn, tn = _counts(np.asarray(confusion, float), i)
+    P, N, d, values = tp + fn, fp + tn, METRICS[metric], []
     for a in wilson(tp / P * groups[0], groups[0], level):
         for b in wilson(tn / N * groups[1], groups[1], level):
             c = (P * a, N * (1 - b), P * (1 - a), N * b)
-            d = METRICS[metric]
             values.append(d.compute(*c) if d.scope == 'two' else d.compute(np.array([[c[3], c[1]], [c[2], c[0]]])))
     return float(np.nanmin(values)), float(np.nanmax(values))
 
-def _interval(name, value, draws, s, calls, conf, level):
-    "(low, high, note) of one metric"
-    metric, _, cls = name.partition(':')
-    if np.isnan(value): return np.nan, np.nan, ''
-    if metric == 'prevalence': return np.nan, np.nan, 'as collected, so without an interval'
-    i, of = s.classes.index(cls) if cls else len(s.classes) - 1, s.group_class()
-    n = few_error_size(metric, value, draws, s, calls, i) if metric in SHARES else None
-    if n is not None: return *map(float, wilson(value * n, n, level)), 'few errors: Wilson interval' + (f' for {n:.0f} effective patients' if s.grouped else '')
-    low, high, note = percentile_interval(draws, level)
-    if low < high or np.isnan(low): return low, high, note
+def _without_spread(metric, i, named, value, o, level):
+    "Interval of a metric that is the same in every resample"
+    of = o.s.group_class()
     groups = int((of == i).sum()), int((of != i).sum())
-    whole = not cls and len(s.classes) > 2
-    if min(groups) and not whole and METRICS[metric].needs == 'calls':
-        return *_corners(metric, i, conf, groups, level), 'no spread in the resamples: Wilson interval over groups'
+    whole = not named and len(o.s.classes) > 2
+    if min(groups) and not whole and METRICS[metric].needs == 'predictions':
+        low, high = _corners(metric, i, o.confusion, groups, level)
+        return PercentileInterval(low, high, 'no spread in the resamples: Wilson interval over groups')
     if min(groups) and not whole and metric == 'auc' and value in (0, 1):
         low, high = wilson(min(groups) * value, min(groups), level)
-        return float(low), float(high), f'every pair in {"the right" if value else "the wrong"} order: bound from {min(groups)} independent pairs of groups'
-    return np.nan, np.nan, 'no spread in the resamples: no interval'
+        order = 'the right' if value else 'the wrong'
+        note = f'every pair in {order} order: bound from {min(groups)} independent pairs of groups'
+        return PercentileInterval(float(low), float(high), note)
+    return PercentileInterval(np.nan, np.nan, 'no spread in the resamples: no interval')
 
-# %% ../nbs/evaluate.ipynb #curves
-GRID = np.linspace(0, 1, 101)
+# %% ../nbs/evaluate.ipynb #interval
+def _few_errors(value, n, grouped, level):
+    "Wilson interval of a share for its effective number of patients"
+    low, high = wilson(value * n, n, level)
+    note = 'few errors: Wilson interval' + (f' for {n:.0f} effective patients' if grouped else '')
+    return PercentileInterval(float(low), float(high), note)
+
+def _interval(name, value, draws, o, level):
+    "Interval and note of one metric"
+    metric, i, named = o.find(name)
+    if np.isnan(value): return PercentileInterval(np.nan, np.nan)
+    if metric == 'prevalence': return PercentileInterval(np.nan, np.nan, 'as collected, so without an interval')
+    n = few_error_size(metric, value, draws, o.s, o.predicted, i) if metric in SHARES else None
+    if n is not None: return _few_errors(value, n, o.s.grouped, level)
+    found = percentile_interval(draws, level)
+    if found.low < found.high or np.isnan(found.low): return found
+    return _without_spread(metric, i, named, value, o, level)
+
+# %% ../nbs/evaluate.ipynb #staircases
+_GRID = np.linspace(0, 1, 101)
 
 def _corner_points(x, y, most=1000):
     "A staircase without its inner points; thinned evenly when there are very many"
@@ -349,12 +487,14 @@ def _steps(pos, neg):
     tpr, total = tp / tp[-1], tp + fp
     return np.r_[0, fp / fp[-1]], np.r_[0, tpr], tpr, tp / np.where(total > 0, total, np.nan)
 
+# %% ../nbs/evaluate.ipynb #curves
 def _on_grid(pos, neg):
     "(2, 101) recall at every false positive rate, precision at every recall of the grid"
     steps = _steps(pos, neg)
-    if steps is None: return np.full((2, len(GRID)), np.nan)
+    if steps is None: return np.full((2, len(_GRID)), np.nan)
     fpr, tpr, recall, precision = steps
-    return tpr[np.searchsorted(fpr, GRID, 'right') - 1], precision[np.searchsorted(recall, np.maximum(GRID, 1e-9), 'left').clip(max=len(recall) - 1)]
+    at = np.searchsorted(recall, np.maximum(_GRID, 1e-9), 'left').clip(max=len(recall) - 1)
+    return tpr[np.searchsorted(fpr, _GRID, 'right') - 1], precision[at]
 
 def _curve(pos, neg, bands, level):
     "What a plot of one class needs, as plain arrays"
@@ -364,296 +504,392 @@ def _curve(pos, neg, bands, level):
     out = dict(fpr=fpr, tpr=tpr, recall=recall, precision=precision)
     if len(bands):
         (a, b), (c, d) = np.nanquantile(bands, [(1 - level) / 2, (1 + level) / 2], axis=0).transpose(1, 0, 2)
-        out.update(grid=GRID, tpr_low=a, tpr_high=b, precision_low=c, precision_high=d)
+        out.update(grid=_GRID, tpr_low=a, tpr_high=b, precision_low=c, precision_high=d)
     return {k: np.round(v, 5) for k, v in out.items()}
+
+# %% ../nbs/evaluate.ipynb #to-plain
+def to_plain(
+    o: object,  # numbers, texts, arrays, lists, dicts; NaN and infinity allowed
+) -> Any:       # what `json.dumps(..., allow_nan=False)` takes
+    "Plain Python that JSON can hold: NaN is None, infinity is the text 'inf'"
+    if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, np.ndarray)): return [to_plain(v) for v in o]
+    if isinstance(o, np.generic): o = o.item()
+    if not isinstance(o, float) or math.isfinite(o): return o
+    if math.isnan(o): return None
+    return 'inf' if o > 0 else '-inf'
 
 # %% ../nbs/evaluate.ipynb #evaluation
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "Every metric with its interval, the confusion matrix and the curves of one set of images"
-    classes: tuple            # names; the last one is positive
-    threshold: float          # calls are made at or above it; None with more than two classes (highest probability)
-    level: float              # of the intervals
-    n_boot: int; seed: int
-    n_images: int; n_groups: int
-    grouped: bool             # False: no groups were given and every image stood for a patient
-    images_per_class: dict; groups_per_class: dict
-    confusion: list           # k x k counts, rows actual, columns called
-    estimates: dict           # name -> `Estimate`
-    curves: dict = field(default_factory=dict, repr=False)   # class -> arrays for the ROC and precision-recall plots
+    classes: tuple[str, ...]   # names; the last one is positive
+    threshold: float | None    # predicted positive at or above it; None with more than two classes
+    level: float               # of the intervals
+    n_boot: int                # resamples
+    seed: int
+    n_images: int
+    n_groups: int
+    grouped: bool              # False: no groups were given and every image stood for a patient
+    images_per_class: dict[str, int]
+    groups_per_class: dict[str, int]
+    confusion: list[list[int]]      # k x k counts, rows actual, columns predicted
+    estimates: dict[str, Estimate]  # by metric
+    curves: dict[str, dict] = field(default_factory=dict, repr=False)   # class -> arrays of its two curves
 
-    def __eq__(self, other): return isinstance(other, Evaluation) and self.to_dict() == other.to_dict()
+    def __eq__(self, other: object) -> bool: return isinstance(other, Evaluation) and self.to_dict() == other.to_dict()
 
-    def __getitem__(self, metric) -> Estimate:
+    def __getitem__(self, metric: str) -> Estimate:
         name, _, cls = str(metric).partition(':')
         name = ALIASES.get(name, name) + (f':{cls}' if cls else '')
         if name in self.estimates: return self.estimates[name]
-        raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, [*self.estimates, *ALIASES])} (known: {', '.join(self.estimates)})")
+        known = [*self.estimates, *ALIASES]
+        raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, known)} (known: {', '.join(self.estimates)})")
 
     def table(self) -> pd.DataFrame:
         "One row per metric: metric, value, low, high, n, note"
         return pd.DataFrame([dict(metric=m, **e._asdict()) for m, e in self.estimates.items()])
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         "Plain Python that JSON can hold: NaN is None, infinity is the text 'inf', the points of a curve are one line of text"
-        curves = {c: {k: ' '.join(f'{x:g}' for x in v) for k, v in arrays.items()} for c, arrays in self.curves.items()}
-        return to_plain(dict(vars(self), estimates={m: e._asdict() for m, e in self.estimates.items()}, curves=curves))
+        lines = lambda arrays: {k: ' '.join(f'{x:g}' for x in v) for k, v in arrays.items()}
+        return to_plain(dict(vars(self), estimates={m: e._asdict() for m, e in self.estimates.items()},
+                             curves={c: lines(arrays) for c, arrays in self.curves.items()}))
 
     @classmethod
-    def from_dict(cls, d: dict) -> 'Evaluation':
-        "The same object from `to_dict`, also after a way through a JSON file"
+    def from_dict(cls, d: Mapping[str, Any]) -> Evaluation:
+        "The same object from `to_dict`, also after a way through a JSON file, or from a file kept without its curves"
         number = lambda v: np.nan if v is None else float(v)
-        est = {m: Estimate(number(e['value']), number(e['low']), number(e['high']), int(e['n']), e['note']) for m, e in d['estimates'].items()}
-        curves = {c: {k: np.array(v.split(), float) for k, v in arrays.items()} for c, arrays in d['curves'].items()}
-        return cls(**{**d, 'classes': tuple(d['classes']), 'estimates': est, 'curves': curves})
+        estimates = {m: Estimate(number(e['value']), number(e['low']), number(e['high']), int(e['n']), e['note'])
+                     for m, e in d['estimates'].items()}
+        points = lambda arrays: {k: np.array(v.split(), float) for k, v in arrays.items()}
+        return cls(**{**d, 'classes': tuple(d['classes']), 'estimates': estimates,
+                      'curves': {c: points(arrays) for c, arrays in d.get('curves', {}).items()}})
 
-    def __str__(self): return describe(self)
+    def __str__(self) -> str: return describe(self)
 
-def to_plain(o):
-    if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, np.ndarray)): return [to_plain(v) for v in o]
-    if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, float): return None if math.isnan(o) else (o if math.isfinite(o) else ('inf' if o > 0 else '-inf'))
-    return o
-
-# %% ../nbs/evaluate.ipynb #describe
-def _number(v): return 'undefined' if np.isnan(v) else f'{v:.3f}'
-
-def describe(e: Evaluation) -> str:
-    "An evaluation as text that fits a terminal"
+# %% ../nbs/evaluate.ipynb #describe-parts
+def _describe_head(e):
+    "What was evaluated, in three lines"
     per = ', '.join(f'{n} {c}' for c, n in e.images_per_class.items())
     alone = 'no patient groups given: every image counts as a patient, so intervals are too narrow if patients have several'
     unit = f'{e.n_groups} patient groups' if e.grouped else alone
-    lines = [f'{e.n_images} images ({per}); {unit}',
-             f"called '{e.classes[-1]}' at {e.threshold:.4g} and above" if e.threshold is not None else 'called: the class with the highest probability',
-             f"{100 * e.level:g} % intervals: {e.n_boot} resamples of {'groups' if e.grouped else 'images'}" if e.n_boot else 'no intervals were asked for', '']
-    width = max(map(len, e.estimates)) + 2
-    for m, r in e.estimates.items():
-        ci = '' if np.isnan(r.low) else f'[{r.low:.3f}, {r.high:.3f}]'
-        lines.append(f'{m:<{width}}{_number(r.value):>9}  {ci:<16} n {r.n:<6}{r.note}'.rstrip())
+    rule = 'predicted: the class with the highest probability'
+    if e.threshold is not None: rule = f"predicted '{e.classes[-1]}' at {format_number(e.threshold, 4)} and above"
+    drawn = f"{100 * e.level:g} % intervals: {e.n_boot} resamples of {'groups' if e.grouped else 'images'}"
+    return [f'{e.n_images} images ({per}); {unit}', rule, drawn if e.n_boot else 'no intervals were asked for']
+
+def _describe_estimate(name, r, width):
+    "One metric in a line"
+    return f'{name:<{width}}{format_number(r.value):>15}  {format_interval(r.low, r.high):<16} n {r.n:<6}{r.note}'.rstrip()
+
+def _describe_confusion(e, width):
+    "The confusion matrix as lines"
     names = [str(c) for c in e.classes]
     w = max([6, *(len(n) + 2 for n in names)])
-    lines += ['', 'actual \\ called'.ljust(width) + ''.join(n.rjust(w) for n in names)]
-    lines += [n.ljust(width) + ''.join(str(v).rjust(w) for v in row) for n, row in zip(names, e.confusion)]
-    if len(names) == 2 and e.n_images:
-        pos, neg = (e.groups_per_class[c] for c in e.classes[::-1])
-        lines += ['', describe_precision(pos, neg, float(np.clip(e['accuracy'].value, .05, .95)), e.level, 'patient group' if e.grouped else 'image')]
+    head = 'actual \\ predicted'.ljust(width) + ''.join(n.rjust(w) for n in names)
+    return [head, *(n.ljust(width) + ''.join(str(v).rjust(w) for v in row) for n, row in zip(names, e.confusion))]
+
+# %% ../nbs/evaluate.ipynb #describe
+def describe(e: Evaluation) -> str:
+    "An evaluation as text that fits a terminal"
+    width = max([18, *map(len, e.estimates)]) + 2
+    lines = [*_describe_head(e), '', *(_describe_estimate(m, r, width) for m, r in e.estimates.items()), '',
+             *_describe_confusion(e, width)]
+    if len(e.classes) == 2 and e.n_images:
+        neg, pos = (e.groups_per_class[c] for c in e.classes)
+        accuracy = float(np.clip(e['accuracy'].value, .05, .95))
+        lines += ['', describe_precision(pos, neg, accuracy, e.level, 'patient group' if e.grouped else 'image')]
     return '\n'.join(lines)
 
-# %% ../nbs/evaluate.ipynb #evaluate-helpers
+# %% ../nbs/evaluate.ipynb #evaluate-checks
 def _in_order(s):
     "The same scores in an order that depends on what they are and not on where they stood, so that every sum has the same last digit"
     i = np.lexsort((*s.p.T, s.y, s.group))
     return Scores(s.y[i], s.p[i], s.group[i], s.classes, s.grouped)
 
 def _check_request(threshold, n_boot, level):
-    if not (isinstance(threshold, (int, float, np.number)) and 0 <= threshold <= 1): raise EvaluationError(f'threshold={threshold!r}; give a number from 0 to 1.')
-    if n_boot != 0 and n_boot < 100: raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2000 is usual).')
+    if not (isinstance(threshold, (int, float, np.number)) and 0 <= threshold <= 1):
+        raise EvaluationError(f'threshold={threshold!r}; give a number from 0 to 1.')
+    if n_boot != 0 and n_boot < 100:
+        raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2000 is usual).')
     if not 0 < level < 1: raise EvaluationError(f'level={level}; give a share between 0 and 1, such as .95.')
 
-def _warn_undefined(est):
-    "One warning for all undefined metrics, grouped by reason"
-    by_reason = {}
-    for m, e in est.items():
-        if np.isnan(e.value): by_reason.setdefault(e.note, []).append(m)
-    if by_reason: warnings.warn('; '.join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()), UndefinedMetric, stacklevel=3)
-
-def _denominator(name, s, conf):
-    "Images that a metric is a share of"
-    metric, _, cls = name.partition(':')
-    i = s.classes.index(cls) if cls else len(s.classes) - 1
-    tp, fp, fn, tn = _counts(np.asarray(conf), i)
-    n = dict(precision=tp + fp, recall=tp + fn, false_negative_rate=tp + fn, specificity=tn + fp, false_positive_rate=tn + fp, npv=tn + fn)
-    return int(n.get(metric, len(s.y))) if cls or len(s.classes) == 2 else len(s.y)
-
-def _reason(name, s, conf):
-    "Why a metric is undefined"
-    absent = [str(c) for i, c in enumerate(s.classes) if not (s.y == i).any()]
-    if not len(s.y): return 'no images'
-    if absent: return f"no image of class {', '.join(absent)}"
-    metric, _, cls = name.partition(':')
-    tp, fp, fn, tn = _counts(np.asarray(conf), s.classes.index(cls) if cls else len(s.classes) - 1)
-    known = {'precision': 'nothing was called positive', 'npv': 'nothing was called negative'}
-    return known.get(metric, 'every image got the same call' if 0 in (tp + fp, tn + fn) else 'a class was never called')
-
-def _bootstrap(s, calls, n_boot, seed):
+def _bootstrap(s, predicted, n_boot, seed):
     "{metric: (n_boot,)} and {class: (n_boot, 2, 101)} of the resamples"
     draws, bands = [], {}
     def visit(i, pos, neg): bands.setdefault(s.classes[i], []).extend(_on_grid(a, b) for a, b in zip(pos, neg))
-    if len(s.y):
-        for w in group_resamples(s, n_boot, seed): draws.append(compute_metrics(s, calls, w, visit))
+    if len(s.y): draws = [compute_metrics(s, predicted, w, visit) for w in group_resamples(s, n_boot, seed)]
     return ({m: np.concatenate([d[m] for d in draws]) for m in draws[0]} if draws else {}), bands
 
-def _few(s):
+# %% ../nbs/evaluate.ipynb #evaluate-notes
+def _denominator(name, o):
+    "Images that a metric is a share of"
+    metric, i, named = o.find(name)
+    n = len(o.s.y)
+    if not named and len(o.s.classes) > 2: return n
+    tp, fp, fn, tn = _counts(o.confusion, i)
+    known = dict(precision=tp + fp, recall=tp + fn, false_negative_rate=tp + fn, specificity=tn + fp,
+                 false_positive_rate=tn + fp, npv=tn + fn)
+    return int(known.get(metric, n))
+
+def _reason(name, o):
+    "Why a metric is undefined"
+    if not len(o.s.y): return 'no images'
+    absent = [str(c) for i, c in enumerate(o.s.classes) if not (o.s.y == i).any()]
+    if absent: return f"no image of class {', '.join(absent)}"
+    metric, i, _ = o.find(name)
+    if metric == 'precision': return 'nothing was predicted positive'
+    if metric == 'npv': return 'nothing was predicted negative'
+    tp, fp, fn, tn = _counts(o.confusion, i)
+    return 'every image got the same prediction' if 0 in (tp + fp, tn + fn) else 'a class was never predicted'
+
+def _few_groups(s):
     "A note on classes with too few groups for any bootstrap"
     of = s.group_class()
     sizes = {c: int((of == i).sum()) for i, c in enumerate(s.classes)}
-    few = [f'{n} group{"s" * (n != 1)} of {c}' for c, n in sizes.items() if 0 < n < 5]
-    return f"only {' and '.join(few)}: the interval says little" if few else ''
+    few = [f'{format_count(n, "group")} of {c}' for c, n in sizes.items() if 0 < n < 5]
+    return f'only {" and ".join(few)}: the interval says little' if few else ''
 
-def _estimate(name, value, draws, s, calls, conf, level):
+# %% ../nbs/evaluate.ipynb #evaluate-estimate
+def _estimate(name, value, draws, o, level):
     "One `Estimate`, with its interval and everything a reader must know"
-    few = _few(s)
-    low, high, note = _interval(name, value, draws[name], s, calls, conf, level) if draws else (np.nan, np.nan, '')
-    if np.isnan(value): note = 'undefined: ' + _reason(name, s, conf)
-    elif np.isinf(value): note = 'no finite value: ' + ('no false positive' if name.startswith('lr_pos') else 'no true negative')
+    few = _few_groups(o.s)
+    low, high, note = _interval(name, value, draws[name], o, level) if draws else (np.nan, np.nan, '')
+    if np.isnan(value): note = 'undefined: ' + _reason(name, o)
+    elif np.isinf(value):
+        note = 'no finite value: ' + ('no false positive' if name.startswith('lr_pos') else 'no true negative')
     elif few and not np.isnan(low): note = '; '.join(filter(None, (note, few)))
-    return Estimate(float(value), low, high, _denominator(name, s, conf), note)
+    return Estimate(float(value), low, high, _denominator(name, o), note)
+
+def _warn_undefined(estimates):
+    "One warning for all undefined metrics, grouped by reason"
+    by_reason = {}
+    for m, e in estimates.items():
+        if np.isnan(e.value): by_reason.setdefault(e.note, []).append(m)
+    text = '; '.join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    if text: warnings.warn(text, UndefinedMetric, stacklevel=3)
 
 # %% ../nbs/evaluate.ipynb #evaluate
-def evaluate(y_true,             # (n,) class names, or 0..k-1
-             y_prob,             # (n,) probability of the last class, or (n, k)
-             groups = None,      # (n,) patient groups; None: every image is a patient of its own
-             threshold = .5,     # 0..1; called positive at or above it; not used with more than two classes
-             classes = BINARY,   # names, in the order of the columns of `y_prob`; the last one is positive
-             n_boot: int = 2000, # resamples; 0: no intervals
-             seed: int = 0,      # of the resamples
-             level: float = .95, # of the intervals
-            ) -> Evaluation:
+def evaluate(
+    y_true: ArrayLike,                # (n,) class names, or 0..k-1
+    y_prob: ArrayLike,                # (n,) probability of the last class, or (n, k)
+    groups: ArrayLike | None = None,  # (n,) patient groups; None: every image is a patient of its own
+    threshold: float = .5,            # 0..1; predicted positive at or above it; not used with more than two classes
+    classes: Sequence = BINARY,       # names, in the order of the columns of `y_prob`; the last one is positive
+    n_boot: int = 2000,               # resamples; 0: no intervals
+    seed: int = 0,                    # of the resamples
+    level: float = .95,               # of the intervals
+) -> Evaluation:
     "Every metric that these labels and probabilities allow, each with its interval over patients"
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
     _check_request(threshold, n_boot, level)
-    k, of = len(s.classes), s.group_class()
-    calls = (s.score >= threshold).astype(np.int64) if k == 2 else s.p.argmax(1)
-    conf = np.bincount(s.y * k + calls, minlength=k * k).reshape(k, k)
-    ranks = {}
-    values = compute_metrics(s, calls, np.ones((1, len(s.y))), lambda i, pos, neg: ranks.update({s.classes[i]: (pos[0], neg[0])}))
-    draws, bands = _bootstrap(s, calls, n_boot, seed)
+    k = len(s.classes)
+    predicted = (s.score >= threshold).astype(np.int64) if k == 2 else s.p.argmax(1)
+    o = _Outcome(s, predicted, np.bincount(s.y * k + predicted, minlength=k * k).reshape(k, k))
+    ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    def keep_ranks(i, pos, neg): ranks[s.classes[i]] = pos[0], neg[0]
+    values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks)
+    draws, bands = _bootstrap(s, predicted, n_boot, seed)
     order = [m for d in METRICS for m in values if m.partition(':')[0] in (d, f'{d}_macro')]
-    est = {m: _estimate(m, values[m][0], draws, s, calls, conf, level) for m in order}
-    _warn_undefined(est)
+    estimates = {m: _estimate(m, values[m][0], draws, o, level) for m in order}
+    _warn_undefined(estimates)
     per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}
-    return Evaluation(s.classes, float(threshold) if k == 2 else None, float(level), int(n_boot), int(seed), len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(of),
-                      conf.tolist(), est, {str(c): _curve(*ranks[c], bands.get(c, []), level) for c in ranks})
-
-# %% ../nbs/evaluate.ipynb #design-effect
-def design_effect(y_true, y_prob,     # (n,) labels and probabilities
-                  groups,             # (n,) patient groups
-                  metric = 'auc',     # any of `METRICS`
-                  threshold = .5,     # for metrics of calls
-                  classes = BINARY,   # names
-                  n_boot = 2000, seed = 0, level = .95,
-                 ) -> dict:           # width by patients, width by images, design_effect, effective_n; NaN where undefined
-    "What patients with several images do to the precision of a metric"
-    out = {}
-    for unit, g in (('patients', groups), ('images', None)):
-        s = check_scores(y_true, y_prob, g, classes)
-        calls = (s.score >= threshold).astype(np.int64) if len(s.classes) == 2 else s.p.argmax(1)
-        draws = np.concatenate([compute_metrics(s, calls, w)[ALIASES.get(metric, metric)] for w in group_resamples(s, n_boot, seed)])
-        low, high, _ = percentile_interval(draws, level)
-        out[unit] = high - low, np.nanvar(draws)
-    effect = float(_share(out['patients'][1], out['images'][1]))
-    return dict(width_patients=out['patients'][0], width_images=out['images'][0], design_effect=effect, effective_n=float(_share(len(s.y), effect)))
+    curves = {c: _curve(*ranks[c], bands.get(c, []), level) for c in ranks}
+    return Evaluation(s.classes, float(threshold) if k == 2 else None, float(level), int(n_boot), int(seed),
+                      len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(s.group_class()),
+                      o.confusion.tolist(), estimates, curves)
 
 # %% ../nbs/evaluate.ipynb #operating-point
 @dataclass(frozen=True)
 class OperatingPoint:
     "A threshold that was chosen for a goal, and what it achieved on the images it was chosen on"
-    threshold: float; goal: str
-    met: bool                  # was the goal reached on these images?
-    sensitivity: float; specificity: float; precision: float; f1: float; accuracy: float   # NaN: undefined
-    n_positive: int; n_negative: int
-    note: str = ''
+    threshold: float
+    goal: str
+    met: bool            # was the goal reached on these images?
+    sensitivity: float   # NaN: undefined, as for all of these
+    specificity: float
+    precision: float
+    f1: float
+    accuracy: float
+    n_positive: int
+    n_negative: int
+    note: str = ''       # what a reader must know
 
     @property
     def hash(self) -> str:
         "Ten hex digits that change when the threshold, the goal or the images change: to be printed beside every number made with it"
-        return sha256_text(repr(self.threshold), self.goal, self.n_positive, self.n_negative, repr(self.sensitivity), repr(self.specificity))[:10]
-    def to_dict(self) -> dict: return to_plain(dict(asdict(self), hash=self.hash))
+        numbers = self.goal, self.n_positive, self.n_negative, repr(self.sensitivity), repr(self.specificity)
+        return sha256_text(repr(self.threshold), *numbers)[:10]
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python that JSON can hold, with the hash"
+        return to_plain(dict(asdict(self), hash=self.hash))
+
     @classmethod
-    def from_dict(cls, d: dict) -> 'OperatingPoint':
-        "The same point from `to_dict`; refused when somebody changed it in between"
-        numbers = {k: np.nan if v is None else v for k, v in d.items() if k != 'hash'}
-        p = cls(**numbers)
+    def from_dict(cls, d: Mapping[str, Any]) -> OperatingPoint:
+        "The same point from `to_dict`; refused when a number in it was changed in between"
+        known: dict[str, Any] = {k: np.nan if v is None else v for k, v in d.items() if k != 'hash'}
+        p = cls(**known)
         if d.get('hash', p.hash) != p.hash:
-            raise EvaluationError(f"the operating point with hash {d['hash']} was altered (it now hashes to {p.hash}); choose it again on the validation part.")
+            raise EvaluationError(f"the operating point with hash {d['hash']} was altered (it now hashes to {p.hash}); "
+                                  f"choose it again on the validation split.")
         return p
-    def __str__(self):
+
+    def __str__(self) -> str:
         reached = '' if self.met else ' (NOT reached)'
-        return (f'threshold {self.threshold:.4f} for {self.goal}{reached}, from {self.n_positive + self.n_negative} images ({self.n_positive} positive): '
-                f'sensitivity {self.sensitivity:.3f}, specificity {self.specificity:.3f} [{self.hash}]' + (f'; {self.note}' if self.note else ''))
+        text = (f'threshold {format_number(self.threshold, 4)} for {self.goal}{reached}, '
+                f'from {self.n_positive + self.n_negative} images ({self.n_positive} positive): sensitivity '
+                f'{format_number(self.sensitivity)}, specificity {format_number(self.specificity)} [{self.hash}]')
+        return f'{text}; {self.note}' if self.note else text
 
 # %% ../nbs/evaluate.ipynb #parse-goal
-GOALS = ('youden', 'f1', 'accuracy', 'sensitivity>=0.95', 'specificity>=0.9', 'ppv>=0.5@0.05', 'npv>=0.99@0.05', 'fixed=0.5')
+GoalKind = Literal['youden', 'f1', 'accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'fixed']
+GOALS = ('youden', 'f1', 'accuracy', 'sensitivity>=0.95', 'specificity>=0.9', 'ppv>=0.5@0.05', 'npv>=0.99@0.05',
+         'fixed=0.5')
+_GOAL_PATTERNS = (r'(youden|f1|accuracy)', r'(sensitivity|specificity|recall)>=([\d.]+)',
+                  r'(ppv|npv)>=([\d.]+)@([\d.]+)', r'(fixed)=([\d.]+)')
 
-def parse_goal(goal: str) -> tuple: # (kind, number, prevalence); None where the goal has none
+class Goal(NamedTuple):
+    "What a threshold is chosen for"
+    kind: GoalKind
+    number: float | None = None      # share to be reached, or the threshold of 'fixed'; None: the highest there is
+    prevalence: float | None = None  # of 'ppv' and 'npv'
+
+def parse_goal(goal: str) -> Goal:
     "Read a goal, or refuse it with the nearest one"
     text = re.sub(r'\s', '', str(goal))
-    m = re.fullmatch(r'(?:(youden|f1|accuracy)|(sensitivity|specificity|recall)>=([\d.]+)|(ppv|npv)>=([\d.]+)@([\d.]+)|(fixed)=([\d.]+))', text)
-    try: kind, numbers = next(filter(None, (m[1], m[2], m[4], m[7]))), [float(v) for v in (m[3], m[5], m[8], m[6]) if v]
-    except (TypeError, ValueError):
-        raise EvaluationError(f"unknown goal '{goal}'{nearest(text, GOALS)} (write one of {', '.join(GOALS)}, with numbers of your own)") from None
-    if any(not 0 <= v <= 1 for v in numbers) or (m[4] and not 0 < numbers[1] < 1):
+    found = next(filter(None, (re.fullmatch(p, text) for p in _GOAL_PATTERNS)), None)
+    unknown = EvaluationError(f"unknown goal '{goal}'{nearest(text, GOALS)} "
+                              f"(write one of {', '.join(GOALS)}, with numbers of your own)")
+    if found is None: raise unknown
+    kind, *texts = found.groups()
+    try: numbers = [float(v) for v in texts]
+    except ValueError: raise unknown from None
+    if any(not 0 <= v <= 1 for v in numbers) or any(not 0 < v < 1 for v in numbers[1:]):
         raise EvaluationError(f"goal '{goal}': numbers are shares between 0 and 1, not percentages.")
-    return (dict(recall='sensitivity').get(kind, kind), *(numbers + [None, None])[:2])
+    return Goal(cast(GoalKind, 'sensitivity' if kind == 'recall' else kind), *numbers)
 
-# %% ../nbs/evaluate.ipynb #candidates
-def _candidates(s):
-    "Thresholds between neighbouring scores with their counts tp, fp, fn, tn; from calling all images positive to calling none"
-    pos, neg = (v[0] for v in rank_sums(s.y == 1, s.score, np.ones((1, len(s.y)))))
-    scores = np.unique(s.score)[::-1]                        # highest first, as rank_sums has them
-    tp, fp = np.r_[0, pos.cumsum()], np.r_[0, neg.cumsum()]
-    t = np.r_[(scores[0] + 1) / 2, (scores[:-1] + scores[1:]) / 2, scores[-1] / 2]
-    t[1:-1] = np.where(t[1:-1] > scores[1:], t[1:-1], scores[:-1])      # neighbours so close that no number lies between
-    keep = np.r_[scores[0] < 1, np.ones(len(scores), bool)]  # at a score of 1 no threshold in 0..1 calls nothing positive
-    tp, fp, t = tp[keep], fp[keep], t[keep]
-    return t, (tp, fp, pos.sum() - tp, neg.sum() - fp)
+# %% ../nbs/evaluate.ipynb #predictive-values
+class PredictiveValues(NamedTuple):
+    "Predictive values at a prevalence: numbers, or arrays; NaN where nothing is predicted so"
+    ppv: Any   # share of positive predictions that are right
+    npv: Any   # share of negative predictions that are right
 
-def predictive_values(sensitivity, specificity, prevalence): # numbers or arrays
-    "(PPV, NPV) by Bayes' rule; NaN where nothing is called"
+def predictive_values(
+    sensitivity: Any, specificity: Any, # numbers or arrays, 0..1
+    prevalence: Any,                    # of the place of use
+) -> PredictiveValues:
+    "Predictive values by Bayes' rule"
     tp, fp = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
     fn, tn = (1 - sensitivity) * prevalence, specificity * (1 - prevalence)
-    return _share(tp, tp + fp), _share(tn, tn + fn)
+    return PredictiveValues(_share(tp, tp + fp), _share(tn, tn + fn))
 
-def _gain(kind, number, prevalence, c):
+# %% ../nbs/evaluate.ipynb #candidates
+def _counts_at(s, threshold):
+    "Counts tp, fp, fn, tn at one threshold"
+    return _counts(np.bincount(s.y * 2 + (s.score >= threshold), minlength=4).reshape(2, 2), 1)
+
+def _candidates(s):
+    "Thresholds between neighbouring scores with their counts tp, fp, fn, tn; from all images predicted positive to none"
+    pos, neg = (v[0] for v in rank_sums(s.y == 1, s.score, np.ones((1, len(s.y)))))
+    scores = np.unique(s.score)[::-1]                                # highest first, as rank_sums has them
+    tp, fp = np.r_[0, pos.cumsum()], np.r_[0, neg.cumsum()]
+    t = np.r_[(scores[0] + 1) / 2, (scores[:-1] + scores[1:]) / 2, scores[-1] / 2]
+    t[1:-1] = np.where(t[1:-1] > scores[1:], t[1:-1], scores[:-1])   # neighbours so close that no number lies between
+    keep = np.r_[scores[0] < 1, np.ones(len(scores), bool)]          # above a score of 1 there is no threshold in 0..1
+    tp, fp, t = tp[keep], fp[keep], t[keep]
+    return t, ConfusionCounts(tp, fp, pos.sum() - tp, neg.sum() - fp)
+
+# %% ../nbs/evaluate.ipynb #serve-goal
+def _gain(goal, c):
     "(what must be reached or None, what is then maximised) at every candidate"
     sens, spec = METRICS['recall'].compute(*c), METRICS['specificity'].compute(*c)
-    if kind in ('f1', 'youden', 'accuracy'): return None, dict(f1=METRICS['f1'].compute(*c), youden=sens + spec, accuracy=(c[0] + c[3]) / sum(c))[kind]
-    if kind in ('sensitivity', 'specificity'): return (sens, spec) if kind == 'sensitivity' else (spec, sens)
-    ppv, npv = predictive_values(sens, spec, prevalence)
-    return (np.nan_to_num(ppv), sens) if kind == 'ppv' else (np.nan_to_num(npv), spec)
+    if goal.kind == 'youden': return None, sens + spec
+    if goal.kind == 'f1': return None, METRICS['f1'].compute(*c)
+    if goal.kind == 'accuracy': return None, (c.tp + c.tn) / sum(c)
+    if goal.kind == 'sensitivity': return sens, spec
+    if goal.kind == 'specificity': return spec, sens
+    ppv, npv = predictive_values(sens, spec, goal.prevalence)
+    return (np.nan_to_num(ppv), sens) if goal.kind == 'ppv' else (np.nan_to_num(npv), spec)
 
-# %% ../nbs/evaluate.ipynb #choose-threshold
-def choose_threshold(y_true,            # (n,) labels of the VALIDATION images
-                     y_prob,            # (n,) their probabilities of the positive class, or (n, 2)
-                     goal = 'youden',   # one of `GOALS`, with numbers of your own
-                     classes = BINARY,  # (negative, positive)
-                    ) -> OperatingPoint:
-    "The threshold that serves a goal best on validation images, to be frozen"
-    s, (kind, number, prevalence) = check_scores(y_true, y_prob, None, classes), parse_goal(goal)
+def _serve_goal(s, goal):
+    "(threshold, counts, was the goal reached?) of the candidate that serves a goal best"
+    if goal.kind == 'fixed': return goal.number, _counts_at(s, goal.number), True
+    t, c = _candidates(s)
+    need, gain = _gain(goal, c)
+    met = need is None or bool((need >= goal.number - 1e-12).any())
+    if need is not None:
+        enough = goal.number if met else need.max()
+        gain = np.where(need >= enough - 1e-12, gain, -1)
+    best = np.lexsort((t, -c.tp, -np.round(gain, 12)))[0]
+    return float(t[best]), ConfusionCounts(*(v[best] for v in c)), met
+
+def _check_both_classes(s):
     if len(s.classes) != 2:
-        raise EvaluationError(f'choose_threshold: {len(s.classes)} classes have no single threshold; the class with the highest probability is called.')
+        raise EvaluationError(f'choose_threshold: {len(s.classes)} classes have no single threshold; '
+                              f'the class with the highest probability is predicted.')
     if len(np.unique(s.y)) < 2:
         only = f"only '{s.classes[s.y[0]]}'" if len(s.y) else 'no images'
-        raise EvaluationError(f'choose_threshold: the validation part holds {only}; a threshold needs both classes, so give validation more patients.')
-    if kind == 'fixed': t, c, best, met = np.array([number]), _counts(np.bincount(s.y * 2 + (s.score >= number), minlength=4).reshape(2, 2), 1), 0, True
-    else:
-        t, c = _candidates(s)
-        need, gain = _gain(kind, number, prevalence, c)
-        met = need is None or bool((need >= number - 1e-12).any())
-        if need is not None: gain = np.where(need >= (number if met else need.max()) - 1e-12, gain, -1)
-        best = np.lexsort((t, -c[0], -np.round(gain, 12)))[0]
-    tp, fp, fn, tn = (float(np.ravel(v)[best]) for v in c)
-    note = 'calls every image positive' if fn + tn == 0 else 'calls no image positive' if tp + fp == 0 else ''
-    if not met:
-        warnings.warn(f"goal '{goal}' is reached by no threshold on these {len(s.y)} images; the nearest one was taken", UnmetGoal, stacklevel=2)
-    m = [float(METRICS[k].compute(tp, fp, fn, tn)) for k in ('recall', 'specificity', 'precision', 'f1')]
-    return OperatingPoint(float(t[best]), str(goal), met, *m, (tp + tn) / len(s.y), int(tp + fn), int(fp + tn), note)
+        raise EvaluationError(f'choose_threshold: the validation split holds {only}; a threshold needs both classes, '
+                              f'so give validation more patients.')
 
-# %% ../nbs/evaluate.ipynb #oracle-gap
-def threshold_regret(y_true,           # (n,) labels of the TEST images
-               y_prob,           # (n,) their probabilities
-               threshold: float, # the frozen one
-               classes = BINARY, # (negative, positive)
-              ) -> dict:         # frozen, oracle, gap: accuracy and balanced accuracy; oracle_threshold
+# %% ../nbs/evaluate.ipynb #choose-threshold
+def choose_threshold(
+    y_true: ArrayLike,           # (n,) labels of the VALIDATION images
+    y_prob: ArrayLike,           # (n,) their probabilities of the positive class, or (n, 2)
+    goal: str = 'youden',        # one of `GOALS`, with numbers of your own
+    classes: Sequence = BINARY,  # (negative, positive)
+) -> OperatingPoint:
+    "The threshold that serves a goal best on validation images, to be frozen"
+    s, wanted = check_scores(y_true, y_prob, None, classes), parse_goal(goal)
+    _check_both_classes(s)
+    threshold, counts, met = _serve_goal(s, wanted)
+    tp, fp, fn, tn = map(float, counts)
+    note = ''
+    if fn + tn == 0: note = 'predicts every image positive'
+    elif tp + fp == 0: note = 'predicts no image positive'
+    if not met:
+        warnings.warn(f"goal '{goal}' is reached by no threshold on these {len(s.y)} images; the nearest one was taken",
+                      UnmetGoal, stacklevel=2)
+    share = {k: float(METRICS[k].compute(tp, fp, fn, tn)) for k in ('specificity', 'precision', 'f1')}
+    sensitivity = float(METRICS['recall'].compute(tp, fp, fn, tn))
+    return OperatingPoint(threshold, str(goal), met, sensitivity, **share, accuracy=(tp + tn) / len(s.y),
+                          n_positive=int(tp + fn), n_negative=int(fp + tn), note=note)
+
+# %% ../nbs/evaluate.ipynb #regret
+class ThresholdRegret(NamedTuple):
+    "What a frozen threshold gave on test images, and what the best threshold for these very images would have shown"
+    frozen_threshold: float
+    frozen_accuracy: float
+    frozen_balanced_accuracy: float
+    best_threshold: float            # of accuracy
+    best_accuracy: float
+    best_balanced_accuracy: float    # at a threshold of its own
+
+    @property
+    def regret(self) -> float:
+        "Accuracy that the frozen threshold lost"
+        return self.best_accuracy - self.frozen_accuracy
+
+    @property
+    def balanced_regret(self) -> float:
+        "Balanced accuracy that the frozen threshold lost"
+        return self.best_balanced_accuracy - self.frozen_balanced_accuracy
+
+def threshold_regret(
+    y_true: ArrayLike,           # (n,) labels of the TEST images
+    y_prob: ArrayLike,           # (n,) their probabilities
+    threshold: float,            # the frozen one
+    classes: Sequence = BINARY,  # (negative, positive)
+) -> ThresholdRegret:
     "How much better the best test threshold would look than the frozen one: for the report, never for use"
     s = check_scores(y_true, y_prob, None, classes)
     if len(s.classes) != 2 or not len(s.y):
         raise EvaluationError(f'threshold_regret: {len(s.y)} images of {len(s.classes)} classes; it needs images of two classes.')
-    t, c = _candidates(s)
-    frozen = _counts(np.bincount(s.y * 2 + (s.score >= threshold), minlength=4).reshape(2, 2), 1)
-    accuracy = lambda c: (c[0] + c[3]) / len(s.y)
+    accuracy = lambda c: (c.tp + c.tn) / len(s.y)
     balanced = lambda c: (METRICS['recall'].compute(*c) + METRICS['specificity'].compute(*c)) / 2
-    return dict(frozen_accuracy=float(accuracy(frozen)), oracle_accuracy=float(accuracy(c).max()), gap=float(accuracy(c).max() - accuracy(frozen)),
-                frozen_balanced=float(balanced(frozen)), oracle_balanced=float(balanced(c).max()), gap_balanced=float(balanced(c).max() - balanced(frozen)),
-                frozen_threshold=float(threshold), oracle_threshold=float(t[accuracy(c).argmax()]))
+    t, c = _candidates(s)
+    frozen = _counts_at(s, threshold)
+    return ThresholdRegret(float(threshold), float(accuracy(frozen)), float(balanced(frozen)),
+                           float(t[accuracy(c).argmax()]), float(accuracy(c).max()), float(balanced(c).max()))

@@ -4,10 +4,11 @@
 
 # %% ../nbs/images.ipynb #imports
 from __future__ import annotations
-import dataclasses, io, json, math, os, re, struct, threading, warnings, zlib
+import dataclasses, io, json, logging, math, os, re, struct, sys, threading, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Iterator, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -16,78 +17,100 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from .core import ImageError, RecipeError, nearest, sha256_text
+from .core import ImageError, RecipeError, choices, nearest, sha256_text
+from .brightness import (Grey, Refused, Stored, check_size, error_text, read_dicom, read_dicom_header, to_grey,
+                                  to_levels)
+from .words import format_number
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'MAX_BYTES', 'DEPTHS', 'HOWS', 'VERSION', 'STRETCHES', 'SUPPRESSED',
-           'REDUCED_MEAN', 'REDUCED_P99', 'naming_the_file', 'as_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to',
-           'suppressed_region', 'ImageRule', 'apply_rule', 'load_image', 'file_facts']
-
-# %% ../nbs/images.ipynb #limits
-MAX_PIXELS = 100_000_000      # by the header, before decoding
-MIN_SIDE, MAX_ASPECT = 32, 5  # pixels; longer side / shorter side
-MAX_BYTES = 512 << 20         # of the file
-_MAX_SCANS = 100              # of a progressive JPEG; ordinary ones have about ten, hostile ones thousands
-
-class _Refused(Exception): "Why a file is refused, and the cure; `naming_the_file` adds the file"
-
-def _check_size(w: int, h: int) -> None:
-    "Refuse by the header's width and height alone"
-    if w < 1 or h < 1: raise _Refused(f'its header says {w} x {h} pixels; the file is damaged: fetch it again')
-    if w * h > MAX_PIXELS: raise _Refused(f'its header claims {w} x {h} pixels, more than {MAX_PIXELS:,}; no radiograph is that large: check the file, or reduce it first')
-    if min(w, h) < MIN_SIDE: raise _Refused(f'it has {w} x {h} pixels and a side must have {MIN_SIDE} or more; this is a thumbnail: find the full picture')
-    if max(w, h) > MAX_ASPECT * min(w, h): raise _Refused(f'it has {w} x {h} pixels and no side may be more than {MAX_ASPECT} times the other; this is not one film: crop it or leave it out')
+__all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'VERSION', 'REDUCED_MEAN', 'REDUCED_P99', 'FLAT',
+           'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
+           'apply_rule', 'BlankImage', 'cut_frame', 'is_blank', 'refuse_blank', 'LoadedImage', 'load_image',
+           'read_picture', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
-def _said(error) -> str:
-    "Another library's error in one line"
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+def _why(error: BaseException) -> str:
+    "The cause of a failure, and the cure"
+    if isinstance(error, Refused): return ' '.join(str(error).split())
+    if isinstance(error, FileNotFoundError): return 'there is no such file; check the path'
+    if isinstance(error, PermissionError): return 'you may not read it; change its permissions'
+    return (f'it cannot be decoded ({error_text(error)}); '
+            'the file is damaged or not supported: fetch it again or leave it out')
 
+def _image_error(path: object, why: str, kind: type[ImageError] = ImageError) -> ImageError:
+    "An error with the file's name in its sentence; `why` alone stays at hand for tables"
+    error = kind(f'cannot use image {path}: {why}.')
+    error.why = why
+    return error
+
+# %% ../nbs/images.ipynb #image-errors
 @contextmanager
-def naming_the_file(path):
+def image_errors(
+    path: object,      # the file that is read inside the block
+) -> Iterator[None]:
     "Turn every failure inside the block into an ImageError that names the file"
     try: yield
     except ImageError: raise
-    except _Refused as e: raise ImageError(f"cannot use image {path}: {' '.join(str(e).split())}.") from None
-    except FileNotFoundError: raise ImageError(f'cannot use image {path}: there is no such file; check the path.') from None
-    except PermissionError: raise ImageError(f'cannot use image {path}: you may not read it; change its permissions.') from None
-    except Exception as e:
-        raise ImageError(f'cannot use image {path}: it cannot be decoded ({_said(e)}); the file is damaged or not supported: fetch it again or leave it out.') from e
+    except (Refused, FileNotFoundError, PermissionError) as e: raise _image_error(path, _why(e)) from None
+    except Exception as e: raise _image_error(path, _why(e)) from e
 
-def as_path(path) -> str:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path): raise ImageError(f'cannot use image {path!r}: this is not a path; give the name of a file.')
+def image_path(
+    path: object,      # what a person or a table gave: NaN, None and '' name no file
+) -> str:
+    "The path as text, or an ImageError when it names no file"
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise _image_error(repr(path), 'this is not a path; give the name of a file')
     return os.fspath(path)
 
-def _check_file(path) -> int:
+# %% ../nbs/images.ipynb #check-file
+MAX_BYTES = 512 << 20         # of the file
+_MAX_SCANS = 100              # of a progressive JPEG; ordinary ones have about ten, hostile ones thousands
+
+def _check_file(path: str) -> int:
     "Size in bytes of an ordinary, non-empty, not absurd file"
     p = Path(path)
     n = p.stat().st_size
-    if p.is_dir(): raise _Refused('it is a folder; name a file in it')
-    if not p.is_file(): raise _Refused('it is not an ordinary file')
-    if n == 0: raise _Refused('it is empty (0 bytes); fetch it again')
-    if n > MAX_BYTES: raise _Refused(f'it has {n:,} bytes, more than {MAX_BYTES:,}; no radiograph is that large: check the file')
+    if p.is_dir(): raise Refused('it is a folder; name a file in it')
+    if not p.is_file(): raise Refused('it is not an ordinary file')
+    if n == 0: raise Refused('it is empty (0 bytes); fetch it again')
+    if n > MAX_BYTES:
+        raise Refused(f'it has {n:,} bytes, more than {MAX_BYTES:,}; no radiograph is that large: check the file')
     return n
 
 # %% ../nbs/images.ipynb #kind
-_MAGIC = [(b'\xff\xd8\xff', 'JPEG'), (b'\x89PNG\r\n\x1a\n', 'PNG'), (b'BM', 'BMP'), (b'GIF87a', 'GIF'), (b'GIF89a', 'GIF'),
-          (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'), (b'II+\0', 'TIFF'), (b'MM\0+', 'TIFF')]
-_FOREIGN = [(rb'%PDF', 'a PDF document'), (rb'\x1f\x8b', 'a gzip archive (a .nii.gz volume, perhaps)'), (rb'PK\x03\x04', 'a zip archive'),
-            (rb'(\s|\xef\xbb\xbf)*<(!doctype|html|head|body|\?xml|svg|error)', 'a web page or XML text, such as a saved error message'),
-            (rb'....ftyp(heic|heix|mif1|avif)', 'HEIC or AVIF'), (rb'\0\0\0\x0cjP  ', 'JPEG 2000'), (rb'\xff\x4f\xff\x51', 'JPEG 2000'),
-            (rb'8BPS', 'a Photoshop document'), (rb'\x93NUMPY', 'a numpy array'), (rb'version https://git-lfs', 'a git-lfs pointer, not the file itself')]
+_MAGIC = [
+    (b'\xff\xd8\xff', 'JPEG'), (b'\x89PNG\r\n\x1a\n', 'PNG'), (b'BM', 'BMP'), (b'GIF87a', 'GIF'), (b'GIF89a', 'GIF'),
+    (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'), (b'II+\0', 'TIFF'), (b'MM\0+', 'TIFF')]
+_FOREIGN = [
+    (rb'%PDF', 'a PDF document'), (rb'\x1f\x8b', 'a gzip archive (a .nii.gz volume, perhaps)'),
+    (rb'PK\x03\x04', 'a zip archive'),
+    (rb'(\s|\xef\xbb\xbf)*<(!doctype|html|head|body|\?xml|svg|error)',
+     'a web page or XML text, such as a saved error message'),
+    (rb'....ftyp(heic|heix|mif1|avif)', 'HEIC or AVIF'), (rb'\0\0\0\x0cjP  ', 'JPEG 2000'),
+    (rb'\xff\x4f\xff\x51', 'JPEG 2000'), (rb'8BPS', 'a Photoshop document'), (rb'\x93NUMPY', 'a numpy array'),
+    (rb'version https://git-lfs', 'a git-lfs pointer, not the file itself')]
+
+def _not_a_picture(head: bytes) -> str:
+    "What these first bytes are instead, and the cure"
+    for magic, what in _FOREIGN:
+        if re.match(magic, head, re.I | re.S): return f'its content is {what}; fetch the picture itself, or save it as PNG'
+    if head[344:348] in (b'n+1\0', b'ni1\0'): return 'its content is a NIfTI volume; this library reads single images'
+    if head[:2] in (b'\x08\0', b'\x02\0'):
+        return ('it looks like DICOM without the standard preamble; '
+                'write it again with pydicom.dcmwrite(..., enforce_file_format=True)')
+    if head and all(c in b'\t\r\n' or 32 <= c < 127 for c in head[:256]):
+        return 'its content is text; fetch the picture itself'
+    return ('its content is no picture format that this library knows (JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM); '
+            'fetch it again, or save it as PNG')
 
 def _kind(head: bytes) -> str:
     "Format by the first bytes: JPEG, PNG, BMP, GIF, TIFF, WEBP or DICOM"
+    if head[128:134] == b'DICM\x02\0': return 'DICOM'     # its first 128 bytes may be the header of another format
     for magic, kind in _MAGIC:
         if head.startswith(magic): return kind
     if head[:4] == b'RIFF' and head[8:12] == b'WEBP': return 'WEBP'
     if head[128:132] == b'DICM': return 'DICOM'
-    for magic, what in _FOREIGN:
-        if re.match(magic, head, re.I | re.S): raise _Refused(f'its content is {what}; fetch the picture itself, or save it as PNG')
-    if head[344:348] in (b'n+1\0', b'ni1\0'): raise _Refused('its content is a NIfTI volume; this library reads single films')
-    if head[:2] == b'\x08\0' or head[:2] == b'\x02\0': raise _Refused('it looks like DICOM without the standard preamble; write it again with pydicom.dcmwrite(..., enforce_file_format=True)')
-    if head and all(c in b'\t\r\n' or 32 <= c < 127 for c in head[:256]): raise _Refused('its content is text; fetch the picture itself')
-    raise _Refused('its content is no picture format that this library knows (JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM); fetch it again, or save it as PNG')
+    raise Refused(_not_a_picture(head))
 
 # %% ../nbs/images.ipynb #exif
 def _orientation(exif: bytes) -> int:
@@ -110,128 +133,299 @@ def _upright(a: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(a, {3: 2, 6: 3, 8: 1}.get(orientation, 0))
 
 # %% ../nbs/images.ipynb #grey
-def _deep(a: np.ndarray) -> np.ndarray:
-    "Integer pixels of any width -> uint16, or a refusal"
-    if a.min() < 0 or a.max() > 65535: raise _Refused(f'its pixels run from {a.min()} to {a.max()} and 0 to 65,535 is expected; save it as 16-bit grey')
-    return a.astype(np.uint16)
+class _Decoded(NamedTuple):
+    "A picture as its decoder gives it"
+    pixels: np.ndarray       # (h, w) uint8 or uint16, upright
+    white: int               # the number that is white
+    colour_share: float      # share of the area that is coloured; 0 where it was not asked for
+    scale: int               # 1, or 2 or 4 for a JPEG that was read reduced
+    whole: tuple[int, int]   # (w, h) of the full picture
 
-def _grey(im) -> np.ndarray:
-    "A decoded PIL picture -> (h, w) uint8 or uint16; transparent parts lie on black"
-    if im.mode.startswith('I'):
-        a, clear = _deep(np.asarray(im)), im.info.get('transparency')
-        return np.where(a == clear, np.uint16(0), a) if isinstance(clear, int) else a
-    if im.mode in ('F', 'LAB', 'HSV'): raise _Refused(f'its PIL mode is {im.mode}, which has no grey reading; save it as 8- or 16-bit grey')
-    if im.mode == 'CMYK' or im.mode == 'YCbCr': im = im.convert('RGB')
-    if 'transparency' in im.info or im.mode in ('RGBa', 'La', 'PA'): im = im.convert('RGBA')
-    if im.mode not in ('RGBA', 'LA'): return np.asarray(im.convert('L'))
+def _on_black(im: Image.Image) -> np.ndarray:
+    "An LA or RGBA picture -> (h, w) uint8, with black behind what is transparent"
     grey, alpha = im.getchannel(0) if im.mode == 'LA' else im.convert('L'), im.getchannel('A')
     if alpha.histogram()[255] == im.size[0] * im.size[1]: return np.asarray(grey)      # nothing is transparent
     out = Image.new('L', im.size)
     out.paste(grey, mask=alpha)
     return np.asarray(out)
 
+def _grey(im: Image.Image, inverted: bool = False, bits: int = 16) -> Grey:
+    "A decoded PIL picture -> grey; transparent parts are black"
+    if im.mode.startswith('I'):
+        a, clear = np.asarray(im), im.info.get('transparency')
+        if a.min() < 0 or a.max() >= 1 << bits:
+            raise Refused(f'its pixels run from {a.min()} to {a.max()} and 0 to {(1 << bits) - 1:,} is expected; '
+                          'save it as 16-bit grey')
+        return to_grey(Stored(a, bits, inverted=inverted, padding=a == clear if isinstance(clear, int) else None))
+    if im.mode in ('F', 'LAB', 'HSV'):
+        raise Refused(f'its PIL mode is {im.mode}, which has no grey reading; save it as 8- or 16-bit grey')
+    if im.mode == 'CMYK' or im.mode == 'YCbCr': im = im.convert('RGB')
+    if 'transparency' in im.info or im.mode in ('RGBa', 'La', 'PA'): im = im.convert('RGBA')
+    return Grey(_on_black(im) if im.mode in ('RGBA', 'LA') else np.asarray(im.convert('L')), 255)
+
+# %% ../nbs/images.ipynb #deep
+_OTHER = '16B' if sys.byteorder == 'little' else '16L'      # than this machine's order
+_LOW_BYTES = {'LA;16B': 'RGBA'}     # how PIL unpacks a picture -> how it unpacks the other bytes of it
+for _mode in ('RGB', 'RGBA'):
+    for _kept, _lost in (('16B', '16L'), ('16L', '16B'), ('16N', _OTHER)):
+        _LOW_BYTES[f'{_mode};{_kept}'] = f'{_mode};{_lost}'
+
+def _raw_mode(im: Any) -> str: return im.tile[0].args if isinstance(im.tile[0].args, str) else im.tile[0].args[0]
+
+class _Channels(NamedTuple):
+    "A picture of 16-bit channels, as PIL unpacks its high and its low bytes"
+    high: np.ndarray   # (h, w, n) uint8
+    low: np.ndarray
+    raw: str           # PIL's name of the layout
+
+    def block(self, rows: slice, step: int = 1) -> np.ndarray:
+        "(h, w, 2 to 4) uint16 of some rows"
+        a, b = self.high[rows, ::step], self.low[rows, ::step]
+        if self.raw == 'LA;16B': a, b = b[..., ::2], b[..., 1::2]        # all four bytes of grey and alpha
+        return a.astype(np.uint16) << 8 | b
+
+def _channels(im: Any, low: Any) -> _Channels:
+    "From a PIL picture and the same once more, neither unpacked yet"
+    raw = _raw_mode(im)
+    if raw not in _LOW_BYTES: raise Refused(f'its channels are of 16 bits, stored as {raw}; save it as 16-bit grey')
+    def other(args): return _LOW_BYTES[raw] if isinstance(args, str) else (_LOW_BYTES[raw], *args[1:])
+    low.tile = [t._replace(args=other(t.args)) for t in low.tile]
+    im.load()
+    low.load()
+    return _Channels(np.asarray(im), np.asarray(low), raw)
+
+# %% ../nbs/images.ipynb #deep-grey
+def _luma(a: np.ndarray, clear: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    "(h, w, 2 to 4) uint16 -> ITU-R 601 luma on black, and the share of light that passes, 0 to 1; None: all of it"
+    n = a.shape[2]
+    red, green, blue = (a[..., i].astype(np.uint32) for i in ((0, 1, 2) if n > 2 else (0, 0, 0)))
+    luma = red * 19595 + green * 38470 + blue * 7471 + 32768 >> 16
+    if n % 2 == 0: alpha = a[..., -1] / 65535
+    elif isinstance(clear, tuple): alpha = 1. - (a == clear).all(2)
+    else: return luma.astype(np.uint16), None
+    return (luma * alpha + .5).astype(np.uint16), alpha
+
+def _grey_of_channels(channels: _Channels, clear: Any = None) -> Grey:
+    "Grey of 16-bit channels, some rows at a time; black behind what is transparent"
+    h, w = channels.high.shape[:2]
+    numbers, padding = np.empty((h, w), np.uint16), np.zeros((h, w), bool)
+    for start in range(0, h, 256):
+        rows = slice(start, start + 256)
+        numbers[rows], alpha = _luma(channels.block(rows), clear)
+        if alpha is not None: padding[rows] = alpha == 0
+    return to_grey(Stored(numbers, padding=padding if padding.any() else None))
+
+# %% ../nbs/images.ipynb #colour
+_CHROMA = 30          # grey levels between the channels that make a pixel coloured
+
+def _share_of(im: Image.Image) -> float:
+    "Share of a decoded picture's area that is coloured"
+    if im.mode not in ('RGB', 'RGBA', 'P', 'CMYK', 'YCbCr', 'PA'): return 0.
+    if im.mode in ('P', 'PA'): im = im.convert('RGBA')
+    if im.mode in ('RGBA', 'CMYK'): im = im.convert('RGB')
+    rgb = np.asarray(im.resize((64, 64), Image.Resampling.BOX).convert('RGB'), np.int16)
+    return float((rgb.max(2) - rgb.min(2) > _CHROMA).mean())
+
+def _share_of_channels(channels: _Channels) -> float:
+    "The same of 16-bit channels, on a few of their pixels"
+    step = max(1, min(channels.high.shape[:2]) // 256)
+    a = channels.block(slice(None, None, step), step)
+    if a.shape[2] < 3: return 0.
+    return _share_of(Image.fromarray((a[..., :3] * (255 / max(int(a[..., :3].max()), 1))).astype(np.uint8)))
+
 # %% ../nbs/images.ipynb #jpeg-parts
-def _jpeg_parts(data: bytes) -> dict:
-    "Walk the segments up to the first scan: what the decoder needs, the frame's numbers, the EXIF block, where the scan begins"
-    keep, out, at = [data[:2]], dict(exif=b''), 2
+_SOI, _EOI, _SOS = b'\xff\xd8', b'\xff\xd9', 0xda
+_LOSSLESS = (0xc3, 0xc7, 0xcb, 0xcf)
+_PROGRESSIVE = (0xc2, 0xc6, 0xca, 0xce)
+_FRAMES = (0xc0, 0xc1, 0xc5, 0xc9, 0xcd, *_PROGRESSIVE)    # markers of a frame header
+
+@dataclass(frozen=True)
+class _Jpeg:
+    "What the segments up to the first scan say"
+    head: bytes          # the segments that the decoder needs
+    exif: bytes
+    sos: int             # where the header of the first scan begins
+    scan: int            # where its data begin
+    depth: int           # bits
+    h: int
+    w: int
+    layers: int          # colour components
+    progressive: bool
+    several: bool        # more than one scan?
+    stores_rgb: bool     # red, green and blue, not luma and chroma?
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    "(marker, where it stands, the segment with its marker) of all segments up to the first scan's header"
+    at = 2
     while True:
         at = data.find(b'\xff', at)
-        if at < 0 or at + 4 > len(data): raise _Refused('it is a JPEG cut short before its picture; fetch it again')
+        if at < 0 or at + 4 > len(data): raise Refused('it is a JPEG cut short before its picture; fetch it again')
         marker = data[at + 1]
-        if marker in (0x00, 0x01, 0xff) or 0xd0 <= marker <= 0xd8: at += 1 if marker == 0xff else 2; continue
-        if marker == 0xd9: raise _Refused('it is a JPEG that ends before its picture; fetch it again')
-        segment = data[at:at + 2 + struct.unpack_from('>H', data, at + 2)[0]]
-        if marker in (0xc3, 0xc7, 0xcb, 0xcf): raise _Refused('it is a lossless JPEG, which needs a DICOM viewer; save it as PNG')
-        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
-            out['depth'], out['h'], out['w'], out['layers'] = struct.unpack_from('>BHHB', segment, 4)
-            out['progressive'] = marker in (0xc2, 0xc6, 0xca, 0xce)
-        if marker == 0xe1 and segment[4:10] == b'Exif\0\0': out['exif'] = segment[4:]
-        if not (0xe1 <= marker <= 0xed or marker in (0xef, 0xfe)): keep.append(segment)    # no EXIF, profiles, comments
-        out['sos'] = at
-        at += len(segment)
-        if marker == 0xda: break
-    if 'w' not in out: raise _Refused('it is a JPEG without a frame header; fetch it again')
-    return dict(out, head=b''.join(keep), scan=at, several=out['progressive'] or segment[4] < out['layers'])
+        if marker == 0xff: at += 1
+        elif marker in (0x00, 0x01) or 0xd0 <= marker <= 0xd8: at += 2        # stands alone
+        elif marker == 0xd9: raise Refused('it is a JPEG that ends before its picture; fetch it again')
+        else:
+            segment = data[at:at + 2 + struct.unpack_from('>H', data, at + 2)[0]]
+            yield marker, at, segment
+            if marker == _SOS: return
+            at += len(segment)
 
+def _jpeg_parts(data: bytes) -> _Jpeg:
+    "What the decoder needs, the frame's numbers, the EXIF block, and where the scan begins"
+    keep, frame, exif, rgb = [data[:2]], None, b'', None
+    for marker, at, segment in _jpeg_segments(data):
+        if marker in _LOSSLESS: raise Refused('it is a lossless JPEG, which needs a DICOM viewer; save it as PNG')
+        if marker in _FRAMES: names = segment[10::3]
+        if marker == 0xe0 and segment[4:8] == b'JFIF': rgb = False
+        if marker == 0xee and segment[4:9] == b'Adobe' and rgb is None: rgb = segment[15:16] == b'\0'
+        if marker in _FRAMES: frame = *struct.unpack_from('>BHHB', segment, 4), marker in _PROGRESSIVE
+        if marker == 0xe1 and segment[4:10] == b'Exif\0\0': exif = segment[4:]
+        if not (0xe1 <= marker <= 0xed or marker in (0xef, 0xfe)): keep.append(segment)    # no EXIF, profiles, comments
+    if frame is None: raise Refused('it is a JPEG without a frame header; fetch it again')
+    depth, h, w, layers, progressive = frame
+    several = progressive or segment[4] < layers
+    rgb = names == b'RGB' if rgb is None else rgb
+    rgb = rgb and layers == 3
+    return _Jpeg(b''.join(keep), exif, at, at + len(segment), depth, h, w, layers, progressive, several, rgb)
+
+# %% ../nbs/images.ipynb #jpeg-end
 _MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
 
-def _jpeg_end(data: bytes, parts: dict) -> int:
-    "Where the end marker stands; a JPEG without one, or whose last scans are missing, was cut short"
-    if not parts['several']: end, done = data.find(b'\xff\xd9', parts['scan']), None
-    else:
-        at, end, done, scans = parts['sos'], -1, set(), 0
-        while m := _MARKER.search(data, at):
-            if data[m.end() - 1] == 0xd9: end = m.start(); break
-            at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
-            if data[m.end() - 1] == 0xda: scans += 1; done |= _coefficients(data[m.end():at], parts['progressive'])
-            if scans > _MAX_SCANS: raise _Refused(f'it is a JPEG of more than {_MAX_SCANS} scans, built to exhaust a decoder; leave it out')
-    if end < 0: raise _Refused('it is a truncated JPEG (no end marker); fetch it again')
-    if done is not None and len(done) < 64 * parts['layers']: raise _Refused('it is a truncated JPEG (scans are missing); fetch it again')
-    return end
-
-def _coefficients(sos: bytes, progressive: bool) -> set:
+def _coefficients(sos: bytes, progressive: bool) -> set[tuple[int, int]]:
     "The (component, coefficient) pairs that this scan brings to full precision"
     n = sos[2]
     first, last, low = (sos[3 + 2 * n], sos[4 + 2 * n], sos[5 + 2 * n] & 15) if progressive else (0, 63, 0)
     return set() if low else {(c, k) for c in sos[3:3 + 2 * n:2] for k in range(first, min(last, 63) + 1)}
 
+def _walk_scans(data: bytes, parts: _Jpeg) -> tuple[int, int]:
+    "Where the end marker stands (-1: nowhere), and how many coefficients all scans before it bring to full precision"
+    at, scans = parts.sos, 0
+    done: set[tuple[int, int]] = set()
+    while m := _MARKER.search(data, at):
+        marker = data[m.end() - 1]
+        if marker == 0xd9: return m.start(), len(done)
+        at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
+        if marker == _SOS:
+            scans += 1
+            done |= _coefficients(data[m.end():at], parts.progressive)
+        if scans > _MAX_SCANS:
+            raise Refused(f'it is a JPEG of more than {_MAX_SCANS} scans, built to exhaust a decoder; leave it out')
+    return -1, len(done)
+
+def _jpeg_end(data: bytes, parts: _Jpeg) -> int:
+    "Where the end marker stands; a JPEG without one, or whose last scans are missing, was cut short"
+    needed = 64 * parts.layers
+    end, done = _walk_scans(data, parts) if parts.several else (data.find(_EOI, parts.scan), needed)
+    if end < 0: raise Refused('it is a truncated JPEG (no end marker); fetch it again')
+    if done < needed: raise Refused('it is a truncated JPEG (scans are missing); fetch it again')
+    return end
+
 # %% ../nbs/images.ipynb #jpeg
-def _ends_grey(im, scale: int) -> bool:
+def _ends_grey(im: Image.Image, scale: int) -> bool:
     "Is the last block what libjpeg paints where data are missing?"
     w, h, b = *im.size, max(1, 8 // scale)
     last = np.asarray(im.crop(((w - 1) // b * b, (h - 1) // b * b, w, h)))
     return bool((last == last[0, 0]).all()) and 126 <= last.flat[0] <= 130
 
-def _decode_jpeg(data: bytes, rule=None):
-    "PIL picture, orientation, scale, full (w, h); with a rule, decoded in luma, and at 1/2 or 1/4 where `_smallest` allows"
+def _open_jpeg(clean: bytes, rule: ImageRule | None, luma: str, turned: bool) -> tuple[JpegImageFile, int]:
+    "A decoded JPEG and its scale; with a rule, in luma (and chroma), and at 1/2 or 1/4 where `_smallest` allows"
+    im, scale = JpegImageFile(io.BytesIO(clean)), 1
+    w = im.size[0]
+    if rule and im.mode in ('L', 'RGB'):
+        drafted = im.draft(luma, im.size if turned else _smallest(rule, *im.size))
+        if drafted: scale = round(w / drafted[1][2])
+    im.load()
+    return im, scale
+
+def _small_rgb(clean: bytes) -> Image.Image:
+    "An eighth of a JPEG that stores red, green and blue: rare, and read in luma it has lost its colours"
+    im = JpegImageFile(io.BytesIO(clean))
+    im.draft('RGB', (64, 64))
+    im.load()
+    return im
+
+# %% ../nbs/images.ipynb #jpeg-decode
+def _decode_jpeg(data: bytes, rule: ImageRule | None = None, colour: bool = False) -> _Decoded:
+    "The picture of a JPEG; with a rule, read in luma and reduced where `_smallest` allows"
     parts = _jpeg_parts(data)
-    _check_size(parts['w'], parts['h'])
-    turn, end = _orientation(parts['exif']), _jpeg_end(data, parts)
-    def decode(tail=b''):
-        im, scale = JpegImageFile(io.BytesIO(b''.join((parts['head'], memoryview(data)[parts['scan']:end], tail, b'\xff\xd9')))), 1
-        if rule and im.mode in ('L', 'RGB'):
-            drafted = im.draft('L', _smallest(rule, *im.size) if turn == 1 else im.size)
-            if drafted: scale = round(parts['w'] / drafted[1][2])
-        im.load()
-        return im, scale
-    im, scale = decode()
-    if parts['progressive'] or _ends_grey(im, scale):
-        if im.tobytes() != decode(bytes(range(1, 255)) * 4)[0].tobytes(): raise _Refused('it is a truncated JPEG (its data end before its picture); fetch it again')
-    return im, turn, scale, (parts['w'], parts['h'])
+    check_size(parts.w, parts.h)
+    turn, end = _orientation(parts.exif), _jpeg_end(data, parts)
+    luma = 'YCbCr' if colour and parts.layers == 3 and not parts.stores_rgb else 'L'
+    def clean(tail=b''): return b''.join((parts.head, memoryview(data)[parts.scan:end], tail, _EOI))
+    im, scale = _open_jpeg(clean(), rule, luma, turn != 1)
+    if parts.progressive or _ends_grey(im, scale):
+        if im.tobytes() != _open_jpeg(clean(bytes(range(1, 255)) * 4), rule, luma, turn != 1)[0].tobytes():
+            raise Refused('it is a truncated JPEG (its data end before its picture); fetch it again')
+    drafted = rule is not None and im.mode == 'YCbCr'
+    pixels = np.asarray(im.getchannel(0)) if drafted else _grey(im).pixels
+    share = _share_of(_small_rgb(clean()) if parts.stores_rgb else im) if colour else 0.
+    whole = (parts.w, parts.h) if turn < 5 else (parts.h, parts.w)
+    return _Decoded(_upright(pixels, turn), 255, share, scale, whole)
 
 # %% ../nbs/images.ipynb #png
 _PNG_KEEP = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND')
 _PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
 
-def _png_lines(w, h, bits, interlaced):
-    "Bytes of all lines, each with its filter byte, as the compressed data must hold them"
-    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)] if interlaced else [(0, 1, 0, 1)]
-    sizes = [(-(-(w - x) // dx), -(-(h - y) // dy)) for y, dy, x, dx in passes]
-    return sum(ph * (1 + (pw * bits + 7) // 8) for pw, ph in sizes if pw > 0 and ph > 0)
+class _Png(NamedTuple):
+    "What the chunks of a PNG say"
+    clean: bytes    # verified, for the decoder
+    lines: int      # bytes that the unpacked data must have
+    exif: bytes
 
-def _png_parts(data: bytes) -> dict:
-    "Walk the chunks: verified bytes for the decoder, width, height and EXIF block"
-    keep, out, at, name, palette = [data[:8]], dict(exif=b''), 8, b'', False
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    "(name, chunk) from the header to the end chunk; the bytes of a chunk are length, name, body, checksum"
+    at, name = 8, b''
     while name != b'IEND':
-        if at + 12 > len(data): raise _Refused('it is a truncated PNG (no end chunk); fetch it again')
+        if at + 12 > len(data): raise Refused('it is a truncated PNG (no end chunk); fetch it again')
         n, name = struct.unpack_from('>I4s', data, at)
-        if at + 12 + n > len(data): raise _Refused(f"it is a truncated PNG (inside {name.decode('latin-1')!r}); fetch it again")
-        if at == 8 and (name != b'IHDR' or n != 13): raise _Refused('it is a PNG without a header; fetch it again')
-        if name in _PNG_KEEP:
-            if zlib.crc32(memoryview(data)[at + 4:at + 8 + n]) != struct.unpack_from('>I', data, at + 8 + n)[0]:
-                raise _Refused(f"it is a damaged PNG (wrong checksum of {name.decode('latin-1')}); fetch it again")
-            keep.append(memoryview(data)[at:at + 12 + n])
-        elif name[:1].isupper(): raise _Refused(f"it is a PNG with the unknown part {name.decode('latin-1')!r}; save it again as an ordinary PNG")
-        if name == b'IHDR':
-            w, h, depth, colour, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, at + 8)
-            _check_size(w, h)
-            out['lines'] = _png_lines(w, h, depth * _PNG_CHANNELS.get(colour, 1), interlaced)
-        if name == b'PLTE': palette = True
-        if name == b'acTL' and n >= 4 and struct.unpack_from('>I', data, at + 8)[0] > 1: raise _Refused('it is an animated PNG; save the one film that is meant')
-        if name == b'eXIf': out['exif'] = data[at + 8:at + 8 + n]
+        if at + 12 + n > len(data):
+            raise Refused(f"it is a truncated PNG (inside {name.decode('latin-1')!r}); fetch it again")
+        if at == 8 and (name != b'IHDR' or n != 13): raise Refused('it is a PNG without a header; fetch it again')
+        yield name, memoryview(data)[at:at + 12 + n]
         at += 12 + n
-    if colour == 3 and not palette: raise _Refused('it is a PNG whose palette is missing; fetch it again')
-    return dict(out, clean=b''.join(keep))
+
+def _verified(name: bytes, chunk: memoryview) -> memoryview:
+    "The chunk, when its checksum is right"
+    if zlib.crc32(chunk[4:-4]) != struct.unpack_from('>I', chunk, len(chunk) - 4)[0]:
+        raise Refused(f"it is a damaged PNG (wrong checksum of {name.decode('latin-1')}); fetch it again")
+    return chunk
+
+# %% ../nbs/images.ipynb #png-parts
+_ADAM7 = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
+
+def _png_header(body: memoryview) -> tuple[int, int]:
+    "The colour type, and the bytes of all lines, each with its filter byte, as the compressed data must hold them"
+    w, h, depth, colour, _, _, interlaced = struct.unpack_from('>IIBBBBB', body)
+    check_size(w, h)
+    bits, passes = depth * _PNG_CHANNELS.get(colour, 1), _ADAM7 if interlaced else [(0, 1, 0, 1)]
+    sizes = [(-(-(w - x) // dx), -(-(h - y) // dy)) for y, dy, x, dx in passes]
+    return colour, sum(ph * (1 + (pw * bits + 7) // 8) for pw, ph in sizes if pw > 0 and ph > 0)
+
+def _png_parts(data: bytes) -> _Png:
+    "Walk the chunks: verified bytes for the decoder, size of the data, and EXIF block"
+    keep: list[bytes | memoryview] = [data[:8]]
+    exif, lines, colour, palette = b'', 0, 0, False
+    for name, chunk in _png_chunks(data):
+        body = chunk[8:-4]
+        if name in _PNG_KEEP: keep.append(_verified(name, chunk))
+        elif name[:1].isupper():
+            raise Refused(f"it is a PNG with the unknown part {name.decode('latin-1')!r}; "
+                           'save it again as an ordinary PNG')
+        if name == b'IHDR': colour, lines = _png_header(body)
+        if name == b'PLTE': palette = True
+        if name == b'acTL' and len(body) >= 4 and struct.unpack_from('>I', body)[0] > 1:
+            raise Refused('it is an animated PNG; save the one picture that is meant')
+        if name == b'eXIf': exif = bytes(body)
+    if colour == 3 and not palette: raise Refused('it is a PNG whose palette is missing; fetch it again')
+    return _Png(b''.join(keep), lines, exif)
+
+# %% ../nbs/images.ipynb #png-decode
+def _decoded(im: Image.Image, channels: _Channels | None, turn: int, colour: bool) -> _Decoded:
+    "A PIL picture, or its 16-bit channels where it has them, as a decoded picture"
+    grey = _grey(im) if channels is None else _grey_of_channels(channels, im.info.get('transparency'))
+    share = (_share_of(im) if channels is None else _share_of_channels(channels)) if colour else 0.
+    a = _upright(grey.pixels, turn)
+    return _Decoded(a, grey.white, share, 1, (a.shape[1], a.shape[0]))
 
 def _png_missing(clean: bytes, lines: int) -> bool:
     "Do the data hold fewer bytes than the picture needs? They are unpacked piece by piece and thrown away"
@@ -243,264 +437,230 @@ def _png_missing(clean: bytes, lines: int) -> bool:
         at += 12 + size
     return n < lines
 
-def _grey_png(data: bytes):
-    "(h, w) pixels as stored, and their orientation"
+def _decode_png(data: bytes, colour: bool = False) -> _Decoded:
+    "The picture of a PNG"
     parts = _png_parts(data)
-    im = PngImageFile(io.BytesIO(parts['clean']))
+    im = PngImageFile(io.BytesIO(parts.clean))
+    deep = ';16' in _raw_mode(im) and not im.mode.startswith('I')
+    channels = _channels(im, PngImageFile(io.BytesIO(parts.clean))) if deep else None
     im.load()
     last = np.asarray(im.crop((0, im.size[1] - 2, *im.size)))
-    if not last.reshape(2, -1).any(axis=1).all() and _png_missing(parts['clean'], parts['lines']): raise _Refused('it is a truncated PNG (its data end before its picture); fetch it again')
-    return _grey(im), _orientation(parts['exif'])
+    if not last.reshape(2, -1).any(axis=1).all() and _png_missing(parts.clean, parts.lines):
+        raise Refused('it is a truncated PNG (its data end before its picture); fetch it again')
+    return _decoded(im, channels, _orientation(parts.exif), colour)
 
 # %% ../nbs/images.ipynb #others
 _quiet_lock = threading.Lock()
 
 @contextmanager
-def _quiet():
-    "No warning of a decoder reaches the caller; one thread at a time, as the switch is the process's"
+def _quiet() -> Iterator[None]:
+    "No warning or log of a decoder reaches the caller; one thread at a time, as the switches are the process's"
+    log = logging.getLogger('pydicom')
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        yield
+        level = log.level
+        log.setLevel(logging.CRITICAL + 1)
+        try: yield
+        finally: log.setLevel(level)
 
-_OTHERS = dict(BMP=BmpImageFile, GIF=GifImageFile, TIFF=TiffImageFile, WEBP=WebPImageFile)
+_OTHERS: dict[str, Any] = dict(BMP=BmpImageFile, GIF=GifImageFile, TIFF=TiffImageFile, WEBP=WebPImageFile)
 
-def _webp_size(d: bytes):
+def _webp_size(d: bytes) -> tuple[int, int]:
     "Width and height of a WebP by its header: its decoder would reserve memory for them at once"
-    if len(d) < 30: raise _Refused('it is a truncated WebP; fetch it again')
+    if len(d) < 30: raise Refused('it is a truncated WebP; fetch it again')
     if d[12:16] == b'VP8X': return 1 + int.from_bytes(d[24:27], 'little'), 1 + int.from_bytes(d[27:30], 'little')
-    if d[12:16] == b'VP8L': n = int.from_bytes(d[21:25], 'little'); return 1 + (n & 0x3fff), 1 + (n >> 14 & 0x3fff)
-    return tuple(v & 0x3fff for v in struct.unpack_from('<HH', d, 26))
+    if d[12:16] == b'VP8L':
+        n = int.from_bytes(d[21:25], 'little')
+        return 1 + (n & 0x3fff), 1 + (n >> 14 & 0x3fff)
+    w, h = struct.unpack_from('<HH', d, 26)
+    return w & 0x3fff, h & 0x3fff
 
-def _decode_other(data: bytes, kind: str) -> np.ndarray:
-    "(h, w) uint8 or uint16, upright"
-    if kind == 'WEBP': _check_size(*_webp_size(data))
+def _check_pages(im: Any, kind: str) -> None:
+    "Refuse the wrong size, and more than one picture"
+    check_size(*im.size)
+    if getattr(im, 'is_animated', False):
+        raise Refused(f'it is a {kind} of several pictures; save the one picture that is meant')
+
+# %% ../nbs/images.ipynb #others-decode
+def _decode_tiff(data: bytes, colour: bool = False) -> _Decoded:
+    "The picture of a TIFF; PIL turns it upright, and inverts WhiteIsZero in 8 bits and fewer"
+    im: Any = TiffImageFile(io.BytesIO(data))
+    _check_pages(im, 'TIFF')
+    bits, white_is_zero, wide = im.tag_v2.get(258, (8,)), im.tag_v2.get(262) == 0, im.mode.startswith('I')
+    if max(bits) > 8 and len(bits) > 1: channels = _channels(im, TiffImageFile(io.BytesIO(data)))
+    else: channels = None
+    im.load()
+    if not wide: return _decoded(im, channels, 1, colour)
+    grey = _grey(im, white_is_zero, bits=min(int(bits[0]), 16))
+    return _Decoded(grey.pixels, grey.white, 0., 1, (grey.pixels.shape[1], grey.pixels.shape[0]))
+
+def _decode_other(data: bytes, kind: str, colour: bool = False) -> _Decoded:
+    "The picture of a BMP, GIF, TIFF or WebP"
+    if kind == 'WEBP': check_size(*_webp_size(data))
     with _quiet():
-        im = _OTHERS[kind](io.BytesIO(data))
-        _check_size(*im.size)
-        if getattr(im, 'is_animated', False): raise _Refused(f'it is a {kind} of several pictures; save the one film that is meant')
-        tags = getattr(im, 'tag_v2', {}) if kind == 'TIFF' else {}
-        turn = 1 if kind == 'TIFF' else _orientation(im.info.get('exif') or b'')       # PIL turns a TIFF itself
-        bits, white_is_zero = tags.get(258, (8,)), tags.get(262) == 0
+        if kind == 'TIFF': return _decode_tiff(data, colour)
+        im: Any = _OTHERS[kind](io.BytesIO(data))
+        _check_pages(im, kind)
+        turn = _orientation(im.info.get('exif') or b'')
         im.load()
-        a = _grey(im)
-    if white_is_zero and a.dtype == np.uint16: a = np.uint16((1 << int(bits[0])) - 1) - a      # PIL inverts only 8 bits and fewer
-    return _upright(a, turn)
+        return _decoded(im, None, turn, colour)
 
-# %% ../nbs/images.ipynb #dicom
-_DICOM_TAGS = ['Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'PlanarConfiguration', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit',
-               'PixelRepresentation', 'PixelData', 'FloatPixelData', 'DoubleFloatPixelData', 'RescaleSlope', 'RescaleIntercept', 'RescaleType', 'ModalityLUTSequence',
-               'VOILUTSequence', 'VOILUTFunction', 'WindowCenter', 'WindowWidth']
-_DICOM_PLUGINS = {'1.2.840.10008.1.2.4.5': 'pylibjpeg pylibjpeg-libjpeg', '1.2.840.10008.1.2.4.70': 'pylibjpeg pylibjpeg-libjpeg', '1.2.840.10008.1.2.4.8': 'pyjpegls',
-                  '1.2.840.10008.1.2.4.9': 'pylibjpeg pylibjpeg-openjpeg', '1.2.840.10008.1.2.4.20': 'pylibjpeg pylibjpeg-openjpeg', '1.2.840.10008.1.2.5': 'pylibjpeg pylibjpeg-rle'}
-_DEFLATED = '1.2.840.10008.1.2.1.99'
-
-def _read_dicom(path, **kw):
-    "The parts of a DICOM file that make its picture"
-    try: import pydicom
-    except ImportError: raise _Refused('it is a DICOM file and pydicom is missing; pip install pydicom') from None
-    from pydicom.filereader import read_file_meta_info
-    syntax = str(read_file_meta_info(path).get('TransferSyntaxUID', ''))
-    if not syntax: raise _Refused('it is a DICOM file without a transfer syntax; write it again with pydicom.dcmwrite(..., enforce_file_format=True)')
-    if syntax == _DEFLATED: raise _Refused('it is a deflated DICOM file; write it again uncompressed')
-    ds = pydicom.dcmread(path, specific_tags=_DICOM_TAGS, **kw)
-    frames = int(ds.get('NumberOfFrames') or 1)
-    if frames > 1: raise _Refused(f'it is a DICOM of {frames} frames; this library reads single films: write the one that is meant to a file of its own')
-    if not ds.get('Rows') or not ds.get('Columns'): raise _Refused('it is a DICOM file without a picture (a report or a directory); leave it out')
-    _check_size(int(ds.Columns), int(ds.Rows))
-    return ds, syntax
-
-def _dicom_pixels(ds, syntax) -> np.ndarray:
-    "Stored pixels; a missing decoder is named"
-    if 'PixelData' not in ds: raise _Refused('it is a DICOM file without pixels; leave it out')
-    try: return ds.pixel_array
-    except Exception as e:
-        plugin = next((p for s, p in sorted(_DICOM_PLUGINS.items(), key=lambda kv: -len(kv[0])) if syntax.startswith(s)), None)
-        if plugin and isinstance(e, (RuntimeError, NotImplementedError)):
-            raise _Refused(f'its DICOM compression {syntax} could not be decoded ({_said(e)}); pip install {plugin}, or write it uncompressed') from e
-        raise
-
-# %% ../nbs/images.ipynb #dicom-table
-def _first(v):
-    "First of one or several values as a float; None when there is none"
-    if v is None or v == '': return None
-    return float(v) if isinstance(v, (int, float, str)) or not hasattr(v, '__len__') else float(v[0]) if len(v) else None
-
-def _dicom_table(item):
-    "A DICOM lookup table -> its entries, the number that the first entry stands for, its depth in bits"
-    n, start, bits = (int(v) for v in item.LUTDescriptor)
-    n, data = n or 65536, item.LUTData
-    data = np.frombuffer(data, '<u2') if isinstance(data, bytes) else np.array(data, dtype=np.uint16)
-    if bits <= 8 and len(data) < n: data = data.view(np.uint8)          # two entries to a word
-    if len(data) < n: raise _Refused('its DICOM lookup table is shorter than it says; the file is damaged: fetch it again')
-    return data[:n].astype(float), start, bits
-
-def _look_up(x, item):
-    data, start, bits = _dicom_table(item)
-    return data[np.clip(np.rint(x) - start, 0, len(data) - 1).astype(int)], bits
-
-def _window(x, center, width, function):
-    "Brightness 0 to 1 through a window: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3"
-    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID') or not (width >= 1 if function == 'LINEAR' else width > 0):
-        raise _Refused(f'its DICOM window {function} of width {width:g} means nothing; correct or remove WindowWidth and VOILUTFunction')
-    if function == 'SIGMOID': return 1 / (1 + np.exp(np.clip(-4 * (x - center) / width, -700, 700)))
-    if function == 'LINEAR_EXACT': return np.clip((x - center) / width + .5, 0, 1)
-    return (x > center - .5).astype(float) if width == 1 else np.clip((x - (center - .5)) / (width - 1) + .5, 0, 1)
-
-def _brightness(ds, stored: np.ndarray) -> np.ndarray:
-    "(n,) stored numbers in rising order, all that can occur -> (n,) brightness, 0 black, 1 white"
-    if ds.get('ModalityLUTSequence'): x, _ = _look_up(stored, ds.ModalityLUTSequence[0])
-    else:
-        slope, intercept = _first(ds.get('RescaleSlope')), _first(ds.get('RescaleIntercept'))
-        x = stored * (1. if slope is None else slope) + (intercept or 0.)
-    center, width = _first(ds.get('WindowCenter')), _first(ds.get('WindowWidth'))
-    if ds.get('VOILUTSequence'): unit, bits = _look_up(x, ds.VOILUTSequence[0]); unit = unit / ((1 << bits) - 1)
-    elif center is not None and width is not None: unit = _window(x, center, width, str(ds.get('VOILUTFunction') or 'LINEAR'))
-    elif x.max() > x.min(): unit = (x - x.min()) / (x.max() - x.min())
-    else: raise _Refused('its DICOM rescale maps every number to one; correct RescaleSlope')
-    return 1 - unit if ds.PhotometricInterpretation == 'MONOCHROME1' else unit
-
-# %% ../nbs/images.ipynb #dicom-decode
-def _decode_dicom(path) -> np.ndarray:
-    "(h, w) uint8 for up to 8 stored bits, else uint16 over the full range; black is 0"
-    with _quiet():
-        ds, syntax = _read_dicom(path)
-        kind, a = ds.get('PhotometricInterpretation', ''), _dicom_pixels(ds, syntax)
-        if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8 and kind != 'PALETTE COLOR': return np.asarray(Image.fromarray(a).convert('L'))
-        if a.ndim != 2 or kind not in ('MONOCHROME1', 'MONOCHROME2') or a.dtype.itemsize > 2:
-            raise _Refused(f'it is a DICOM of kind {kind!r}, shape {a.shape} and {a.dtype}, not a grey film of up to 16 bits; save it as PNG')
-        bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation)
-        if not 1 <= bits <= 16: raise _Refused(f'its DICOM header says {bits} bits stored; the file is damaged: fetch it again')
-        low = -(1 << bits - 1) if signed else 0
-        unit = _brightness(ds, np.arange(low, low + (1 << bits), dtype=float))
-    table = (unit * 255 + .5).astype(np.uint8) if bits <= 8 else (unit * 65535 + .5).astype(np.uint16)
-    a = a.astype(np.int32) & (1 << bits) - 1                            # bits above the stored ones may hold an overlay
-    return table[a if not signed else (a ^ 1 << bits - 1)]              # two's complement -> place in the table
+def _decode_dicom(path: str, colour: bool = False) -> _Decoded:
+    "The picture of a DICOM file; black is 0"
+    with _quiet(): found = read_dicom(path)
+    if not isinstance(found, Stored): return _decoded(Image.fromarray(found), None, 1, colour)
+    grey = to_grey(found)
+    return _Decoded(grey.pixels, grey.white, 0., 1, (grey.pixels.shape[1], grey.pixels.shape[0]))
 
 # %% ../nbs/images.ipynb #read-grey
-def _decode(path, rule=None):
-    "(pixels upright, scale, (w, h) of the full picture) of any file; scale > 1 only for a JPEG that a rule lets be read reduced"
+def _decode(path: str, rule: ImageRule | None = None, colour: bool = False) -> _Decoded:
+    "The picture in any file; its scale is more than 1 only for a JPEG that a rule lets be read reduced"
     n = _check_file(path)
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise _Refused('PIL is set to pad truncated files in silence; set PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False')
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise Refused('PIL is set to pad truncated files in silence; set PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False')
     with open(path, 'rb') as f:
         data = f.read(4096)
         kind = _kind(data)
         if kind != 'DICOM': data += f.read(n)
-    if kind == 'JPEG':
-        im, turn, scale, whole = _decode_jpeg(data, rule)
-        return _upright(_grey(im), turn), scale, whole if turn < 5 else whole[::-1]
-    if kind == 'PNG': a = _upright(*_grey_png(data))
-    else: a = _decode_dicom(path) if kind == 'DICOM' else _decode_other(data, kind)
-    return a, 1, a.shape[::-1]
+    if kind == 'JPEG': return _decode_jpeg(data, rule, colour)
+    if kind == 'PNG': return _decode_png(data, colour)
+    return _decode_dicom(path, colour) if kind == 'DICOM' else _decode_other(data, kind, colour)
 
-def read_grey(path  # JPEG, PNG, DICOM, BMP, TIFF, GIF or WebP, by content
-             ) -> np.ndarray: # (h, w) uint8 or uint16, full resolution, one grey channel, 0 is black
-    "Read one film as grey pixels, or raise an ImageError that names the file and the cure"
-    path = as_path(path)
-    with naming_the_file(path): return np.array(_decode(path)[0], order='C')      # the caller's own, to write on
+def read_grey(
+    path: str | Path,  # JPEG, PNG, DICOM, BMP, TIFF, GIF or WebP, by content
+) -> np.ndarray:       # (h, w) uint8, full resolution, one grey channel, 0 is black
+    "Read one image as grey pixels, or raise an ImageError that names the file and the cure"
+    path = image_path(path)
+    with image_errors(path):
+        d = _decode(path)
+        return np.array(to_levels(Grey(d.pixels, d.white)), order='C')      # the caller's own, to write on
 
 # %% ../nbs/images.ipynb #bits
-DEPTHS = (8, 10, 12, 14, 16)   # bits that detectors and files use
-
-def _check_array(a) -> None:
+def _check_array(a: object) -> None:
     if not isinstance(a, np.ndarray) or a.ndim != 2 or a.dtype not in (np.uint8, np.uint16) or a.size == 0:
         what = f'shape {a.shape} of {a.dtype}' if isinstance(a, np.ndarray) else type(a).__name__
-        raise ImageError(f'a picture is a (h, w) array of uint8 or uint16, not {what}; read it with read_grey, or convert it to one grey channel.')
+        raise ImageError(f'a picture is a (h, w) array of uint8 or uint16, not {what}; '
+                         'read it with read_grey, or convert it to one grey channel.')
 
-def to_8bit(a: np.ndarray,     # (h, w) uint8 or uint16
-           ) -> np.ndarray:    # (h, w) uint8
-    "Divide by the smallest usual depth that holds the largest pixel; uint8 comes back as it is"
+def _as_grey(a: np.ndarray) -> Grey: return Grey(a, 255) if a.dtype == np.uint8 else to_grey(Stored(a))
+
+def to_8bit(
+    a: np.ndarray,     # (h, w) uint8 or uint16
+) -> np.ndarray:       # (h, w) uint8
+    "Divide by the smallest usual depth that holds the pixels; uint8 comes back as it is"
     _check_array(a)
-    if a.dtype == np.uint8: return a
-    top = (1 << next(b for b in DEPTHS if int(a.max()) < 1 << b)) - 1
-    return (np.arange(top + 1) * 255 / top + .5).astype(np.uint8)[a]
+    return to_levels(_as_grey(a))
 
-def _minmax(a):
+# %% ../nbs/images.ipynb #minmax
+def _minmax(a: np.ndarray) -> np.ndarray:
     "Darkest pixel to 0, brightest to 255, before anything is lost to 8 bits; a constant picture has nothing to stretch"
     lo, hi = int(a.min()), int(a.max())
     if lo == hi: return to_8bit(a)
     return (np.clip((np.arange(hi + 1) - lo) * 255 / (hi - lo), 0, 255) + .5).astype(np.uint8)[a]
 
-def to_unit(a: np.ndarray    # any shape, uint8
-           ) -> np.ndarray:  # same shape, float32 in [0, 1]
+# %% ../nbs/images.ipynb #to-unit
+def to_unit(
+    a: np.ndarray,   # any shape, uint8
+) -> np.ndarray:     # same shape, float32 in [0, 1]
     "Pixels as a network takes them: 0 is black, 1 is white"
-    if not isinstance(a, np.ndarray) or a.dtype != np.uint8: raise ImageError(f"to_unit takes uint8 pixels, not {getattr(a, 'dtype', type(a).__name__)}; use fit_to or load_image first.")
+    if not isinstance(a, np.ndarray) or a.dtype != np.uint8:
+        raise ImageError(f"to_unit takes uint8 pixels, not {getattr(a, 'dtype', type(a).__name__)}; "
+                         'use fit_to or load_image first.')
     return a.astype(np.float32) / np.float32(255)
 
 # %% ../nbs/images.ipynb #fit
-HOWS = ('pad', 'crop', 'squash')
+How = Literal['pad', 'crop', 'squash']
 
-def _resize(im, size: int, how: str, whole: tuple, scale: int = 1):
+def _padded(size: int, whole: tuple[int, int]) -> tuple[int, int]:
+    "Width and height of the picture inside its black bars"
+    w, h = (max(1, (2 * v * size + max(whole)) // (2 * max(whole))) for v in whole)
+    return w, h
+
+def _resize(im: Image.Image, size: int, how: How, whole: tuple[int, int], scale: int = 1) -> Image.Image:
     "PIL 'L' picture -> PIL (size, size); `whole` is the full picture's (w, h), of which `im` is a 1/scale decode"
     (w, h), bilinear = whole, Image.Resampling.BILINEAR
     if how == 'squash': return im.resize((size, size), bilinear, box=(0, 0, w / scale, h / scale))
     if how == 'crop':
-        s = min(w, h); x, y = (w - s) // 2, (h - s) // 2
-        return im.resize((size, size), bilinear, box=tuple(v / scale for v in (x, y, x + s, y + s)))
+        s = min(w, h)
+        x, y = (w - s) // 2, (h - s) // 2
+        return im.resize((size, size), bilinear, box=(x / scale, y / scale, (x + s) / scale, (y + s) / scale))
     cw, ch = _padded(size, whole)
     out = Image.new('L', (size, size))
     out.paste(im.resize((cw, ch), bilinear, box=(0, 0, w / scale, h / scale)), ((size - cw) // 2, (size - ch) // 2))
     return out
 
-def _padded(size, whole):
-    "Width and height of the picture inside its black bars"
-    longest = max(whole)
-    return tuple(max(1, (2 * v * size + longest) // (2 * longest)) for v in whole)
-
-def fit_to(array: np.ndarray,  # (h, w) uint8 or uint16
-           size: int,          # side of the result, pixels
-           how: str = 'pad',   # 'pad', 'crop' or 'squash'
-          ) -> np.ndarray:     # (size, size) uint8
+def fit_to(
+    array: np.ndarray,  # (h, w) uint8 or uint16
+    size: int,          # side of the result, pixels
+    how: How = 'pad',
+) -> np.ndarray:        # (size, size) uint8
     "Make a grey picture square, 8-bit and of one size"
     rule = ImageRule(size, how)
     im = Image.fromarray(np.ascontiguousarray(to_8bit(array)))
     return np.array(_resize(im, rule.size, rule.how, im.size))
 
 # %% ../nbs/images.ipynb #rule
-VERSION = 1
-STRETCHES = ('none', 'minmax')
-SUPPRESSED = {'none': (), 'sternum': ((.10, .80, .44, .56),), 'diaphragm': ((.80, 1., 0., 1.),)}   # name -> boxes: top, bottom, left, right as shares of the picture
-SUPPRESSED['diaphragm+sternum'] = SUPPRESSED['diaphragm'] + SUPPRESSED['sternum']
+Stretch = Literal['none', 'minmax']
+Suppress = Literal['none', 'sternum', 'diaphragm', 'diaphragm+sternum']
+_Box = tuple[float, float, float, float]      # top, bottom, left, right as shares of the picture
+_STERNUM: _Box = (.10, .80, .44, .56)
+_DIAPHRAGM: _Box = (.80, 1., 0., 1.)
+SUPPRESSED: dict[Suppress, tuple[_Box, ...]] = {
+    'none': (), 'sternum': (_STERNUM,), 'diaphragm': (_DIAPHRAGM,), 'diaphragm+sternum': (_DIAPHRAGM, _STERNUM)}
 
-def suppressed_region(name,        # a name of `SUPPRESSED`
-                      size: int,   # side, pixels
-                     ) -> np.ndarray: # (size, size) bool
+def _check_word(name: str, value: object, kind: Any) -> None:
+    known = choices(kind)
+    if value not in known:
+        raise RecipeError(f"image {name} = {value!r} is unknown{nearest(value, known)} (known: {', '.join(known)})")
+
+def suppressed_region(
+    name: Suppress,
+    size: int,         # side, pixels
+) -> np.ndarray:       # (size, size) bool
     "The part of a square picture that a rule blackens"
-    if name not in SUPPRESSED: raise RecipeError(f"image suppress = {name!r} is unknown{nearest(name, SUPPRESSED)} (known: {', '.join(SUPPRESSED)})")
+    _check_word('suppress', name, Suppress)
     out = np.zeros((size, size), bool)
-    for top, bottom, left, right in SUPPRESSED[name]: out[round(top * size):round(bottom * size), round(left * size):round(right * size)] = True
+    for top, bottom, left, right in SUPPRESSED[name]:
+        out[round(top * size):round(bottom * size), round(left * size):round(right * size)] = True
     return out
+
+# %% ../nbs/images.ipynb #image-rule
+VERSION = 2
+_READ_VERSIONS = (1, 2)   # rules of these versions are accepted
 
 @dataclass(frozen=True)
 class ImageRule:
     "How a file becomes a (size, size) grey picture"
-    size: int = 512         # side, pixels, 16 to 4096
-    how: str = 'pad'        # 'pad', 'crop' or 'squash'
-    stretch: str = 'none'   # 'none', or 'minmax': darkest pixel of each film to 0, brightest to 255
-    suppress: str = 'none'  # a name of `SUPPRESSED`: parts of every picture that are blackened
+    size: int = 512             # side, pixels, 16 to 4096
+    how: How = 'pad'            # how it becomes square
+    stretch: Stretch = 'none'   # 'minmax': darkest pixel of each image to 0, brightest to 255
+    suppress: Suppress = 'none' # parts of every picture that are blackened
 
     def __post_init__(self):
-        if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or not 16 <= self.size <= 4096:
-            raise RecipeError(f'image size = {self.size!r}; give a whole number of pixels from 16 to 4096.')
-        object.__setattr__(self, 'size', int(self.size))
-        for name, known in (('how', HOWS), ('stretch', STRETCHES), ('suppress', SUPPRESSED)):
-            v = getattr(self, name)
-            if v not in known: raise RecipeError(f"image {name} = {v!r} is unknown{nearest(v, known)} (known: {', '.join(known)})")
+        size = self.size
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 16 <= size <= 4096:
+            raise RecipeError(f'image size = {size!r}; give a whole number of pixels from 16 to 4096.')
+        object.__setattr__(self, 'size', int(size))
+        for name, kind in (('how', How), ('stretch', Stretch), ('suppress', Suppress)):
+            _check_word(name, getattr(self, name), kind)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         "Plain values and the code's version, for JSON"
         values = dict(dataclasses.asdict(self), version=VERSION)
-        if self.suppress == 'none': del values['suppress']       # rules that were written before there was this field keep their key
+        if self.suppress == 'none': del values['suppress']    # rules written before there was this field keep their key
         return values
 
     @classmethod
-    def from_dict(cls, values: dict) -> ImageRule:
+    def from_dict(cls, values: dict[str, Any]) -> ImageRule:
         "The rule that `to_dict` wrote; an unknown key or another version is refused"
         if not isinstance(values, dict): raise RecipeError(f'an image rule is a dictionary, not {values!r}.')
         known = [f.name for f in dataclasses.fields(cls)]
-        for k in values:
-            if k not in known + ['version']: raise RecipeError(f"unknown key '{k}' in an image rule{nearest(k, known)} (known: {', '.join(known)})")
-        if values.get('version', VERSION) != VERSION:
-            raise RecipeError(f"this image rule was saved by version {values['version']} of the image code and this is version {VERSION}; use the covid_cxr release that saved it, or train again.")
+        odd = next((k for k in values if k not in (*known, 'version')), None)
+        if odd is not None:
+            raise RecipeError(f"unknown key '{odd}' in an image rule{nearest(odd, known)} (known: {', '.join(known)})")
+        if values.get('version', VERSION) not in _READ_VERSIONS:
+            raise RecipeError(f"this image rule was saved by version {values['version']} of the image code and this is "
+                              f"version {VERSION}; use the covid_cxr release that saved it, or train again.")
         return cls(**{k: v for k, v in values.items() if k != 'version'})
 
     @property
@@ -509,65 +669,145 @@ class ImageRule:
         return sha256_text('image-rule', json.dumps(self.to_dict(), sort_keys=True))[:12]
 
 # %% ../nbs/images.ipynb #load
-REDUCED_MEAN, REDUCED_P99 = .5, 6.    # grey levels: bounds on |reduced decode - full decode|, per picture: its mean and its 99th percentile
+REDUCED_MEAN, REDUCED_P99 = .5, 6.    # grey levels: mean and 99th percentile of |reduced - full decode|, per picture
 _REDUCED_SIZE, _REDUCED_BY = 224, 4   # smallest size of a rule, and largest factor, for which the bounds hold
 
-def apply_rule(array: np.ndarray,  # (h, w) uint8 or uint16
-               rule: ImageRule,
-              ) -> np.ndarray:     # (size, size) uint8
-    "The rule, for a picture that is already an array"
-    _check_array(array)
-    return _blacken(fit_to(_minmax(array) if rule.stretch == 'minmax' else array, rule.size, rule.how), rule)
-
-def _blacken(picture, rule):
+def _blacken(picture: np.ndarray, rule: ImageRule) -> np.ndarray:
     "What the rule suppresses, black"
     if rule.suppress != 'none': picture[suppressed_region(rule.suppress, rule.size)] = 0
     return picture
 
-def _smallest(rule, w, h):
+def _smallest(rule: ImageRule, w: int, h: int) -> tuple[int, int]:
     "Width and height that a reduced decode must still have"
     if rule.size < _REDUCED_SIZE: return w, h
-    if rule.how == 'squash': need = rule.size, rule.size
-    else: need = [v * rule.size / (max if rule.how == 'pad' else min)(w, h) for v in (w, h)]
-    return tuple(min(v, max(math.ceil(1.5 * n), v // _REDUCED_BY)) for n, v in zip(need, (w, h)))
+    side = max(w, h) if rule.how == 'pad' else min(w, h)
+    def least(v):
+        needed = rule.size if rule.how == 'squash' else v * rule.size / side
+        return min(v, max(math.ceil(1.5 * needed), v // _REDUCED_BY))
+    return least(w), least(h)
 
-def load_image(path,             # any file that `read_grey` reads
-               rule: ImageRule,
-              ) -> np.ndarray:   # (size, size) uint8
-    "A film as the network will see it: the one function that training, the cache and prediction share"
-    path = as_path(path)
-    with naming_the_file(path):
-        if rule.stretch == 'minmax': return apply_rule(_decode(path)[0], rule)
-        a, scale, whole = _decode(path, rule)
-        return _blacken(np.array(_resize(Image.fromarray(np.ascontiguousarray(to_8bit(a))), rule.size, rule.how, whole, scale)), rule)
+# %% ../nbs/images.ipynb #apply-rule
+def _finish(grey: Grey, rule: ImageRule, whole: tuple[int, int], scale: int = 1) -> np.ndarray:
+    "(size, size) uint8 of a picture whose brightness is decided; stretched before anything is lost to 8 bits"
+    a = _minmax(grey.pixels) if rule.stretch == 'minmax' else to_levels(grey)
+    im = Image.fromarray(np.ascontiguousarray(a))
+    return _blacken(np.array(_resize(im, rule.size, rule.how, whole, scale)), rule)
+
+def apply_rule(
+    array: np.ndarray,  # (h, w) uint8 or uint16
+    rule: ImageRule,
+) -> np.ndarray:        # (size, size) uint8
+    "The rule, for a picture that is already an array"
+    _check_array(array)
+    return _finish(_as_grey(array), rule, array.shape[::-1])
+
+# %% ../nbs/images.ipynb #blank
+FLAT = 2.     # grey levels of spread below which there is nothing to see
+
+class BlankImage(ImageError): "An image of one even shade: there is nothing to see in it"
+
+def _ends(flat: np.ndarray) -> tuple[int, int]:
+    "From where to where a side is not flat; at most 35 % are cut from either end"
+    inner, n = np.flatnonzero(~flat), len(flat)
+    return (0, n) if not len(inner) else (min(inner[0], int(.35 * n)), max(inner[-1] + 1, n - int(.35 * n)))
+
+def cut_frame(
+    a: np.ndarray,   # (h, w) uint8
+) -> np.ndarray:     # a view
+    "The picture without flat rows and columns at its edges, found on every few pixels"
+    sy, sx = max(1, a.shape[0] // 128), max(1, a.shape[1] // 128)
+    s = a[::sy, ::sx]
+    (t, b), (l, r) = (_ends(np.subtract(*np.percentile(s, (95, 5), axis=axis)) < 8) for axis in (1, 0))
+    return a[t * sy:b * sy, l * sx:r * sx]
+
+# %% ../nbs/images.ipynb #is-blank
+def is_blank(
+    a: np.ndarray,   # (h, w) uint8
+) -> bool:
+    "Is there nothing to see, with or without its frame?"
+    small = np.asarray(Image.fromarray(np.ascontiguousarray(a)).reduce(max(1, min(a.shape) // 128)))
+    return bool(small.std() < FLAT or cut_frame(small).std() < FLAT)
+
+def refuse_blank(
+    a: np.ndarray,       # (h, w) uint8
+    path: str | Path,    # of the file, for the sentence
+) -> None:
+    "Raise BlankImage for a picture of one even shade"
+    if is_blank(a):
+        shade = format_number(float(np.median(cut_frame(a))), 0)
+        raise _image_error(path, f'it is one even shade ({shade} of 255); find the true image or leave it out', BlankImage)
+
+# %% ../nbs/images.ipynb #load-image
+class LoadedImage(NamedTuple):
+    "An image as the network will see it, and what its file had that the network does not see"
+    pixels: np.ndarray     # (size, size) uint8
+    colour_share: float    # share of the file's area that is coloured, 0 to 1
+
+def _load(path: str | Path, rule: ImageRule, colour: bool) -> LoadedImage:
+    "One decode"
+    path = image_path(path)
+    with image_errors(path):
+        d = _decode(path, None if rule.stretch == 'minmax' else rule, colour)
+        grey = Grey(d.pixels, d.white)
+        refuse_blank(to_levels(grey), path)
+        return LoadedImage(_finish(grey, rule, d.whole, d.scale), d.colour_share)
+
+# %% ../nbs/images.ipynb #load-image-public
+def load_image(
+    path: str | Path,   # any file that `read_grey` reads
+    rule: ImageRule,
+) -> np.ndarray:        # (size, size) uint8
+    "An image as the network will see it: the one function that training, the cache and prediction share"
+    return _load(path, rule, False).pixels
+
+def read_picture(
+    path: str | Path,   # any file that `read_grey` reads
+    rule: ImageRule,
+) -> LoadedImage:
+    "What `load_image` gives and the share of colour, from one decode"
+    return _load(path, rule, True)
 
 # %% ../nbs/images.ipynb #facts
-_PNG_MODES = {0: 'L', 2: 'RGB', 3: 'P', 4: 'LA', 6: 'RGBA'}
+@dataclass(frozen=True)
+class FileFacts:
+    "What a file says of itself in its header"
+    format: str   # JPEG, PNG, DICOM, ...
+    mode: str     # as PIL names it; for DICOM the photometric interpretation
+    width: int    # pixels, as stored, before orientation
+    height: int
+    depth: int    # bits per channel
+    bytes: int    # of the file
 
-def _facts(path, kind, head):
-    "(mode, width, height, depth) of the header"
-    if kind == 'DICOM':
-        ds, _ = _read_dicom(path, stop_before_pixels=True)
-        return str(ds.get('PhotometricInterpretation', '')), int(ds.Columns), int(ds.Rows), int(ds.get('BitsStored', 0))
+_PNG_MODES = {0: 'L', 2: 'RGB', 3: 'P', 4: 'LA', 6: 'RGBA'}
+_JPEG_MODES = {1: 'L', 3: 'RGB', 4: 'CMYK'}
+
+def _jpeg_header(path: str, head: bytes) -> tuple[str, int, int, int]:
+    try: parts = _jpeg_parts(head)
+    except Refused: parts = _jpeg_parts(Path(path).read_bytes())          # a long preface: a profile, a preview
+    return _JPEG_MODES.get(parts.layers, '?'), parts.w, parts.h, parts.depth
+
+def _header(path: str, kind: str, head: bytes) -> tuple[str, int, int, int]:
+    "(mode, width, height, depth) by the header"
     if kind == 'PNG':
         w, h, depth, colour = struct.unpack_from('>IIBB', head, 16)
         return {(1, 0): '1', (16, 0): 'I;16'}.get((depth, colour), _PNG_MODES.get(colour, '?')), w, h, depth
-    if kind == 'JPEG':
-        try: parts = _jpeg_parts(head)
-        except _Refused: parts = _jpeg_parts(Path(path).read_bytes())          # a long preface: a profile, a preview
-        return {1: 'L', 3: 'RGB', 4: 'CMYK'}.get(parts['layers'], '?'), parts['w'], parts['h'], parts['depth']
-    if kind == 'WEBP': _check_size(*_webp_size(head))
+    if kind == 'JPEG': return _jpeg_header(path, head)
+    if kind == 'DICOM':
+        ds, _ = read_dicom_header(path)
+        return str(ds.get('PhotometricInterpretation', '')), int(ds.Columns), int(ds.Rows), int(ds.get('BitsStored', 0))
+    if kind == 'WEBP': check_size(*_webp_size(head))
     with open(path, 'rb') as f:
-        im = _OTHERS[kind](f)
-        return im.mode, *im.size, int(im.tag_v2.get(258, (1,))[0]) if kind == 'TIFF' else 1 if im.mode == '1' else 8
+        im: Any = _OTHERS[kind](f)
+        depth = int(im.tag_v2.get(258, (1,))[0]) if kind == 'TIFF' else 1 if im.mode == '1' else 8
+        return im.mode, *im.size, depth
 
-def file_facts(path) -> dict: # format, mode, width, height (as stored, before orientation), depth (bits per channel), bytes
+# %% ../nbs/images.ipynb #file-facts
+def file_facts(path: str | Path) -> FileFacts:
     "What a file says of itself in its header; cheap"
-    path = as_path(path)
-    with naming_the_file(path):
+    path = image_path(path)
+    with image_errors(path):
         n = _check_file(path)
-        with open(path, 'rb') as f: kind = _kind(head := f.read(1 << 16))
-        if kind in ('PNG', 'JPEG'): mode, w, h, depth = _facts(path, kind, head)
-        else:
-            with _quiet(): mode, w, h, depth = _facts(path, kind, head)
-        return dict(format=kind, mode=mode, width=w, height=h, depth=depth, bytes=n)
+        with open(path, 'rb') as f: head = f.read(1 << 16)
+        kind = _kind(head)
+        if kind in ('PNG', 'JPEG'): return FileFacts(kind, *_header(path, kind, head), n)
+        with _quiet(): return FileFacts(kind, *_header(path, kind, head), n)

@@ -6,18 +6,21 @@
 from __future__ import annotations
 import os, pickle
 from pathlib import Path
+from typing import NamedTuple
 import torch, torchvision
 from torch import nn
-from .core import WeightsError, VocabularyError, nearest
+from .core import WeightsError, check_choice, choices
+from .settings import Arch
 
 # %% auto #0
-__all__ = ['MEAN', 'STD', 'ARCHS', 'OWN', 'normalise', 'ConcatPool', 'imagenet_file', 'cxr_model']
+__all__ = ['MEAN', 'STD', 'ARCHS', 'OWN', 'normalise', 'ConcatPool', 'WeightsFile', 'imagenet_file', 'cxr_model']
 
 # %% ../nbs/model.ipynb #constants
 MEAN, STD = 0.449, 0.226      # means of ImageNet's (.485, .456, .406) and (.229, .224, .225)
 
-def normalise(x: torch.Tensor  # (n, 1, h, w) float in [0, 1]
-             ) -> torch.Tensor: # same shape
+def normalise(
+    x: torch.Tensor,   # (n, 1, h, w) float in [0, 1]
+) -> torch.Tensor:     # same shape
     "Shift and scale unit-range pixels as the network expects them"
     return (x - MEAN) / STD
 
@@ -26,9 +29,10 @@ def _first_conv(body):
     return next((name, m) for name, m in body.named_modules() if isinstance(m, nn.Conv2d))
 
 def _to_one_channel(body):
-    "Replace the first convolution by one for a grey picture, summing its weights over the colours"
+    "Replace the first convolution by one for a grey image, summing its weights over the colours"
     name, conv = _first_conv(body)
-    new = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=conv.bias is not None)
+    new = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                    bias=conv.bias is not None)
     with torch.no_grad():
         new.weight.copy_(conv.weight.sum(1, keepdim=True))
         if conv.bias is not None: new.bias.copy_(conv.bias)
@@ -36,42 +40,9 @@ def _to_one_channel(body):
     setattr(parent, name.rpartition('.')[2], new)
     return body
 
-# %% ../nbs/model.ipynb #body
-ARCHS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext50_32x4d', 'wide_resnet50_2', 'densenet121', 'densenet169', 'vgg16_bn',
-         'efficientnet_b0', 'efficientnet_b3', 'mobilenet_v3_small', 'mobilenet_v3_large', 'convnext_tiny', 'cnn3', 'vgg_small')
-OWN = dict(cnn3=((32, 64, 128), 128), vgg_small=((32, 64, 128, 512), 0))     # channels of the convolutions, width of the dense layer (0: none)
-
-def _check_arch(arch):
-    if arch not in ARCHS: raise VocabularyError(f"unknown architecture '{arch}'{nearest(arch, ARCHS)} (known: {', '.join(ARCHS)})")
-
-def _own_body(channels):
-    "3x3 convolution, ReLU, 2x2 max-pool, once per number of channels; for one grey channel"
-    layers = [(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)) for a, b in zip((1, *channels), channels)]
-    return _he(nn.Sequential(*(layer for block in layers for layer in block)))
-
-def _backbone(arch):
-    "A torchvision classifier without its classifier, for three channels; one of ours, for one"
-    if arch in OWN: return _own_body(OWN[arch][0])
-    m = torchvision.models.get_model(arch, weights=None)
-    if arch.startswith(('resnet', 'resnext', 'wide_resnet')): return nn.Sequential(*list(m.children())[:-2])
-    return nn.Sequential(m.features, nn.ReLU(inplace=True)) if arch.startswith('densenet') else nn.Sequential(m.features)
-
-def _n_features(body):
-    "Channels that the body puts out, seen on an empty picture"
-    was = body.training
-    with torch.no_grad(): n = body.eval()(torch.zeros(1, _first_conv(body)[1].in_channels, 64, 64)).shape[1]
-    body.train(was)
-    return n
-
-# %% ../nbs/model.ipynb #head
-class ConcatPool(nn.Module):
-    "Maximum and average over the picture, side by side: (n, c, h, w) -> (n, 2c, 1, 1)"
-    def forward(self, x): return torch.cat([nn.functional.adaptive_max_pool2d(x, 1), nn.functional.adaptive_avg_pool2d(x, 1)], 1)
-
-def _head(n_features, n_out, hidden=512, dropout=.5):
-    head = nn.Sequential(ConcatPool(), nn.Flatten(), nn.BatchNorm1d(2 * n_features), nn.Dropout(dropout / 2), nn.Linear(2 * n_features, hidden, bias=False),
-                         nn.ReLU(inplace=True), nn.BatchNorm1d(hidden), nn.Dropout(dropout), nn.Linear(hidden, n_out))
-    return _he(head)
+# %% ../nbs/model.ipynb #archs
+ARCHS = choices(Arch)
+OWN = dict(cnn3=((32, 64, 128), 128), vgg_small=((32, 64, 128, 512), 0))  # channels; width of the dense layer (0: none)
 
 def _he(layers):
     "He's initial weights, for layers that feed a ReLU"
@@ -81,80 +52,133 @@ def _he(layers):
             if m.bias is not None: nn.init.zeros_(m.bias)
     return layers
 
+# %% ../nbs/model.ipynb #body
+def _own_body(channels):
+    "3x3 convolution, ReLU, 2x2 max-pool, once per number of channels; for one grey channel"
+    layers = [layer for a, b in zip((1, *channels), channels)
+              for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))]
+    return _he(nn.Sequential(*layers))
+
+def _backbone(arch):
+    "A torchvision classifier without its classifier, for three channels; one of ours, for one"
+    if arch in OWN: return _own_body(OWN[arch][0])
+    m = torchvision.models.get_model(arch, weights=None)
+    if arch.startswith(('resnet', 'resnext', 'wide_resnet')): return nn.Sequential(*list(m.children())[:-2])
+    if arch.startswith('densenet'): return nn.Sequential(m.features, nn.ReLU(inplace=True))
+    return nn.Sequential(m.features)
+
+def _n_features(body):
+    "Channels that the body puts out, seen on an empty image"
+    was = body.training
+    with torch.no_grad(): n = body.eval()(torch.zeros(1, _first_conv(body)[1].in_channels, 64, 64)).shape[1]
+    body.train(was)
+    return n
+
+# %% ../nbs/model.ipynb #head
+class ConcatPool(nn.Module):
+    "Maximum and average over the image, side by side: (n, c, h, w) -> (n, 2c, 1, 1)"
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([nn.functional.adaptive_max_pool2d(x, 1), nn.functional.adaptive_avg_pool2d(x, 1)], 1)
+
+def _head(n_features, n_out, hidden=512, dropout=.5):
+    "The head of the torchvision backbones"
+    n = 2 * n_features
+    return _he(nn.Sequential(ConcatPool(), nn.Flatten(), nn.BatchNorm1d(n), nn.Dropout(dropout / 2),
+                             nn.Linear(n, hidden, bias=False), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
+                             nn.Dropout(dropout), nn.Linear(hidden, n_out)))
+
 def _flat_head(n_features, n_out, hidden, grid=8, dropout=.5):
-    "The head of the small networks: an 8x8 grid flattened (so that any picture size fits), a dense layer with ReLU, the classes"
-    last = [nn.Dropout(dropout), nn.Linear(hidden or n_features * grid * grid, n_out)]
-    dense = [nn.Linear(n_features * grid * grid, hidden), nn.ReLU(inplace=True)] if hidden else []
+    "The head of the small networks: an 8x8 grid flattened, a dense layer with ReLU, the classes"
+    flat = n_features * grid * grid
+    last = [nn.Dropout(dropout), nn.Linear(hidden or flat, n_out)]
+    dense = [nn.Linear(flat, hidden), nn.ReLU(inplace=True)] if hidden else []
     head = _he(nn.Sequential(nn.AdaptiveAvgPool2d(grid), nn.Flatten(), *dense, *last))
     nn.init.xavier_normal_(head[-1].weight)                       # no ReLU follows: smaller first logits
     return head
 
 # %% ../nbs/model.ipynb #imagenet-file
-def imagenet_file(arch: str) -> tuple:  # (url, Path where torchvision looks for it)
-    "Where the ImageNet weights of an architecture come from, and where they lie once they are here"
-    if arch in OWN: raise WeightsError(f"nobody trained {arch} on ImageNet; use weights='none', the path of weights made by a run of this library, or an architecture of torchvision.")
-    url = torchvision.models.get_model_weights(arch).DEFAULT.url
-    return url, Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1]
+class WeightsFile(NamedTuple):
+    "A file of weights on the web, and its place here"
+    url: str
+    path: Path   # where torchvision looks for it
 
-# %% ../nbs/model.ipynb #read-state
+def imagenet_file(arch: Arch) -> WeightsFile:
+    "Where the ImageNet weights of an architecture come from, and where they lie once they are here"
+    if arch in OWN:
+        raise WeightsError(f"{arch} has no ImageNet weights; use weights='none', the path of weights made by a run of this "
+                           'library, or an architecture of torchvision.')
+    url = torchvision.models.get_model_weights(arch).DEFAULT.url
+    return WeightsFile(url, Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1])
+
+# %% ../nbs/model.ipynb #read-tensors
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: return load_file(path)
+    except SafetensorError as e:
+        raise WeightsError(f'the weights file {path} is damaged ({e}); delete it and fetch it again.') from e
+
+_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
+
 def _read_state(path):
     "Tensors of a weights file, without running anything that is in it"
     path = Path(path)
-    if not path.is_file(): raise WeightsError(f"no weights file at {path}; give the path of a .pth or .safetensors file, 'imagenet' or 'none'.")
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}; give the path of a .pth or .safetensors file, 'imagenet' or 'none'.")
     try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            state = load_file(path)
+        if path.suffix == '.safetensors': state = _read_safetensors(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise WeightsError(f'the weights file {path} is damaged or holds more than tensors ({str(e).splitlines()[0][:80]}); delete it and fetch it again.') from e
-    except Exception as e:
-        if type(e).__name__ != 'SafetensorError': raise
-        raise WeightsError(f'the weights file {path} is damaged ({e}); delete it and fetch it again.') from e
+    except WeightsError: raise
+    except _DAMAGED as e:
+        raise WeightsError(f'the weights file {path} is damaged or holds more than tensors '
+                           f'({str(e).splitlines()[0][:80]}); delete it and fetch it again.') from e
     for key in ('state_dict', 'model'): state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise WeightsError(f'the weights file {path} is not a dictionary of tensors; save model.state_dict() and give that.')
     return state
 
+# %% ../nbs/model.ipynb #imagenet-state
 def _imagenet_state(arch):
+    "torchvision's ImageNet weights, or where they should lie"
     url, place = imagenet_file(arch)
     try: return torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True)
     except (OSError, ValueError) as e:
-        raise WeightsError(f"the ImageNet weights of {arch} are not on this machine and cannot be downloaded ({e}); put {place.name} (from {url}) into "
-                           f"{place.parent}, or give weights='PATH' to a local file, or weights='none' to train from scratch.") from e
+        raise WeightsError(f'the ImageNet weights of {arch} are not on this machine and cannot be downloaded ({e}); '
+                           f'put {place.name} (from {url}) into {place.parent}, or give '
+                           "weights='PATH' to a local file, or weights='none' to train from scratch.") from e
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise WeightsError(f'the weights file {place} is damaged ({str(e).splitlines()[0][:80]}); delete it and fetch it again.') from e
+        raise WeightsError(f'the weights file {place} is damaged ({str(e).splitlines()[0][:80]}); '
+                           'delete it and fetch it again.') from e
 
 # %% ../nbs/model.ipynb #load-body
-def _load_body(body, state, arch, origin):
-    "Fill the three-channel body from a torchvision state, or the one-channel body from ours"
-    own = {k[2:]: v for k, v in state.items() if k.startswith('0.')}         # a whole network of this library: body is '0.', head is '1.'
-    if own: return _fill(_to_one_channel(body), own, arch, origin)
-    if arch in OWN: return _fill(body, {}, arch, origin)                     # says what is missing
-    full = torchvision.models.get_model(arch, weights=None)
-    named = dict(zip(_backbone_names(full, arch), body.state_dict()))        # torchvision's names -> ours
-    return _to_one_channel(_fill(body, {named[k]: v for k, v in state.items() if k in named}, arch, origin))
-
-def _backbone_names(full, arch):
-    drop = ('fc.', 'classifier.')
-    return [k for k in full.state_dict() if not k.startswith(drop)]
-
 def _fill(body, state, arch, origin):
+    "A body with the tensors of a state; the first one that is missing or has another shape is named"
     want = body.state_dict()
     for k, v in want.items():
-        if k not in state: raise WeightsError(f"the weights {origin} do not fit {arch}: tensor '{k}' is missing; give the file that was made for {arch}.")
-        if state[k].shape != v.shape:
-            raise WeightsError(f"the weights {origin} do not fit {arch}: '{k}' has shape {tuple(state[k].shape)}, not {tuple(v.shape)}; give the file that was made for {arch}.")
+        if k in state and state[k].shape == v.shape: continue
+        fault = f"'{k}' has shape {tuple(state[k].shape)}, not {tuple(v.shape)}" if k in state else f"tensor '{k}' is missing"
+        raise WeightsError(f'the weights {origin} do not fit {arch}: {fault}; give the file that was made for {arch}.')
     body.load_state_dict({k: state[k] for k in want})
     return body
 
+def _load_body(body, state, arch, origin):
+    "Fill the three-channel body from a torchvision state, or the one-channel body from ours"
+    own = {k[2:]: v for k, v in state.items() if k.startswith('0.')}    # a whole network of ours: body '0.', head '1.'
+    if own: return _fill(_to_one_channel(body), own, arch, origin)
+    if arch in OWN: return _fill(body, {}, arch, origin)                # says what is missing
+    full = torchvision.models.get_model(arch, weights=None).state_dict()
+    names = [k for k in full if not k.startswith(('fc.', 'classifier.'))]
+    named = dict(zip(names, body.state_dict()))                         # torchvision's names -> ours
+    return _to_one_channel(_fill(body, {named[k]: v for k, v in state.items() if k in named}, arch, origin))
+
 # %% ../nbs/model.ipynb #cxr-model
-def cxr_model(arch: str = 'resnet50',       # one of `ARCHS`
-              n_out: int = 2,               # number of classes
-              weights: str | os.PathLike = 'imagenet', # 'imagenet', 'none', or the path of a local weights file
-             ) -> nn.Sequential:            # model[0] is the body, model[1] the head; (n, 1, h, w) -> (n, n_out)
+def cxr_model(
+    arch: Arch = 'resnet50',
+    n_out: int = 2,                           # number of classes
+    weights: str | os.PathLike = 'imagenet',  # 'imagenet', 'none', or the path of a local weights file
+) -> nn.Sequential:                           # model[0] is the body, model[1] the head; (n, 1, h, w) -> (n, n_out)
     "A network for one grey channel whose body carries the weights that were asked for, or an error that says how to get them"
-    _check_arch(arch)
+    check_choice('arch', arch, Arch)
     body = _backbone(arch)
     if str(weights) == 'none': body = _to_one_channel(body)
     elif str(weights) == 'imagenet': body = _load_body(body, _imagenet_state(arch), arch, 'from ImageNet')

@@ -4,23 +4,25 @@
 
 # %% ../nbs/phantom.ipynb #imports
 from __future__ import annotations
-import csv, io, math, re, shutil
+import csv, io, math, shutil
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple
 import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
-from .core import CxrError, RunError, VocabularyError, atomic_path, nearest, write_json, write_text
+from .core import CxrError, RunError, atomic_path, check_choice, choices, write_json, write_text
 
 # %% auto #0
-__all__ = ['PATTERNS', 'SCHEMAS', 'FAULTS', 'FAMILY', 'file_stamp', 'Phantom', 'make_phantom', 'make_other_view',
-           'write_covid_tree', 'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'phantom_family',
+__all__ = ['Pattern', 'PATTERNS', 'OtherView', 'Schema', 'SCHEMAS', 'PneumoniaKind', 'PlantedFault', 'FAULTS', 'PhantomName',
+           'FAMILY', 'Phantom', 'make_phantom', 'make_other_view', 'PhantomTree', 'PhantomTrees', 'write_covid_tree',
+           'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'FamilyMember', 'FamilyImages', 'phantom_family',
            'write_nih_tree', 'write_coronahack_csv', 'write_phantom_folder']
 
 # %% ../nbs/phantom.ipynb #small-shapes
-_REACH = 1.3     # canvases cover body coordinates from -_REACH to _REACH; the film shows about -1 to 1
+_REACH = 1.3     # canvases cover body coordinates from -_REACH to _REACH; the image shows about -1 to 1
 
-def _rng(seed, stream, *ids): return np.random.default_rng([seed, stream, *ids])
+def _rng(seed: int, stream: int, *ids: int) -> np.random.Generator: return np.random.default_rng([seed, stream, *ids])
 
 def _dome(z):
     "0 below 0, a quarter circle up to 1 at 1: how thickness grows from an edge inwards"
@@ -28,9 +30,11 @@ def _dome(z):
     return np.sqrt(z * (2 - z))
 
 def _step(z):
+    "0 below 0, 1 above 1, smooth between"
     z = np.clip(z, 0, 1)
     return z * z * (3 - 2 * z)
 
+# %% ../nbs/phantom.ipynb #small-shapes-more
 def _bump(z): return np.exp(-z * z)
 
 def _bone(t, half, soft):
@@ -39,23 +43,26 @@ def _bone(t, half, soft):
     return np.clip(depth, 0, 1) * (1.35 - .35 * np.clip(depth - 1, 0, 1))
 
 def _smooth_noise(r, n, cells):
-    return np.asarray(Image.fromarray(r.standard_normal((cells, cells), dtype=np.float32)).resize((n, n), Image.Resampling.BICUBIC))
+    noise = Image.fromarray(r.standard_normal((cells, cells), dtype=np.float32))
+    return np.asarray(noise.resize((n, n), Image.Resampling.BICUBIC))
 
 # %% ../nbs/phantom.ipynb #anatomy
-_ANATOMY = dict(    # lowest and highest value; body coordinates: x from -1 to 1 (image left to right), y from -1 (neck) to 1
-    apex_y=(-.84, -.70), apex_x=(.24, .32), wide_y=(.0, .25), cage=(.62, .80), base_y=(.36, .58), dome_x=(.30, .40), fall=(.20, .32), left_low=(.02, .09),
-    middle=(.10, .15), knob=(.01, .07), knob_y=(-.38, -.26), neck=(.20, .28), shoulder_y=(-.98, -.82), torso=(.93, 1.2), fat=(.92, 1.1), air=(.56, .68),
-    heart_x=(.10, .17), heart_w=(.29, .38), heart_h=(.22, .29), heart_tilt=(.35, .75), atrium=(.02, .07), rib_y=(-.06, .06), rib_step=(.148, .172),
-    rib_drop=(.20, .34), rib_front=(.34, .46), rib_wide=(.36, .48), rib_dense=(.09, .15), clavicle_y=(-.56, -.46), clavicle_rise=(.10, .26),
-    clavicle_bend=(.012, .035), spine=(.07, .09), bend=(-.03, .03), breast=(-.16, .16), breast_y=(.16, .34), bubble=(.0, .22), bubble_x=(.3, .45),
-    hilum_y=(-.14, .0), arms=(0, 1))
+_ANATOMY = dict(    # lowest and highest value; x from -1 to 1 (image left to right), y from -1 (neck) to 1
+    apex_y=(-.84, -.70), apex_x=(.24, .32), wide_y=(.0, .25), cage=(.62, .80), base_y=(.36, .58), dome_x=(.30, .40),
+    fall=(.20, .32), left_low=(.02, .09), middle=(.10, .15), knob=(.01, .07), knob_y=(-.38, -.26), neck=(.20, .28),
+    shoulder_y=(-.98, -.82), torso=(.93, 1.2), fat=(.92, 1.1), air=(.56, .68), heart_x=(.10, .17), heart_w=(.29, .38),
+    heart_h=(.22, .29), heart_tilt=(.35, .75), atrium=(.02, .07), rib_y=(-.06, .06), rib_step=(.148, .172),
+    rib_drop=(.20, .34), rib_front=(.34, .46), rib_wide=(.36, .48), rib_dense=(.09, .15), clavicle_y=(-.56, -.46),
+    clavicle_rise=(.10, .26), clavicle_bend=(.012, .035), spine=(.07, .09), bend=(-.03, .03), breast=(-.16, .16),
+    breast_y=(.16, .34), bubble=(.0, .22), bubble_x=(.3, .45), hilum_y=(-.14, .0), arms=(0, 1))
 
 @lru_cache(maxsize=512)
-def _anatomy(seed, patient, child):
+def _anatomy(seed: int, patient: int, child: bool) -> dict[str, float]:
     r = _rng(seed, 1, patient)
     a = {k: float(r.uniform(lo, hi)) for k, (lo, hi) in _ANATOMY.items()}
     if child:   # a rounder chest, flatter ribs, a larger heart, a higher diaphragm
-        a.update(heart_w=a['heart_w'] * 1.2, base_y=a['base_y'] - .14, rib_drop=a['rib_drop'] * .55, air=a['air'] * .9, breast=0., neck=a['neck'] * 1.25)
+        a.update(heart_w=a['heart_w'] * 1.2, base_y=a['base_y'] - .14, rib_drop=a['rib_drop'] * .55, air=a['air'] * .9,
+                 breast=0., neck=a['neck'] * 1.25)
     return a
 
 # %% ../nbs/phantom.ipynb #regions
@@ -64,6 +71,11 @@ def _cage(a, y):
     u = np.clip((y - a['apex_y']) / (a['wide_y'] - a['apex_y']), 0, 1)
     return (a['apex_x'] + (a['cage'] - a['apex_x']) * np.sqrt(1 - (1 - u)**2) + .05 * np.clip(y - a['wide_y'], 0, 1)
             - 2 * np.clip(a['apex_y'] - y, 0, 1))
+
+def _heart_radius(a, x, y):
+    "Distance from the middle of the heart, 1 at its edge: a tilted ellipse on the diaphragm"
+    c, s, hx, hy = math.cos(a['heart_tilt']), math.sin(a['heart_tilt']), x - a['heart_x'], y - (a['base_y'] - .15)
+    return np.sqrt(((hx * c + hy * s) / a['heart_w'])**2 + ((hy * c - hx * s) / a['heart_h'])**2)
 
 def _lungs(a, x, xa, y, left):
     "Chest wall, diaphragm, air thickness 0..1, heart 0..1, and the mask of the lung fields"
@@ -74,28 +86,32 @@ def _lungs(a, x, xa, y, left):
     q = xa - a['dome_x']
     dome = base + left * a['left_low'] + np.where(q > 0, a['fall'] / (a['cage'] - a['dome_x'])**2, .9) * (q * q)
     air = _dome((cage - xa) / .26) * _dome((xa - inner) / .09) * _dome((dome - y) / .16)
-    c, s, hx, hy = math.cos(a['heart_tilt']), math.sin(a['heart_tilt']), x - a['heart_x'], y - (base - .15)
-    radius = np.sqrt(((hx * c + hy * s) / a['heart_w'])**2 + ((hy * c - hx * s) / a['heart_h'])**2)
+    radius = _heart_radius(a, x, y)
     heart = _dome((1 - radius) / .35)
     return cage, dome, air * (1 - .88 * heart), heart, (air > 0) & (radius > 1)
 
 # %% ../nbs/phantom.ipynb #bones
+def _rib_band(a, y, drop, steep, soft):
+    "The bands of one half of all ribs, and the number of the rib at each point"
+    count = (y - drop - a['apex_y'] - a['rib_y']) / a['rib_step']
+    across = (count - np.floor(count) - .5) / np.sqrt(1 + steep * steep)
+    return _bone(across, a['rib_wide'] / 2, soft) * (count > 0), count
+
 def _ribs(a, xa, y, cage, dome):
     "The back halves and the front halves of the ribs, each a periodic family of bands"
     cx = np.clip(xa / np.maximum(cage, .05), 0, 1)
     cos = np.sqrt(1 - cx * cx)
     slope = np.minimum(cx / np.maximum(cos, .15), 4) / .7
-    out = 0
-    for drop, front in ((a['rib_drop'] * (1 - cos), 0), (a['rib_drop'] + a['rib_front'] * cos, 1)):
-        count = (y - drop - a['apex_y'] - a['rib_y']) / a['rib_step']
-        steep = (a['rib_front'] if front else a['rib_drop']) * slope
-        band = _bone((count - np.floor(count) - .5) / np.sqrt(1 + steep * steep), a['rib_wide'] / 2, .09 if front else .07) * (count > 0)
-        out = out + (.7 * band * _step((cx - .42) / .12) * (count < 7) if front else band)
+    back, _ = _rib_band(a, y, a['rib_drop'] * (1 - cos), a['rib_drop'] * slope, .07)
+    front, count = _rib_band(a, y, a['rib_drop'] + a['rib_front'] * cos, a['rib_front'] * slope, .09)
+    out = back + .7 * front * _step((cx - .42) / .12) * (count < 7)
     return a['rib_dense'] * out * np.clip((cage * 1.015 - xa) / .012, 0, 1) * np.clip((dome + .35 - y) / .3, 0, 1)
 
+# %% ../nbs/phantom.ipynb #bones-more
 def _clavicles(a, xa, y):
     out = np.zeros_like(xa)
-    rows = slice(*np.searchsorted(y[:, 0], [a['clavicle_y'] - .35, a['clavicle_y'] + .1]))      # a third of the film, for speed
+    ends = [a['clavicle_y'] - .35, a['clavicle_y'] + .1]
+    rows = slice(*np.searchsorted(y[:, 0], ends))      # a third of the image, for speed
     xa, y = xa[rows], y[rows]
     q = (xa - .08) / .8
     line = a['clavicle_y'] - a['clavicle_rise'] * q + a['clavicle_bend'] * np.sin(2 * np.pi * q)
@@ -111,40 +127,55 @@ def _spine_and_trachea(a, x, y):
     return spine + pedicles - .19 * _step((.042 - np.abs(x + .012)) / .03) * _step((a['knob_y'] + .1 - y) / .12)
 
 # %% ../nbs/phantom.ipynb #vessels
-def _canvas_draw(m):
-    image = Image.new('L', (m, m))
-    return image, ImageDraw.Draw(image), lambda x, y: ((x + _REACH) / (2 * _REACH) * m, (y + _REACH) / (2 * _REACH) * m)
+class _Canvas:
+    "A square picture of m pixels, drawn on in body coordinates"
+    def __init__(self, m: int):
+        self.m, self.image = m, Image.new('L', (m, m))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        "Body coordinates -> pixels"
+        return (x + _REACH) / (2 * _REACH) * self.m, (y + _REACH) / (2 * _REACH) * self.m
+
+def _grow(canvas, noise, x, y, angle, width, left):
+    "One vessel of `left` pieces, with its branches"
+    while left > 0:
+        x2, y2 = x + .075 * math.cos(angle), y + .075 * math.sin(angle)
+        shade, pixels = int(min(255, 70 + 5000 * width)), max(1, round(width * canvas.m / (2 * _REACH)))
+        canvas.draw.line([canvas.at(x, y), canvas.at(x2, y2)], fill=shade, width=pixels)
+        x, y, angle, width, left = x2, y2, angle + .16 * next(noise), width * .86, left - 1
+        if left > 1 and next(noise) > -.1:
+            turn = .55 if next(noise) > 0 else -.55
+            _grow(canvas, noise, x, y, angle + turn, width * .7, left - 2)
 
 def _vessels(a, r, m):
     "A tree of vessels out of each lung root"
-    image, d, px = _canvas_draw(m)
-    noise = iter(r.standard_normal(6000).tolist())
-    def grow(x, y, angle, width, left):
-        while left > 0:
-            x2, y2 = x + .075 * math.cos(angle), y + .075 * math.sin(angle)
-            d.line([px(x, y), px(x2, y2)], fill=int(min(255, 70 + 5000 * width)), width=max(1, round(width * m / (2 * _REACH))))
-            x, y, angle, width, left = x2, y2, angle + .16 * next(noise), width * .86, left - 1
-            if left > 1 and next(noise) > -.1: grow(x, y, angle + (.55 if next(noise) > 0 else -.55), width * .7, left - 2)
+    canvas, noise = _Canvas(m), iter(r.standard_normal(6000).tolist())
     for side in (-1, 1):
         for k in range(9):
             up = -1.35 + 2.75 * k / 8 + .12 * next(noise)
             root = a['hilum_y'] - .025 * side + .03 * next(noise)
-            grow(side * (a['middle'] + .05), root, up if side > 0 else math.pi - up, .034 if k > 2 else .026, 7)
-    return image.filter(ImageFilter.GaussianBlur(m / 330)) if m > 256 else image      # small films are shrunk from 192, which smooths enough
+            angle, width = up if side > 0 else math.pi - up, .034 if k > 2 else .026
+            _grow(canvas, noise, side * (a['middle'] + .05), root, angle, width, 7)
+    if m <= 256: return canvas.image             # small images are shrunk from 192, which smooths enough
+    return canvas.image.filter(ImageFilter.GaussianBlur(m / 330))
+
+# %% ../nbs/phantom.ipynb #tissue
+_UPPER_ARM = ((-.03, .08), (.10, .08), (.14, .9), (.05, .9))      # from the joint
 
 def _shoulders(a, m):
     "Shoulder blades and upper arms, turned out of the lungs by a patient-specific amount"
-    image, d, px = _canvas_draw(m)
+    canvas = _Canvas(m)
     out, hx, hy = a['arms'] * .08, .98 + a['arms'] * .08, a['clavicle_y'] - a['clavicle_rise'] + .14
+    blade = ((.60 + out, -.60), (.84, -.66), (.92, -.56), (.86 + out, -.2), (.78 + out, .10), (.70 + out, -.12))
     for s in (-1, 1):
-        blade = ((.60 + out, -.60), (.84, -.66), (.92, -.56), (.86 + out, -.2), (.78 + out, .10), (.70 + out, -.12))
-        d.polygon([px(s * x, y) for x, y in blade], fill=95, outline=200)
-        d.ellipse([*px(s * hx - .12, hy - .11), *px(s * hx + .12, hy + .13)], fill=150)
-        d.polygon([px(s * (hx + x), hy + y) for x, y in ((-.03, .08), (.10, .08), (.14, .9), (.05, .9))], fill=130)
-    return image.filter(ImageFilter.GaussianBlur(m / 160))
+        canvas.draw.polygon([canvas.at(s * x, y) for x, y in blade], fill=95, outline=200)
+        canvas.draw.ellipse([*canvas.at(s * hx - .12, hy - .11), *canvas.at(s * hx + .12, hy + .13)], fill=150)
+        canvas.draw.polygon([canvas.at(s * (hx + x), hy + y) for x, y in _UPPER_ARM], fill=130)
+    return canvas.image.filter(ImageFilter.GaussianBlur(m / 160))
 
-@lru_cache(maxsize=8)          # films of one patient are mostly made one after the other
-def _tissue(seed, patient, child, n):
+@lru_cache(maxsize=8)          # images of one patient are mostly made one after the other
+def _tissue(seed: int, patient: int, child: bool, n: int) -> tuple[Image.Image, Image.Image]:
     "What lies in the lungs (vessels, soft texture) and outside them (shoulders), as float canvases"
     a, r = _anatomy(seed, patient, child), _rng(seed, 2, patient)
     shade = lambda image: np.asarray(image, np.float32) / 255
@@ -154,28 +185,41 @@ def _tissue(seed, patient, child, n):
     return Image.fromarray(lung), Image.fromarray(.13 * shade(_shoulders(a, max(n // 2, 64))))
 
 # %% ../nbs/phantom.ipynb #opacities
-PATTERNS = ('peripheral', 'lobar', 'perihilar')     # how planted opacities are distributed
+Pattern = Literal['peripheral', 'lobar', 'perihilar']     # how planted opacities are distributed
+PATTERNS: tuple[Pattern, ...] = choices(Pattern)
 
-def _patches(pattern, r):
-    "side, distance from the midline 0..1, height 0 (apex) to 1 (base), radius and weight of each patch"
+class _Patches(NamedTuple):
+    "k soft patches, each (k,)"
+    side: np.ndarray     # -1 image left, 1 image right
+    across: np.ndarray   # distance from the midline, 0 to 1
+    down: np.ndarray     # 0 apex, 1 base
+    radius: np.ndarray
+    weight: np.ndarray
+
+def _patches(pattern: Pattern, r: np.random.Generator) -> _Patches:
+    "Where the opacities of one patient lie"
     if pattern == 'lobar':
         k, side = 3, 1 if r.random() < .5 else -1
-        return np.full(k, side), r.uniform(.35, .75) + r.uniform(-.12, .12, k), r.uniform(.25, .85) + r.uniform(-.07, .07, k), r.uniform(.15, .25, k), r.uniform(.8, 1, k)
+        across = r.uniform(.35, .75) + r.uniform(-.12, .12, k)
+        down = r.uniform(.25, .85) + r.uniform(-.07, .07, k)
+        return _Patches(np.full(k, side), across, down, r.uniform(.15, .25, k), r.uniform(.8, 1, k))
     if pattern == 'perihilar':
         k = int(r.integers(6, 10))
-        return np.where(np.arange(k) % 2, -1, 1), r.uniform(.2, .55, k), r.uniform(.35, .75, k), r.uniform(.07, .13, k), r.uniform(.4, .8, k)
+        across, down = r.uniform(.2, .55, k), r.uniform(.35, .75, k)
+        return _Patches(np.where(np.arange(k) % 2, -1, 1), across, down, r.uniform(.07, .13, k), r.uniform(.4, .8, k))
     k = int(r.integers(4, 9))
-    side = np.where(r.random(k) < .5, -1, 1)
-    side[:2] = (-1, 1)
-    return side, r.uniform(.52, .92, k), .08 + .9 * r.beta(3, 1.6, k), r.uniform(.09, .21, k), r.uniform(.6, 1, k)
+    sides = np.where(r.random(k) < .5, -1, 1)
+    sides[:2] = (-1, 1)
+    across, down = r.uniform(.52, .92, k), .08 + .9 * r.beta(3, 1.6, k)
+    return _Patches(sides, across, down, r.uniform(.09, .21, k), r.uniform(.6, 1, k))
 
 @lru_cache(maxsize=512)
-def _opacities(seed, patient, child, pattern, n=96):
+def _opacities(seed: int, patient: int, child: bool, pattern: Pattern, n: int = 96) -> Image.Image:
     "Share 0..1 of the air that a patient's disease replaces at full strength, fluffy, in body coordinates"
     a, r = _anatomy(seed, patient, child), _rng(seed, 3, patient)
     g = np.linspace(-_REACH, _REACH, n, dtype=np.float32)
     out = np.zeros((n, n), np.float32)
-    for side, across, down, radius, weight in zip(*(np.asarray(v).tolist() for v in _patches(pattern, r))):
+    for side, across, down, radius, weight in zip(*(v.tolist() for v in _patches(pattern, r))):
         cy = a['apex_y'] + .12 + down * (a['base_y'] - a['apex_y'] - .12)
         cx = side * (a['middle'] + across * (float(_cage(a, cy)) - a['middle']))
         out = np.maximum(out, weight * _bump((g[None] - cx) / radius) * _bump((g[:, None] - cy) / (1.25 * radius)))
@@ -183,23 +227,39 @@ def _opacities(seed, patient, child, pattern, n=96):
     return Image.fromarray(np.clip(out * (1 + .38 * rough), 0, 1).astype(np.float32))
 
 # %% ../nbs/phantom.ipynb #sum-up
-def _view_of(canvas, pose, h, w):
-    "A canvas in body coordinates as a film of h x w pixels sees it"
-    dx, dy, scale, lean = pose
-    k = canvas.size[0] / (2 * _REACH)
-    ky, kx = k * 2 / h / scale, k * 2 / h / scale
-    y0, x0 = (-1 - dy) / scale, (-w / h - dx) / scale
-    return np.asarray(canvas.transform((w, h), Image.Transform.AFFINE,
-                                       (kx, -lean * ky, k * (x0 - lean * y0 + _REACH), 0, ky, k * (y0 + _REACH)), Image.Resampling.BILINEAR))
+class _Pose(NamedTuple):
+    "How a patient stands in one image"
+    dx: float
+    dy: float
+    scale: float
+    lean: float
 
+def _view_of(canvas: Image.Image, pose: _Pose, h: int, w: int) -> np.ndarray:
+    "A canvas in body coordinates as an image of h x w pixels sees it"
+    k = canvas.size[0] / (2 * _REACH)
+    step = k * 2 / h / pose.scale
+    y0, x0 = (-1 - pose.dy) / pose.scale, (-w / h - pose.dx) / pose.scale
+    matrix = (step, -pose.lean * step, k * (x0 - pose.lean * y0 + _REACH), 0, step, k * (y0 + _REACH))
+    return np.asarray(canvas.transform((w, h), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+
+def _body_grid(pose: _Pose, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    "Body coordinates (x, y) of every pixel"
+    y = ((np.arange(h, dtype=np.float32)[:, None] + .5) * (2 / h) - 1 - pose.dy) / pose.scale
+    x = ((np.arange(w, dtype=np.float32)[None] + .5) * (2 / h) - w / h - pose.dx) / pose.scale - pose.lean * y
+    return x, y
+
+# %% ../nbs/phantom.ipynb #attenuation
 def _soft_parts(a, x, xa, y):
     "Thickness of the body without lungs; the breast, and the air bubble in the stomach, where a patient has one"
-    wide = a['neck'] + (a['torso'] + .1 - a['neck']) * _step((y - a['shoulder_y'] + .22) / .42) - .16 * _step((y + .35) / .5) * (1 - .6 * a['arms'])
+    grown = (a['torso'] + .1 - a['neck']) * _step((y - a['shoulder_y'] + .22) / .42)
+    wide = a['neck'] + grown - .16 * _step((y + .35) / .5) * (1 - .6 * a['arms'])
     body, extra = a['fat'] * _dome((wide - xa) / (wide * .75)), 0
     if a['breast'] > .03:
-        extra = a['breast'] * _dome((1 - ((xa - .40) / .30)**2 - ((y - a['breast_y']) / .26)**2) / .5) * _step((y - a['breast_y'] + .26) / .4)
+        inside = 1 - ((xa - .40) / .30)**2 - ((y - a['breast_y']) / .26)**2
+        extra = a['breast'] * _dome(inside / .5) * _step((y - a['breast_y'] + .26) / .4)
     if a['bubble'] > .08:
-        extra = extra - a['bubble'] * _step((1 - ((x - a['bubble_x']) / .13)**2 - ((y - a['base_y'] - a['left_low'] - .12) / .06)**2) / .4)
+        inside = 1 - ((x - a['bubble_x']) / .13)**2 - ((y - a['base_y'] - a['left_low'] - .12) / .06)**2
+        extra = extra - a['bubble'] * _step(inside / .4)
     return body, extra
 
 def _attenuation(a, x, y, tissue, shoulders, opacity):
@@ -215,111 +275,154 @@ def _attenuation(a, x, y, tissue, shoulders, opacity):
     return total - a['air'] * air * (np.minimum(1, body) - .9 * opacity), mask
 
 # %% ../nbs/phantom.ipynb #word
-_GLYPHS = dict(S='01111100001000001110000010000111110', Y='10001100010101000100001000010000100', N='10001110011010110011100011000110001',
-               T='11111001000010000100001000010000100', H='10001100011000111111100011000110001', E='11111100001000011110100001000011111',
-               I='11111001000010000100001000010011111', C='01111100001000010000100001000001111')
+_GLYPHS = dict(      # 5 x 7 pixels each
+    S='01111100001000001110000010000111110', Y='10001100010101000100001000010000100',
+    N='10001110011010110011100011000110001', T='11111001000010000100001000010000100',
+    H='10001100011000111111100011000110001', E='11111100001000011110100001000011111',
+    I='11111001000010000100001000010011111', C='01111100001000010000100001000001111')
 
 @lru_cache(maxsize=64)
-def _plate(size):
-    "The word SYNTHETIC in a dark box, for a film whose short side is `size`"
+def _plate(size: int) -> np.ndarray:
+    "The word SYNTHETIC in a dark box, for an image whose short side is `size`"
     letters = [np.array([int(b) for b in _GLYPHS[c]], np.uint8).reshape(7, 5) for c in 'SYNTHETIC']
-    bits = np.pad(np.concatenate([np.pad(g, ((1, 1), (0, 1))) for g in letters], axis=1), ((0, 0), (1, 0)))      # (9, 55)
+    word = np.concatenate([np.pad(g, ((1, 1), (0, 1))) for g in letters], axis=1)
+    bits = np.pad(word, ((0, 0), (1, 0)))      # (9, 55)
     k = size // 256 if size >= 256 else max(size / 256, .2)
-    plate = Image.fromarray(20 + 215 * bits)
-    return np.asarray(plate.resize((round(55 * k), max(2, round(9 * k))), Image.Resampling.NEAREST if k >= 1 else Image.Resampling.BOX))
+    how = Image.Resampling.NEAREST if k >= 1 else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(20 + 215 * bits).resize((round(55 * k), max(2, round(9 * k))), how))
 
-def file_stamp(image):
+def _stamp(image: np.ndarray) -> np.ndarray:
+    "The same image, with the word SYNTHETIC written into its corner"
     plate = _plate(min(image.shape))
     image[-plate.shape[0]:, -plate.shape[1]:] = plate
     return image
 
-# %% ../nbs/phantom.ipynb #make-phantom
+# %% ../nbs/phantom.ipynb #check-phantom
 class Phantom(NamedTuple):
-    "One synthetic film with its truth"
-    image: np.ndarray        # (h,w) uint8, bright bone
-    lesion_mask: np.ndarray  # (h,w) bool, the core of the planted opacities; all False when nothing is planted
-    lung_mask: np.ndarray    # (h,w) bool, lung fields without heart and mediastinum
+    "One synthetic radiograph with its truth"
+    image: np.ndarray        # (h, w) uint8, bright bone
+    lesion_mask: np.ndarray  # (h, w) bool, the core of the planted opacities; all False when nothing is planted
+    lung_mask: np.ndarray    # (h, w) bool, lung fields without heart and mediastinum
 
-def _check_film(ids, size, lesion=0, pattern=PATTERNS[0], aspect=1, wobble=1):
+def _check_ids(size: Any, **ids: Any) -> None:
     for name, v in ids.items():
-        if not isinstance(v, (int, np.integer)) or v < 0: raise CxrError(f'{name}={v!r} names no phantom; give a whole number from 0 on.')
-    if not isinstance(size, (int, np.integer)) or size < 32: raise CxrError(f'size={size!r} is too small for a chest; give a whole number of pixels, 32 or more.')
-    if not 0 <= lesion <= 1: raise CxrError(f'lesion={lesion!r} is no share of replaced air; give a number from 0 (clear lungs) to 1 (white).')
-    if pattern not in PATTERNS: raise VocabularyError(f"unknown pattern '{pattern}'{nearest(pattern, PATTERNS)} (known: {', '.join(PATTERNS)})")
-    if not .5 <= aspect <= 2: raise CxrError(f'aspect={aspect!r} is no chest film; give width / height from 0.5 to 2.')
-    if not 0 <= wobble <= 1: raise CxrError(f'wobble={wobble!r} is out of range; give a number from 0 (all films alike) to 1.')
+        if not isinstance(v, (int, np.integer)) or v < 0:
+            raise CxrError(f'{name}={v!r} names no phantom; give a whole number from 0 on.')
+    if not isinstance(size, (int, np.integer)) or size < 32:
+        raise CxrError(f'size={size!r} is too small for a chest; give a whole number of pixels, 32 or more.')
 
-def make_phantom(seed: int,          # names a population of patients; 0 or more
-                 patient: int = 0,   # who: the same patient has the same anatomy in every film
-                 image: int = 0,     # which film of this patient: pose, breath, exposure and grain change
-                 size: int = 512,    # pixels, height; 32 or more
-                 lesion: float = 0., # share of air that opacities replace at their core: 0 clear lungs, .1 hardly seen, .5 plain, .9 dense
-                 pattern: str = 'peripheral', # one of `PATTERNS`
-                 aspect: float = 1., # width / height
-                 child: bool = False, # the proportions of a small child
-                 wobble: float = 1.  # how much pose, breath and exposure differ from film to film of a patient; 0 not at all
-                ) -> Phantom:        # image, lesion_mask, lung_mask
-    "A synthetic chest film with its lesion and lung masks, the same for the same arguments"
-    _check_film(dict(seed=seed, patient=patient, image=image), size, lesion, pattern, aspect, wobble)
-    seed, patient, image, child = int(seed), int(patient), int(image), bool(child)
-    r = _rng(seed, 4, patient, image)
-    u = lambda mid, reach: mid + wobble * float(r.uniform(-reach, reach))
+def _check_picture(lesion: float, pattern: Pattern, aspect: float, wobble: float) -> None:
+    if not 0 <= lesion <= 1:
+        raise CxrError(f'lesion={lesion!r} is no share of replaced air; give a number from 0 (clear lungs) to 1 (white).')
+    check_choice('pattern', pattern, Pattern)
+    if not .5 <= aspect <= 2: raise CxrError(f'aspect={aspect!r} is no chest image; give width / height from 0.5 to 2.')
+    if not 0 <= wobble <= 1: raise CxrError(f'wobble={wobble!r} is out of range; give a number from 0 (all images alike) to 1.')
+
+# %% ../nbs/phantom.ipynb #make-phantom
+class _Variation:
+    "What differs between the images of one patient, from one stream of random numbers"
+    def __init__(self, r: np.random.Generator, wobble: float): self.r, self.wobble = r, wobble
+
+    def about(self, middle: float, reach: float) -> float:
+        return middle + self.wobble * float(self.r.uniform(-reach, reach))
+
+    def pose(self) -> _Pose:
+        return _Pose(self.about(0, .06), self.about(0, .06), self.about(1, .06), self.about(0, .04))
+
+    def exposed(self, total: np.ndarray) -> np.ndarray:
+        "The sum of all tissues as grey levels, with grain: (h, w) uint8"
+        h, w = total.shape
+        low, high, gamma = self.about(.12, .06), self.about(1.35, .13), self.about(.9, .15)
+        grain = self.about(.011, .005) * min(1, math.sqrt(h / 256))
+        noise = grain * self.r.standard_normal((h, w), dtype=np.float32)
+        return (8 + 240 * np.clip((total + noise - low) / (high - low), 0, 1)**gamma).astype(np.uint8)
+
+def make_phantom(
+    seed: int,           # names a population of patients; 0 or more
+    patient: int = 0,    # who: the same patient has the same anatomy in every image
+    image: int = 0,      # which image of this patient: pose, breath, exposure and grain change
+    size: int = 512,     # pixels, height; 32 or more
+    lesion: float = 0.,  # share of air that opacities replace: 0 clear lungs, .1 hardly seen, .5 plain, .9 dense
+    pattern: Pattern = 'peripheral',
+    aspect: float = 1.,  # width / height
+    child: bool = False, # the proportions of a small child
+    wobble: float = 1.,  # how much pose, breath and exposure differ between the images of a patient; 0 not at all
+) -> Phantom:            # image, lesion_mask, lung_mask
+    "A synthetic chest radiograph with its lesion and lung masks, the same for the same arguments"
+    _check_ids(size, seed=seed, patient=patient, image=image)
+    _check_picture(lesion, pattern, aspect, wobble)
+    seed, patient, child = int(seed), int(patient), bool(child)
+    vary = _Variation(_rng(seed, 4, patient, int(image)), wobble)
     h, w = int(size), round(size * aspect)
-    pose = u(0, .06), u(0, .06), u(1, .06), u(0, .04)
-    a = _anatomy(seed, patient, child)
-    a = {**a, 'base_y': u(a['base_y'], .06)}
-    y = ((np.arange(h, dtype=np.float32)[:, None] + .5) * (2 / h) - 1 - pose[1]) / pose[2]
-    x = ((np.arange(w, dtype=np.float32)[None] + .5) * (2 / h) - w / h - pose[0]) / pose[2] - pose[3] * y
+    pose, a = vary.pose(), _anatomy(seed, patient, child)
+    a = {**a, 'base_y': vary.about(a['base_y'], .06)}
+    x, y = _body_grid(pose, h, w)
     tissue, shoulders = (_view_of(c, pose, h, w) for c in _tissue(seed, patient, child, h))
-    strength = lesion * u(1, .15)
-    opacity = strength * _view_of(_opacities(seed, patient, child, pattern), pose, h, w) if lesion else np.float32(0)
+    strength = lesion * vary.about(1, .15)
+    opacity: Any = np.float32(0)
+    if lesion: opacity = strength * _view_of(_opacities(seed, patient, child, pattern), pose, h, w)
     total, lungs = _attenuation(a, x, y, tissue, shoulders, opacity)
-    low, high, gamma, grain = u(.12, .06), u(1.35, .13), u(.9, .15), u(.011, .005) * min(1, math.sqrt(h / 256))
-    grey = np.clip((total + grain * r.standard_normal((h, w), dtype=np.float32) - low) / (high - low), 0, 1)**gamma
-    return Phantom(file_stamp((8 + 240 * grey).astype(np.uint8)), lungs & (opacity > .3 * strength) if lesion else np.zeros_like(lungs), lungs)
+    core = lungs & (opacity > .3 * strength) if lesion else np.zeros_like(lungs)
+    return Phantom(_stamp(vary.exposed(total)), core, lungs)
 
 # %% ../nbs/phantom.ipynb #other-view
-def _lateral(a, r, x, y):
+OtherView = Literal['lateral', 'ct']
+
+def _lateral(a, x, y):
     "From the side: breastbone at the left, spine at the right, one lung over the other, heart in front"
     front, back = -.58 + .22 * (y - .1)**2, .54 + .10 * np.cos(1.5 * y)
     skin = front - .12 - .06 * _bump((y - .2) / .4) + .3 * np.clip(-.5 - y, 0, 1)
     body = _dome((x - skin) / .8) * _dome((.98 - .1 * y * y - x) / .5)
     dome = a['base_y'] + .45 * np.clip(x + .05, -.6, 1)**2
-    air = _dome((x - front) / .3) * _dome((back - x) / .3) * _dome((dome - y) / .2) * _dome((y - a['apex_y'] - .7 * (x - .05)**2) / .3)
+    apex = _dome((y - a['apex_y'] - .7 * (x - .05)**2) / .3)
+    air = _dome((x - front) / .3) * _dome((back - x) / .3) * _dome((dome - y) / .2) * apex
     heart = _dome((1 - ((x + .20) / .34)**2 - ((y - a['base_y'] + .18) / .30)**2) / .6)
     beat = (y + .1 * x) / .135
     spine = _step((.10 - np.abs(x - .62 + .06 * np.cos(2 * y))) / .04) * (.28 + .12 * np.cos(2 * np.pi * beat))
     ribs = .05 * _step(np.cos(2 * np.pi * (y - .5 * x) / a['rib_step']) - .2) * (air > 0)
     return body - .55 * air * (1 - .7 * heart) + spine + ribs
 
-def _slice(a, r, x, y):
+def _slice(a, x, y):
     "A CT slice: the body as an ellipse in black air, lungs, spine and heart inside"
     inside = lambda cx, cy, rx, ry: np.clip((1 - ((x - cx) / rx)**2 - ((y - cy) / ry)**2) * 8, 0, 1)
     body, heart = inside(0, .05, .92, .66), inside(.10, -.10, .30, .30)
     lungs = np.maximum(inside(-.44, .04, .34, .48), inside(.46, .06, .33, .47)) * (1 - heart)
     spine = inside(0, .45, .15, .15)
-    return .75 * body - .62 * lungs * (1 - spine) + .08 * heart + .35 * spine + .3 * (body - inside(0, .05, .86, .60)) * (np.cos(9 * np.arctan2(y, x)) > .4)
+    rim = .3 * (body - inside(0, .05, .86, .60)) * (np.cos(9 * np.arctan2(y, x)) > .4)
+    return .75 * body - .62 * lungs * (1 - spine) + .08 * heart + .35 * spine + rim
 
-def make_other_view(kind: str,       # 'lateral' or 'ct'
-                    seed: int, patient: int = 0, image: int = 0, size: int = 512
-                   ) -> np.ndarray:  # (size,size) uint8
-    "A picture that is no frontal chest film: a lateral view or a CT slice, with the same plate in the corner"
-    kinds = dict(lateral=_lateral, ct=_slice)
-    if kind not in kinds: raise VocabularyError(f"unknown kind '{kind}'{nearest(kind, kinds)} (known: {', '.join(kinds)})")
-    _check_film(dict(seed=seed, patient=patient, image=image), size)
+def make_other_view(
+    kind: OtherView,
+    seed: int,
+    patient: int = 0,
+    image: int = 0,
+    size: int = 512,   # pixels, height and width
+) -> np.ndarray:       # (size, size) uint8
+    "A picture that is no frontal chest radiograph: a lateral view or a CT slice, with the same plate in the corner"
+    check_choice('kind', kind, OtherView)
+    _check_ids(size, seed=seed, patient=patient, image=image)
     a, r = _anatomy(int(seed), int(patient), False), _rng(int(seed), 5, int(patient), int(image))
     g = (np.arange(size, dtype=np.float32) + .5) * (2 / size) - 1
-    scale, dx, dy = r.uniform(.95, 1.1), *r.uniform(-.05, .05, 2)
-    total = kinds[kind](a, r, (g[None] - float(dx)) / float(scale), (g[:, None] - float(dy)) / float(scale))
-    total = total + .03 * _smooth_noise(r, size, 24) * (total > .05) + .012 * r.standard_normal((size, size), dtype=np.float32)
-    return file_stamp((8 + 240 * np.clip(total / 1.15, 0, 1)).astype(np.uint8))
+    scale = float(r.uniform(.95, 1.1))
+    dx, dy = r.uniform(-.05, .05, 2).tolist()
+    draw = _lateral if kind == 'lateral' else _slice
+    total = draw(a, (g[None] - dx) / scale, (g[:, None] - dy) / scale)
+    texture = .03 * _smooth_noise(r, size, 24) * (total > .05)
+    total = total + texture + .012 * r.standard_normal((size, size), dtype=np.float32)
+    return _stamp((8 + 240 * np.clip(total / 1.15, 0, 1)).astype(np.uint8))
 
 # %% ../nbs/phantom.ipynb #open-tree
-_NOTICE = 'Synthetic phantoms made by covid_cxr.phantom. No picture here shows a person; no number measured on them speaks about people.\n'
+_NOTICE = ('Synthetic phantoms made by covid_cxr.phantom. No picture here shows a person; '
+           'no number measured on them speaks about people.\n')
 
-def _is_phantom_tree(folder): return (folder / 'SYNTHETIC.txt').is_file() and (folder / 'SYNTHETIC.txt').read_text(encoding='utf-8', errors='replace').startswith(_NOTICE[:18])
+def _is_phantom_tree(folder: Path) -> bool:
+    notice = folder / 'SYNTHETIC.txt'
+    return notice.is_file() and notice.read_text(encoding='utf-8', errors='replace').startswith(_NOTICE[:18])
 
-def _open_tree(folder, old=()):
+def _check_phantom_tree(folder: Path, cure: str) -> None:
+    if not _is_phantom_tree(folder): raise RunError(f'{folder} is no phantom tree; {cure}.')
+
+def _open_tree(folder: str | Path, old: Iterable[str] = ()) -> Path:
     "An empty folder marked as synthetic; `old` parts of an earlier phantom tree are removed, anything else is refused"
     folder = Path(folder)
     try:
@@ -333,215 +436,314 @@ def _open_tree(folder, old=()):
     write_text(folder / 'SYNTHETIC.txt', _NOTICE)
     return folder
 
-# %% ../nbs/phantom.ipynb #save-film
-_FORMATS = (('jpg', 'JPEG', 'RGB'), ('png', 'PNG', 'L'), ('jpeg', 'PNG', 'RGB'), ('png', 'PNG', 'RGBA'), ('png', 'PNG', 'P'), ('png', 'PNG', 'I;16'),
-            ('jpg', 'PNG', 'L'), ('PNG', 'PNG', 'RGBA'), ('JPG', 'JPEG', 'L'), ('jpeg', 'JPEG', 'L'), ('jpeg', 'JPEG', 'RGB'), ('png', 'PNG', 'RGB'))
-_FORMAT_SHARE = np.array([.22, .10, .01, .09, .01, .01, .01, .01, .01, .24, .14, .15])     # roughly as in the real collection
+# %% ../nbs/phantom.ipynb #phantom-tree
+@dataclass(frozen=True)
+class PhantomTree:
+    "What was written into one folder of phantoms"
+    root: str
+    rows: list[dict[str, Any]]                                   # one per row of the metadata, or per image
+    quirks: dict[str, list[str]] = field(default_factory=dict)   # name of a quirk -> the files that show it
 
-def _save_film(image, path, kind='JPEG', mode='L', quality=85):
-    "Write a grey (h,w) uint8 array under this name, in this format and mode"
+@dataclass(frozen=True)
+class PhantomTrees:
+    "What `write_phantom_trees` wrote"
+    root: str
+    covid: PhantomTree
+    kaggle: PhantomTree
+    faults: dict[str, dict[str, Any]] | None = None   # as `plant_faults` returns them; None: none were planted
+
+# %% ../nbs/phantom.ipynb #save-image
+_FORMATS = (     # extension, format, PIL's mode
+    ('jpg', 'JPEG', 'RGB'), ('png', 'PNG', 'L'), ('jpeg', 'PNG', 'RGB'), ('png', 'PNG', 'RGBA'), ('png', 'PNG', 'P'),
+    ('png', 'PNG', 'I;16'), ('jpg', 'PNG', 'L'), ('PNG', 'PNG', 'RGBA'), ('JPG', 'JPEG', 'L'), ('jpeg', 'JPEG', 'L'),
+    ('jpeg', 'JPEG', 'RGB'), ('png', 'PNG', 'RGB'))
+# roughly as in the real collection
+_FORMAT_SHARE = np.array([.22, .10, .01, .09, .01, .01, .01, .01, .01, .24, .14, .15])
+
+def _save_image(image: np.ndarray, path: Path, kind: str = 'JPEG', mode: str = 'L', quality: int = 85) -> None:
+    "Write a grey (h, w) uint8 array under this name, in this format and mode"
     if mode == 'I;16': im = Image.fromarray(image.astype(np.uint16) * 257)
     elif mode == 'P': im = Image.fromarray(image).convert('RGB').quantize(256)
     else: im = Image.fromarray(image).convert(mode)
-    try: im.save(path, kind, **(dict(quality=int(quality)) if kind == 'JPEG' else dict(compress_level=1)))
-    except OSError as e: raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder.') from e
+    options = dict(quality=int(quality)) if kind == 'JPEG' else dict(compress_level=1)
+    try: im.save(path, kind, **options)
+    except OSError as e:
+        raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder.') from e
 
 # %% ../nbs/phantom.ipynb #covid-words
-_COLUMNS_03 = 'Patientid,offset,sex,age,finding,survival,view,date,location,filename,doi, url,license,clinical notes,other notes'.split(',')
-_COLUMNS_06 = ('patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,in_icu,needed_supplemental_O2,extubated,temperature,pO2_saturation,'
-               'leukocyte_count,neutrophil_count,lymphocyte_count,view,modality,date,location,folder,filename,doi,url,license,clinical_notes,other_notes,').split(',')
-SCHEMAS = {'2020-03': _COLUMNS_03, '2020-06': _COLUMNS_06, 'final': [*_COLUMNS_06[:5], 'RT_PCR_positive', *_COLUMNS_06[5:]]}
+Schema = Literal['2020-03', '2020-06', 'final']     # the era of a metadata.csv
+_COLUMNS_03 = [
+    'Patientid', 'offset', 'sex', 'age', 'finding', 'survival', 'view', 'date', 'location', 'filename', 'doi', ' url',
+    'license', 'clinical notes', 'other notes']
+_COLUMNS_06 = [
+    'patientid', 'offset', 'sex', 'age', 'finding', 'survival', 'intubated', 'intubation_present', 'went_icu', 'in_icu',
+    'needed_supplemental_O2', 'extubated', 'temperature', 'pO2_saturation', 'leukocyte_count', 'neutrophil_count',
+    'lymphocyte_count', 'view', 'modality', 'date', 'location', 'folder', 'filename', 'doi', 'url', 'license',
+    'clinical_notes', 'other_notes', '']
+SCHEMAS: dict[Schema, list[str]] = {
+    '2020-03': _COLUMNS_03, '2020-06': _COLUMNS_06, 'final': [*_COLUMNS_06[:5], 'RT_PCR_positive', *_COLUMNS_06[5:]]}
 
-_FINAL_WORDS = {'COVID-19': 'Pneumonia/Viral/COVID-19', 'COVID-19, ARDS': 'Pneumonia/Viral/COVID-19', 'SARS': 'Pneumonia/Viral/SARS',
-                'Influenza': 'Pneumonia/Viral/Influenza', 'Herpes': 'Pneumonia/Viral/Herpes ', 'Streptococcus': 'Pneumonia/Bacterial/Streptococcus',
-                'Klebsiella': 'Pneumonia/Bacterial/Klebsiella', 'Mycoplasma Bacterial Pneumonia': 'Pneumonia/Bacterial/Mycoplasma',
-                'Pneumocystis': 'Pneumonia/Fungal/Pneumocystis', 'Lipoid': 'Pneumonia/Lipoid'}
-_DISEASES = (('COVID-19', .46, 'peripheral'), ('COVID-19, ARDS', .04, 'peripheral'), ('No Finding', .30, None), ('Streptococcus', .06, 'lobar'),
-             ('Klebsiella', .03, 'lobar'), ('Mycoplasma Bacterial Pneumonia', .02, 'lobar'), ('Pneumocystis', .04, 'perihilar'), ('SARS', .03, 'perihilar'),
-             ('Influenza', .02, 'perihilar'))
-_HOSTS = {True: ('sirm', 'hospital-images', 'radiopaedia', 'journal'), False: ('radiopaedia', 'eurorad', 'radiopaedia', 'journal')}   # COVID or not
-_LICENCES = ('', 'CC BY-NC-SA', 'CC BY-NC-SA 4.0', 'CC BY 3.0', 'CC BY-NC-ND', 'Apache 2.0', ' ', 'listed as authorized for everyone')
-_NOTES = ('', 'Fever, cough and malaise for five days.', 'Says "never ill before", was admitted, and recovered.', 'Film on admission;\nsecond film follows.')
+_FINAL_WORDS = {
+    'COVID-19': 'Pneumonia/Viral/COVID-19', 'COVID-19, ARDS': 'Pneumonia/Viral/COVID-19',
+    'SARS': 'Pneumonia/Viral/SARS', 'Influenza': 'Pneumonia/Viral/Influenza', 'Herpes': 'Pneumonia/Viral/Herpes ',
+    'Streptococcus': 'Pneumonia/Bacterial/Streptococcus', 'Klebsiella': 'Pneumonia/Bacterial/Klebsiella',
+    'Mycoplasma Bacterial Pneumonia': 'Pneumonia/Bacterial/Mycoplasma', 'Pneumocystis': 'Pneumonia/Fungal/Pneumocystis',
+    'Lipoid': 'Pneumonia/Lipoid'}
+_HOSTS = {True: ('sirm', 'hospital-images', 'radiopaedia', 'journal'),           # COVID-19
+          False: ('radiopaedia', 'eurorad', 'radiopaedia', 'journal')}           # anything else
+_LICENCES = ('', 'CC BY-NC-SA', 'CC BY-NC-SA 4.0', 'CC BY 3.0', 'CC BY-NC-ND', 'Apache 2.0', ' ',
+             'listed as authorized for everyone')
+_NOTES = ('', 'Fever, cough and malaise for five days.', 'Says "never ill before", was admitted, and recovered.',
+          'Radiograph on admission;\nsecond radiograph follows.')
+
+# %% ../nbs/phantom.ipynb #covid-diseases
+class _Disease(NamedTuple):
+    "A finding of the COVID collection"
+    finding: str
+    share: float             # of the patients
+    pattern: Pattern | None  # None: clear lungs
+
+_DISEASES = (
+    _Disease('COVID-19', .46, 'peripheral'), _Disease('COVID-19, ARDS', .04, 'peripheral'),
+    _Disease('No Finding', .30, None), _Disease('Streptococcus', .06, 'lobar'), _Disease('Klebsiella', .03, 'lobar'),
+    _Disease('Mycoplasma Bacterial Pneumonia', .02, 'lobar'), _Disease('Pneumocystis', .04, 'perihilar'),
+    _Disease('SARS', .03, 'perihilar'), _Disease('Influenza', .02, 'perihilar'))
+_FIRST_DISEASES = (0, 2, 0, 3)     # the first four patients are sure to be COVID, clear, COVID, lobar
+
+def _draw_disease(r: np.random.Generator, number: int) -> _Disease:
+    if number < len(_FIRST_DISEASES): return _DISEASES[_FIRST_DISEASES[number]]
+    return _DISEASES[int(r.choice(len(_DISEASES), p=[d.share for d in _DISEASES]))]
 
 # %% ../nbs/phantom.ipynb #covid-patient
-def _strength(r, lesion):
+class _Patient(NamedTuple):
+    "What the images of one patient have in common"
+    number: int
+    pattern: Pattern
+    lesion: float            # density of the opacities, 0 for clear lungs
+    row: dict[str, str]      # words of the metadata
+
+def _strength(r: np.random.Generator, lesion: float) -> float:
     "How dense the opacities of one patient are: around `lesion`, and barely visible in every fifth"
     return float(np.clip(lesion * (r.uniform(.1, .35) if r.random() < .2 else r.uniform(.6, 1.4)), 0, 1))
 
-def _covid_patient(r, number, finding, pattern, lesion):
-    "What the films of one patient have in common"
+def _covid_row(r: np.random.Generator, number: int, finding: str, age: str, host: str) -> dict[str, str]:
+    "The words of one patient, as messy as the real ones"
+    one_of = lambda *words: str(r.choice(words))
+    icu = lambda: one_of('', '', 'Y', 'N', 'Not visible', '?')
+    row = dict(
+        patientid=str(number + 2) if number % 17 != 16 else f'{number + 1}b', sex=one_of('M', 'M', 'F', 'F', ''),
+        age=age, finding=finding, survival=one_of('', '', 'Y', 'N'), intubated=icu(), went_icu=icu(), in_icu=icu(),
+        modality='X-ray', folder='images', temperature=one_of('', '', '', '38.5', '37.8'),
+        date=one_of('', '2020', 'March 10, 2020', '3/3/2020', '2016'),
+        location=one_of('', 'Phantom City', 'Hôpital des Fantômes, Phantom City, Nowhere'),
+        doi=f'10.0000/phantom.{number}' if number % 3 == 0 else '', url=f'https://{host}.example/case/{number}',
+        license=one_of(*_LICENCES), clinical_notes=_NOTES[number % 4])
     covid = finding.startswith('COVID')
-    age = '' if r.random() < .2 else str(int(r.integers(20, 90)))
-    host = _HOSTS[covid][int(r.integers(4))]
-    icu = lambda: str(r.choice(['', '', 'Y', 'N', 'Not visible', '?']))
-    return dict(number=number, pattern=pattern or PATTERNS[0], lesion=_strength(r, lesion) if pattern else 0.,
-                row=dict(patientid=str(number + 2) if number % 17 != 16 else f'{number + 1}b', sex=str(r.choice(['M', 'M', 'F', 'F', ''])), age=age, finding=finding,
-                         survival=str(r.choice(['', '', 'Y', 'N'])), intubated=icu(), went_icu=icu(), in_icu=icu(), modality='X-ray', folder='images',
-                         temperature=str(r.choice(['', '', '', '38.5', '37.8'])), date=str(r.choice(['', '2020', 'March 10, 2020', '3/3/2020', '2016'])),
-                         location=str(r.choice(['', 'Phantom City', 'Hôpital des Fantômes, Phantom City, Nowhere'])), doi=f'10.0000/phantom.{number}' if number % 3 == 0 else '',
-                         url=f'https://{host}.example/case/{number}', license=str(r.choice(_LICENCES)), clinical_notes=_NOTES[number % 4],
-                         RT_PCR_positive=str(r.choice(['Y', 'Y', 'Unclear', ''])) if covid else ''))
+    return {**row, 'RT_PCR_positive': one_of('Y', 'Y', 'Unclear', '') if covid else ''}
 
-def _film_stem(r, number, k):
-    return (f'phantom-{number}-day{3 * k}', f'{16000 + number}_{k + 1}_1', f'10.0000-slash-j.phantom.{number:04d}-{"abcdef"[k]}',
+# %% ../nbs/phantom.ipynb #planned
+def _covid_patient(r: np.random.Generator, number: int, finding: str, pattern: Pattern | None,
+                   lesion: float) -> _Patient:
+    age = '' if r.random() < .2 else str(int(r.integers(20, 90)))
+    host = _HOSTS[finding.startswith('COVID')][int(r.integers(4))]
+    density = _strength(r, lesion) if pattern else 0.
+    return _Patient(number, pattern or PATTERNS[0], density, _covid_row(r, number, finding, age, host))
+
+class _Planned(NamedTuple):
+    "One image that is to be written"
+    patient: _Patient
+    k: int                 # which image of the patient
+    row: dict[str, str]    # of metadata.csv
+    format: int            # place in `_FORMATS`
+
+def _file_stem(r: np.random.Generator, number: int, k: int) -> str:
+    "One of the four kinds of file name of the real collection"
+    return (f'phantom-{number}-day{3 * k}', f'{16000 + number}_{k + 1}_1',
+            f'10.0000-slash-j.phantom.{number:04d}-{"abcdef"[k]}',
             '-'.join(f'{v:08X}' for v in r.integers(0, 2**32, 2)))[number % 4]
 
-def _plan_covid(r, n_patients, lesion):
-    "Patients and films: [(patient, film number, row, format)]"
-    names, shares, patterns = zip(*_DISEASES)
-    plan, n_pa = [], 0
+# %% ../nbs/phantom.ipynb #plan-covid
+def _plan_patient(r: np.random.Generator, patient: _Patient, n_pa: int) -> Iterator[_Planned]:
+    "The images of one patient, after `n_pa` PA images of others: the first ones show every format once"
+    number, view, days = patient.number, 'PA', 0
+    if number > 3: view = str(r.choice(['PA', 'AP Supine', 'AP'], p=[.72, .15, .13]))
+    for k in range(3 if number == 0 else 1 + min(3, int(r.geometric(.55)) - 1)):
+        offset = '' if r.random() < .2 else str(days)
+        row = {**patient.row, 'offset': offset, 'view': 'L' if k and r.random() < .15 else view}
+        pa = row['view'] == 'PA'
+        f = n_pa if pa and n_pa < len(_FORMATS) else int(r.choice(len(_FORMATS), p=_FORMAT_SHARE))
+        n_pa, days = n_pa + pa, days + int(r.integers(1, 6))
+        row['filename'] = f'{_file_stem(r, number, k)}.{_FORMATS[f][0]}'
+        yield _Planned(patient, k, row, f)
+
+def _plan_covid(r: np.random.Generator, n_patients: int, lesion: float) -> list[_Planned]:
+    "Patients and images"
+    plan: list[_Planned] = []
     for number in range(n_patients):
-        d = int(r.choice(len(names), p=shares)) if number > 3 else (0, 2, 0, 3)[number]     # the first four are sure to be COVID, clear, COVID, lobar
-        p = _covid_patient(r, number, names[d], patterns[d], lesion)
-        own_view, days = str(r.choice(['PA', 'AP Supine', 'AP'], p=[.72, .15, .13])) if number > 3 else 'PA', 0
-        for k in range(1 + min(3, int(r.geometric(.55)) - 1) if number != 0 else 3):
-            row = {**p['row'], 'offset': '' if r.random() < .2 else str(days), 'view': 'L' if k and r.random() < .15 else own_view}
-            f = n_pa if row['view'] == 'PA' and n_pa < len(_FORMATS) else int(r.choice(len(_FORMATS), p=_FORMAT_SHARE))
-            n_pa, days = n_pa + (row['view'] == 'PA'), days + int(r.integers(1, 6))
-            row['filename'] = f'{_film_stem(r, number, k)}.{_FORMATS[f][0]}'
-            plan.append((p, k, row, f))
+        d = _draw_disease(r, number)
+        patient = _covid_patient(r, number, d.finding, d.pattern, lesion)
+        plan += _plan_patient(r, patient, sum(p.row['view'] == 'PA' for p in plan))
     return plan
 
 # %% ../nbs/phantom.ipynb #covid-quirks
-_QUIRKS = (     # finding, pattern, view, what differs in the row, stem of the file
-    ('todo', 'peripheral', 'PA', {}, 'todo-1'), ('todo', None, 'PA', {}, 'todo-2'), ('', None, 'PA', {}, 'blank-finding'),
-    ('No finding ', None, 'PA', {}, 'drift-1'), ('COVID-19 ', 'peripheral', 'PA', {}, 'drift-2'), ('Herpes', 'perihilar', 'PA', {}, 'herpes'),
-    ('COVID-19', 'peripheral', '?', {}, 'view-unknown'), ('COVID-19', 'peripheral', '', {}, 'view-blank'),
-    ('COVID-19', 'peripheral', 'AP erect', {}, 'view-erect'), ('No Finding', None, 'AP semi erect', {}, 'view-semi-erect'),
-    ('COVID-19', None, 'Axial', dict(modality='CT'), 'ct-1'), ('COVID-19', None, 'Axial', dict(modality='CT'), 'ct-2'),
-    ('No Finding', None, 'Coronal', dict(modality='CT'), 'ct-3'), ('COVID-19', None, 'Axial', dict(modality='CT', folder='volumes'), 'volume-1'),
-    ('COVID-19', None, 'Coronal', dict(modality='CT', folder='volumes'), 'volume-2'),
-    ('COVID-19', 'peripheral', 'PA', {}, 'missing'), ('COVID-19', 'peripheral', 'PA', {}, 'unreferenced'))
+class _Quirk(NamedTuple):
+    "One trap of the real file"
+    finding: str
+    pattern: Pattern | None
+    view: str
+    stem: str               # of the file
+    more: dict[str, str] = {}   # what else differs in the row
 
-def _plan_quirks(r, first, lesion):
+_CT, _VOLUME = dict(modality='CT'), dict(modality='CT', folder='volumes')
+_QUIRKS = (
+    _Quirk('todo', 'peripheral', 'PA', 'todo-1'), _Quirk('todo', None, 'PA', 'todo-2'),
+    _Quirk('', None, 'PA', 'blank-finding'), _Quirk('No finding ', None, 'PA', 'drift-1'),
+    _Quirk('COVID-19 ', 'peripheral', 'PA', 'drift-2'), _Quirk('Herpes', 'perihilar', 'PA', 'herpes'),
+    _Quirk('COVID-19', 'peripheral', '?', 'view-unknown'), _Quirk('COVID-19', 'peripheral', '', 'view-blank'),
+    _Quirk('COVID-19', 'peripheral', 'AP erect', 'view-erect'),
+    _Quirk('No Finding', None, 'AP semi erect', 'view-semi-erect'),
+    _Quirk('COVID-19', None, 'Axial', 'ct-1', _CT), _Quirk('COVID-19', None, 'Axial', 'ct-2', _CT),
+    _Quirk('No Finding', None, 'Coronal', 'ct-3', _CT), _Quirk('COVID-19', None, 'Axial', 'volume-1', _VOLUME),
+    _Quirk('COVID-19', None, 'Coronal', 'volume-2', _VOLUME),
+    _Quirk('COVID-19', 'peripheral', 'PA', 'missing'), _Quirk('COVID-19', 'peripheral', 'PA', 'unreferenced'))
+
+def _plan_quirks(r: np.random.Generator, first: int, lesion: float) -> list[_Planned]:
     plan = []
-    for number, (finding, pattern, view, more, stem) in enumerate(_QUIRKS, first):
-        p = _covid_patient(r, number, finding, pattern, lesion)
-        name = f'quirk-{stem}.nii.gz' if 'volume' in stem else f'quirk-{stem}.{"png" if number % 2 else "jpg"}'
-        plan.append((p, 0, {**p['row'], 'offset': '', 'view': view, **more, 'filename': name}, 1 if number % 2 else 0))
+    for number, q in enumerate(_QUIRKS, first):
+        patient, f = _covid_patient(r, number, q.finding, q.pattern, lesion), number % 2
+        ending = 'nii.gz' if 'volume' in q.stem else ('jpg', 'png')[f]
+        row = {**patient.row, 'offset': '', 'view': q.view, **q.more, 'filename': f'quirk-{q.stem}.{ending}'}
+        plan.append(_Planned(patient, 0, row, f))
     return plan
 
 # %% ../nbs/phantom.ipynb #draw-covid
-def _draw_film(seed, who, p, k, view, size, aspect, child=False):
-    "Image and lung mask of a planned film, whatever its view"
-    if view in ('L', 'Axial', 'Coronal'): return make_other_view('lateral' if view == 'L' else 'ct', seed, who, k, size), None
-    f = make_phantom(seed, who, k, size, p['lesion'], p['pattern'], aspect, child)
+def _draw_image(seed: int, who: int, lesion: float, pattern: Pattern, k: int, view: str, size: int, aspect: float,
+                child: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    "Image and lung mask of a planned image, whatever its view"
+    if view == 'L': return make_other_view('lateral', seed, who, k, size), None
+    if view in ('Axial', 'Coronal'): return make_other_view('ct', seed, who, k, size), None
+    f = make_phantom(seed, who, k, size, lesion, pattern, aspect, child)
     return f.image, f.lung_mask
 
-def _film_size(r, size): return max(32, round(size * float(r.choice([1, 1, 1, .8, 1.25])))), float(r.uniform(.9, 1.25))
+def _image_size(r: np.random.Generator, size: int) -> tuple[int, float]:
+    "Height and width / height"
+    return max(32, round(size * float(r.choice([1, 1, 1, .8, 1.25])))), float(r.uniform(.9, 1.25))
 
-def _write_covid_images(root, plan, seed, size, r):
-    "Files of the plan, and lung masks for every second frontal film"
-    for place in ('images', 'annotations/lungVAE-masks'): (root / place).mkdir(parents=True, exist_ok=True)
+def _write_covid_images(root: Path, plan: list[_Planned], seed: int, size: int, r: np.random.Generator) -> None:
+    "Files of the plan, and lung masks for every second frontal image"
+    masks = root / 'annotations/lungVAE-masks'
+    for place in (root / 'images', masks): place.mkdir(parents=True, exist_ok=True)
     for p, k, row, f in plan:
-        (h, aspect), quality = _film_size(r, size), r.integers(75, 96)
+        (h, aspect), quality = _image_size(r, size), int(r.integers(75, 96))
         if row['folder'] == 'volumes' or 'quirk-missing' in row['filename']: continue
-        image, lungs = _draw_film(seed, p['number'], p, k, row['view'], h, aspect)
-        _save_film(image, root / 'images' / row['filename'], _FORMATS[f][1], _FORMATS[f][2], quality)
-        if lungs is not None and p['number'] % 2 == 0:
-            Image.fromarray(lungs).save(root / 'annotations/lungVAE-masks' / f"{row['filename'].rsplit('.', 1)[0]}_mask.png")
+        image, lungs = _draw_image(seed, p.number, p.lesion, p.pattern, k, row['view'], h, aspect)
+        _save_image(image, root / 'images' / row['filename'], _FORMATS[f][1], _FORMATS[f][2], quality)
+        if lungs is not None and p.number % 2 == 0:
+            Image.fromarray(lungs).save(masks / f"{row['filename'].rsplit('.', 1)[0]}_mask.png")
 
-def _write_metadata(root, rows, schema, encoding):
-    "metadata.csv in the words of an era"
-    key = lambda c: 'patientid' if c == 'Patientid' else c.strip().replace(' ', '_')
-    word = lambda row, c: _FINAL_WORDS.get(row['finding'].strip(), row['finding']) if c == 'finding' and schema == 'final' else row.get(key(c), '') if c else ''
+# %% ../nbs/phantom.ipynb #write-metadata
+def _csv_bytes(rows: Iterable[Iterable[str]], encoding: str) -> bytes:
     text = io.StringIO()
-    out = csv.writer(text, lineterminator='\n')
-    out.writerow(SCHEMAS[schema])
-    for row in rows: out.writerow([word(row, c) for c in SCHEMAS[schema]])
-    (root / 'metadata.csv').write_bytes(text.getvalue().encode(encoding))
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    return text.getvalue().encode(encoding)
+
+def _word(row: dict[str, str], column: str, schema: Schema) -> str:
+    "What stands in this column of metadata.csv in this era"
+    if not column: return ''
+    if column == 'finding' and schema == 'final': return _FINAL_WORDS.get(row['finding'].strip(), row['finding'])
+    return row.get('patientid' if column == 'Patientid' else column.strip().replace(' ', '_'), '')
+
+def _covid_quirks(plan: list[_Planned], rows: list[dict[str, str]]) -> dict[str, list[str]]:
+    "Name of a quirk -> the file names that show it"
+    files = lambda **words: [row['filename'] for row in rows if all(row[c] == w for c, w in words.items())]
+    shape = {p.row['filename']: _FORMATS[p.format] for p in plan}
+    real = {n: mode for n, (_, _, mode) in shape.items() if '.nii' not in n and 'quirk-missing' not in n}
+    misnamed = [n for n, (_, kind, _) in shape.items() if kind == 'PNG' and n.lower().endswith(('jpg', 'jpeg'))]
+    return dict(
+        ct=files(modality='CT', folder='images'), volumes=files(folder='volumes'), todo=files(finding='todo'),
+        lateral=files(view='L'), missing_file=[n for n in shape if 'quirk-missing' in n],
+        unreferenced=[n for n in shape if 'unreferenced' in n], listed_twice=[rows[-1]['filename']],
+        png_named_jpg=misnamed,
+        **{f'mode_{m}': [n for n, mode in real.items() if mode == m] for m in ('L', 'RGB', 'RGBA', 'P', 'I;16')})
 
 # %% ../nbs/phantom.ipynb #write-covid-tree
-def write_covid_tree(root,                  # folder to make; a phantom tree that is already there is replaced
-                     n_patients: int = 120, # ordinary patients, 4 or more; the tail of quirks comes on top
-                     seed: int = 0,
-                     size: int = 512,       # pixels, typical height; some films are smaller or larger
-                     lesion: float = .65,   # typical density of opacities; patients vary around it, every fifth is subtle
-                     schema: str = '2020-06', # one of `SCHEMAS`
-                     encoding: str = 'utf-8', # 'latin-1' writes bytes that are no UTF-8, as two historic versions do
-                    ) -> dict:              # 'root', 'rows' (one dict per row of metadata.csv) and 'quirks' (name -> file names)
+def write_covid_tree(
+    root: str | Path,          # folder to make; a phantom tree that is already there is replaced
+    n_patients: int = 120,     # ordinary patients, 4 or more; the tail of quirks comes on top
+    seed: int = 0,
+    size: int = 512,           # pixels, typical height; some images are smaller or larger
+    lesion: float = .65,       # typical density of opacities; patients vary around it, every fifth is subtle
+    schema: Schema = '2020-06',
+    encoding: str = 'utf-8',   # 'latin-1' writes bytes that are no UTF-8, as two historic versions do
+) -> PhantomTree:              # one dict per row of metadata.csv, and the files of every quirk
     "A folder like ieee8023/covid-chestxray-dataset, of phantoms"
-    if schema not in SCHEMAS: raise VocabularyError(f"unknown schema '{schema}'{nearest(schema, SCHEMAS)} (known: {', '.join(SCHEMAS)})")
+    check_choice('schema', schema, Schema)
     if n_patients < 4: raise CxrError(f'n_patients={n_patients} is too few for every kind of row; give 4 or more.')
     root = _open_tree(root, ('images', 'annotations', 'metadata.csv'))
     r = _rng(seed, 6)
     plan = _plan_covid(r, n_patients, lesion) + _plan_quirks(r, n_patients, lesion)
-    if schema == '2020-03': plan = [f for f in plan if f[2]['folder'] != 'volumes']
+    if schema == '2020-03': plan = [p for p in plan if p.row['folder'] != 'volumes']
     _write_covid_images(root, plan, seed, size, r)
-    rows = [row for *_, row, _ in plan if 'quirk-unreferenced' not in row['filename']]
-    twice = {**rows[0], 'patientid': str(n_patients + 40), 'clinical_notes': 'The same film, listed again.'}
-    rows = rows + [twice]
-    _write_metadata(root, rows, schema, encoding)
-    return dict(root=str(root), rows=rows, quirks=_covid_quirks(plan, rows))
-
-def _covid_quirks(plan, rows):
-    "Name of a quirk -> the file names that show it"
-    files = lambda ok: [row['filename'] for row in rows if ok(row)]
-    shape = {(row['filename']): _FORMATS[f][1:] for *_, row, f in plan}
-    return dict(ct=files(lambda q: q['modality'] == 'CT' and q['folder'] == 'images'), volumes=files(lambda q: q['folder'] == 'volumes'),
-                todo=files(lambda q: q['finding'] == 'todo'), lateral=files(lambda q: q['view'] == 'L'), missing_file=[n for n in shape if 'quirk-missing' in n],
-                unreferenced=[n for n in shape if 'unreferenced' in n], listed_twice=[rows[-1]['filename']],
-                png_named_jpg=[n for n, (kind, _) in shape.items() if kind == 'PNG' and n.lower().endswith(('jpg', 'jpeg'))],
-                **{f'mode_{m}': [n for n, (_, mode) in shape.items() if mode == m and '.nii' not in n and 'quirk-missing' not in n] for m in ('L', 'RGB', 'RGBA', 'P', 'I;16')})
+    rows = [p.row for p in plan if 'quirk-unreferenced' not in p.row['filename']]
+    rows.append({**rows[0], 'patientid': str(n_patients + 40), 'clinical_notes': 'The same image, listed again.'})
+    columns = SCHEMAS[schema]
+    table = [columns, *([_word(row, c, schema) for c in columns] for row in rows)]
+    (root / 'metadata.csv').write_bytes(_csv_bytes(table, encoding))
+    return PhantomTree(str(root), rows, _covid_quirks(plan, rows))
 
 # %% ../nbs/phantom.ipynb #plan-kaggle
-def _kaggle_people(r, n, kind):
-    "How many films each person has, until `n` films are shared out"
-    counts, most = [], {'normal': 2, 'bacteria': 4, 'virus': 2}[kind]
-    while sum(counts) < n: counts.append(min(int(r.integers(1, most + 1)), n - sum(counts)))
+PneumoniaKind = Literal['normal', 'bacteria', 'virus']     # as the file names of the paediatric collection tell it
+_MOST: dict[PneumoniaKind, int] = dict(normal=2, bacteria=4, virus=2)      # images of one person
+_FOLDERS = ('train', 'test', 'val')                               # of the official split
+
+def _kaggle_people(r: np.random.Generator, n: int, kind: PneumoniaKind) -> list[int]:
+    "How many images each person has, until `n` images are shared out"
+    counts: list[int] = []
+    while sum(counts) < n: counts.append(min(int(r.integers(1, _MOST[kind] + 1)), n - sum(counts)))
     return counts
 
-def _kaggle_parts(r, n):
-    "A part for each of n people: some 20 % test, few in val, the rest train; one of each when there are four"
-    parts = r.choice(['train', 'test', 'val'], size=n, p=[.74, .21, .05]).tolist()
+def _kaggle_folders(r: np.random.Generator, n: int) -> list[str]:
+    "A folder for each of n people: some 20 % test, few in val, the rest train; one of each when there are four"
+    folders = r.choice(_FOLDERS, size=n, p=[.74, .21, .05]).tolist()
     if n >= 4:
-        for i, part in zip(r.permutation(n)[:3].tolist(), ('train', 'test', 'val')): parts[i] = part
-    return parts
+        for i, folder in zip(r.permutation(n)[:3].tolist(), _FOLDERS): folders[i] = folder
+    return folders
 
-def _kaggle_name(kind, person, k, running):
+def _kaggle_name(kind: PneumoniaKind, person: int, k: int, running: int) -> str:
     if kind != 'normal': return f'person{person + 1}_{kind}_{running + 1}.jpeg'
     stem = f'{"NORMAL2-" if person % 3 == 2 else ""}IM-{115 + 2 * person:04d}-0001'
     return f'{stem}.jpeg' if k == 0 else f'{stem}-{k:04d}.jpeg'
 
-def _plan_kaggle(r, n_normal, n_pneumonia, lesion):
-    "[(part, class, kind, person, film, name, density)]"
+# %% ../nbs/phantom.ipynb #plan-kaggle-images
+class _KaggleImage(NamedTuple):
+    "One image of the paediatric collection that is to be written"
+    folder: str
+    label: str
+    kind: PneumoniaKind
+    person: int
+    k: int           # which image of the person
+    name: str
+    lesion: float
+
+def _plan_kaggle(r: np.random.Generator, n_normal: int, n_pneumonia: int, lesion: float) -> list[_KaggleImage]:
     plan, bacteria = [], (2 * n_pneumonia + 1) // 3
-    for kind, n in (('normal', n_normal), ('bacteria', bacteria), ('virus', n_pneumonia - bacteria)):
-        counts, running = _kaggle_people(r, n, kind), 0
-        for person, (count, part) in enumerate(zip(counts, _kaggle_parts(r, len(counts)))):
+    images: dict[PneumoniaKind, int] = dict(normal=n_normal, bacteria=bacteria, virus=n_pneumonia - bacteria)
+    for kind, n in images.items():
+        label, running, counts = 'NORMAL' if kind == 'normal' else 'PNEUMONIA', 0, _kaggle_people(r, n, kind)
+        for person, (count, folder) in enumerate(zip(counts, _kaggle_folders(r, len(counts)))):
             density = 0. if kind == 'normal' else _strength(r, lesion)
             for k in range(count):
-                plan.append((part, 'NORMAL' if kind == 'normal' else 'PNEUMONIA', kind, person, k, _kaggle_name(kind, person, k, running), density))
+                name = _kaggle_name(kind, person, k, running)
+                plan.append(_KaggleImage(folder, label, kind, person, k, name, density))
                 running += 1
     return plan
 
 # %% ../nbs/phantom.ipynb #write-kaggle-tree
-_PEOPLE = dict(normal=100_000, bacteria=200_000, virus=300_000)     # first patient number of each kind: nobody is in both collections
+# first patient number of each kind: no patient is in both collections
+_PEOPLE: dict[PneumoniaKind, int] = dict(normal=100_000, bacteria=200_000, virus=300_000)
+_PATTERN_OF: dict[PneumoniaKind, Pattern] = dict(normal='lobar', bacteria='lobar', virus='perihilar')
 
-def write_kaggle_tree(root,                   # folder to make; chest_xray/ is put below it
-                      n_normal: int = 80,     # films, not patients
-                      n_pneumonia: int = 120, # films, two thirds bacteria
-                      seed: int = 0,
-                      size: int = 512,        # pixels, typical height
-                      lesion: float = .65,    # typical density of opacities
-                      nested: bool = False,   # chest_xray/chest_xray, __MACOSX and .DS_Store, as some archives unpack
-                      child: bool = False,    # children's proportions, as in the real collection: then age tells the collections apart
-                     ) -> dict:               # 'root', 'rows' (part, label, kind, person, file, lesion)
-    "A folder like Kaggle's chest-xray-pneumonia, of phantoms"
-    root = _open_tree(root, ('chest_xray', '__MACOSX'))
-    top, r, rows = root / ('chest_xray/chest_xray' if nested else 'chest_xray'), _rng(seed, 7), []
-    for part in ('train', 'val', 'test'):
-        for label in ('NORMAL', 'PNEUMONIA'): (top / part / label).mkdir(parents=True, exist_ok=True)
-    for part, label, kind, person, k, name, density in _plan_kaggle(r, n_normal, n_pneumonia, lesion):
-        (h, aspect), quality, rgb = _film_size(r, size), r.integers(75, 96), r.random() < .03
-        p = dict(lesion=density, pattern='perihilar' if kind == 'virus' else 'lobar')
-        image, _ = _draw_film(seed, _PEOPLE[kind] + person, p, k, 'AP', h, aspect, child)
-        _save_film(image, top / part / label / name, 'JPEG', 'RGB' if rgb else 'L', quality)
-        rows.append(dict(part=part, label=label, kind=kind, person=person, file=f'{part}/{label}/{name}', lesion=density))
-    if nested: _add_archive_junk(root, top, rows)
-    return dict(root=str(root), rows=rows)
-
-def _add_archive_junk(root, top, rows):
+def _add_archive_junk(root: Path, top: Path, rows: list[dict[str, Any]]) -> None:
     "What a zip made on a Mac leaves behind: files that end in .jpeg and are no pictures"
     (top / '.DS_Store').write_bytes(b'\0\0\0\1Bud1')
     for row in rows[:2]:
@@ -550,174 +752,264 @@ def _add_archive_junk(root, top, rows):
             f.parent.mkdir(parents=True, exist_ok=True)
             f.write_bytes(b'\0\5\x16\7Mac OS X')
 
+def write_kaggle_tree(
+    root: str | Path,        # folder to make; chest_xray/ is put below it
+    n_normal: int = 80,      # images, not patients
+    n_pneumonia: int = 120,  # images, two thirds bacteria
+    seed: int = 0,
+    size: int = 512,         # pixels, typical height
+    lesion: float = .65,     # typical density of opacities
+    nested: bool = False,    # chest_xray/chest_xray, __MACOSX and .DS_Store, as some archives unpack
+    child: bool = False,     # children's proportions, as in the real collection: then age tells the collections apart
+) -> PhantomTree:            # rows: folder, label, kind, person, file, lesion
+    "A folder like Kaggle's chest-xray-pneumonia, of phantoms"
+    root = _open_tree(root, ('chest_xray', '__MACOSX'))
+    top, r, rows = root / ('chest_xray/chest_xray' if nested else 'chest_xray'), _rng(seed, 7), []
+    for folder in _FOLDERS:
+        for label in ('NORMAL', 'PNEUMONIA'): (top / folder / label).mkdir(parents=True, exist_ok=True)
+    for p in _plan_kaggle(r, n_normal, n_pneumonia, lesion):
+        (h, aspect), quality, rgb = _image_size(r, size), int(r.integers(75, 96)), r.random() < .03
+        file, pattern = f'{p.folder}/{p.label}/{p.name}', _PATTERN_OF[p.kind]
+        f = make_phantom(seed, _PEOPLE[p.kind] + p.person, p.k, h, p.lesion, pattern, aspect, child)
+        _save_image(f.image, top / file, 'JPEG', 'RGB' if rgb else 'L', quality)
+        rows.append(dict(folder=p.folder, label=p.label, kind=p.kind, person=p.person, file=file, lesion=p.lesion))
+    if nested: _add_archive_junk(root, top, rows)
+    return PhantomTree(str(root), rows)
+
 # %% ../nbs/phantom.ipynb #write-trees
-def write_phantom_trees(root,                   # folder to make; refused when it holds anything that is not a phantom
-                        seed: int = 0,
-                        size: int = 256,        # pixels, typical height
-                        n_patients: int = 120,  # of the COVID collection
-                        n_normal: int = 80,     # films of the paediatric collection
-                        n_pneumonia: int = 120, # films of the paediatric collection
-                        faults: bool = False,   # also `plant_faults`
-                        lesion: float = .65,    # typical density of opacities
-                        children: bool = False, # the second collection shows children: age and source coincide, as in the real pair
-                        schema: str = '2020-06', # one of `SCHEMAS`
-                       ) -> dict:               # 'covid' and 'kaggle': the truth of each tree; 'faults' when planted
+def write_phantom_trees(
+    root: str | Path,        # folder to make; refused when it holds anything that is not a phantom
+    seed: int = 0,
+    size: int = 256,         # pixels, typical height
+    n_patients: int = 120,   # of the COVID collection
+    n_normal: int = 80,      # images of the paediatric collection
+    n_pneumonia: int = 120,  # images of the paediatric collection
+    faults: bool = False,    # also `plant_faults`
+    lesion: float = .65,     # typical density of opacities
+    children: bool = False,  # the second collection shows children: age and source coincide, as in the real pair
+    schema: Schema = '2020-06',
+) -> PhantomTrees:
     "covid-chestxray-dataset/ and chest-xray-pneumonia/ of phantoms below one folder, and the truth about them"
     root = _open_tree(root, ('planted.json',))
-    truth = dict(root=str(root), covid=write_covid_tree(root / 'covid-chestxray-dataset', n_patients, seed, size, lesion, schema),
-                 kaggle=write_kaggle_tree(root / 'chest-xray-pneumonia', n_normal, n_pneumonia, seed, size, lesion, child=children))
-    if faults: truth['faults'] = plant_faults(root, seed)
-    return truth
+    covid = write_covid_tree(root / 'covid-chestxray-dataset', n_patients, seed, size, lesion, schema)
+    kaggle = write_kaggle_tree(root / 'chest-xray-pneumonia', n_normal, n_pneumonia, seed, size, lesion, child=children)
+    return PhantomTrees(str(root), covid, kaggle, plant_faults(root, seed) if faults else None)
 
 # %% ../nbs/phantom.ipynb #faults-copies
-_COPIES = dict(     # how a copy of a film is made: what a person or a web site does to it
-    recompressed=('scaled to 70 %, brightened, saved as JPEG of quality 50', lambda im: im.resize((round(.7 * im.width), round(.7 * im.height)), Image.Resampling.BICUBIC)
-                  .point([min(255, int(12 + 1.04 * v)) for v in range(256)])),
-    small_crop=('4 % cut off on every side', lambda im: im.crop((round(.04 * im.width), round(.04 * im.height), round(.96 * im.width), round(.96 * im.height)))),
-    border_added=('a black border of 6 % added', lambda im: _with_border(im, round(.06 * min(im.size)))),
-    mirrored=('mirrored left to right', lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
-)
-FAULTS = ('shared_patient', 'exact_copy', *_COPIES, 'label_conflict', 'cross_source', 'missing_file', 'truncated_file', 'wrong_key', 'split_patient', 'split_copy')
+PlantedFault = Literal[
+    'shared_patient', 'exact_copy', 'recompressed', 'small_crop', 'border_added', 'mirrored', 'label_conflict',
+    'cross_source', 'missing_file', 'truncated_file', 'wrong_patient_id', 'split_patient', 'split_copy']
+FAULTS: tuple[PlantedFault, ...] = choices(PlantedFault)
+_BRIGHTER = [min(255, int(12 + 1.04 * v)) for v in range(256)]
 
-def _with_border(im, b):
+def _with_border(im: Image.Image, b: int) -> Image.Image:
     out = Image.new('L', (im.width + 2 * b, im.height + 2 * b))
     out.paste(im, (b, b))
     return out
 
-def _read_rows(file):
+def _smaller(im: Image.Image, share: float, how: Image.Resampling) -> Image.Image:
+    return im.resize((round(share * im.width), round(share * im.height)), how)
+
+def _cropped(im: Image.Image, share: float) -> Image.Image:
+    w, h = im.size
+    return im.crop((round(share * w), round(share * h), round((1 - share) * w), round((1 - share) * h)))
+
+# %% ../nbs/phantom.ipynb #faults-copy-kinds
+class _Copy(NamedTuple):
+    "How a copy of an image is made: what a person or a web site does to it"
+    what: str
+    edit: Callable[[Image.Image], Image.Image]
+    quality: int = 92     # of the JPEG
+
+_COPIES: dict[PlantedFault, _Copy] = dict(
+    recompressed=_Copy('scaled to 70 %, brightened, saved as JPEG of quality 50',
+                       lambda im: _smaller(im, .7, Image.Resampling.BICUBIC).point(_BRIGHTER), 50),
+    small_crop=_Copy('4 % cut off on every side', lambda im: _cropped(im, .04)),
+    border_added=_Copy('a black border of 6 % added', lambda im: _with_border(im, round(.06 * min(im.size)))),
+    mirrored=_Copy('mirrored left to right', lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+
+# %% ../nbs/phantom.ipynb #covid-tree
+def _read_rows(file: Path) -> tuple[list[list[str]], str]:
+    "Rows and encoding of a metadata.csv"
     raw = file.read_bytes()
     try: text, encoding = raw.decode('utf-8'), 'utf-8'
     except UnicodeDecodeError: text, encoding = raw.decode('latin-1'), 'latin-1'
     return list(csv.reader(io.StringIO(text))), encoding
 
+def _grey(path: Path) -> Image.Image:
+    with Image.open(path) as im:
+        return im.point(lambda v: v / 257).convert('L') if im.mode.startswith('I') else im.convert('L')
+
 class _CovidTree:
     "The rows of a metadata.csv of any era, to copy and to add to"
-    def __init__(self, root):
+    def __init__(self, root: Path):
         (self.head, *self.rows), self.encoding = _read_rows(root / 'metadata.csv')
         self.root, self.at = root, {c.strip().lower(): i for i, c in enumerate(self.head)}
-        self.added, self.next = [], 900
-    def get(self, row, column): return row[self.at[column]] if column in self.at else ''
-    def add(self, row, name, finding=None, patient=None):
-        "A copy of a row for another file, under a patient of its own"
-        row, self.next = list(row), self.next + 1
-        for c, v in dict(filename=name, finding=finding, patientid=patient or str(self.next)).items():
-            if v is not None: row[self.at[c]] = v
-        self.added.append(row)
-        return row[self.at['patientid']]
-    def save(self):
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([self.head, *self.rows, *self.added])
-        (self.root / 'metadata.csv').write_bytes(text.getvalue().encode(self.encoding))
+        self.added: list[list[str]] = []
+        self.next = 900
 
-def _faultless_patients(tree, r):
-    "Patients with readable PA films of a stated finding, as lists of rows, patients with several films last"
-    names, by_patient = [tree.get(row, 'filename') for row in tree.rows], {}
+    def get(self, row: list[str], column: str) -> str: return row[self.at[column]] if column in self.at else ''
+
+    def file(self, name: str) -> Path: return self.root / 'images' / name
+
+    def picture(self, row: list[str]) -> Image.Image: return _grey(self.file(self.get(row, 'filename')))
+
+    def add(self, row: list[str], name: str, finding: str | None = None, patient: str | None = None) -> list[str]:
+        "A copy of a row for another file, under a patient of its own; returns the places of both files"
+        copy, self.next = list(row), self.next + 1
+        for c, v in dict(filename=name, finding=finding, patientid=patient or str(self.next)).items():
+            if v is not None: copy[self.at[c]] = v
+        self.added.append(copy)
+        return [f'{self.root.name}/images/{n}' for n in (self.get(row, 'filename'), name)]
+
+    def save(self) -> None:
+        (self.root / 'metadata.csv').write_bytes(_csv_bytes([self.head, *self.rows, *self.added], self.encoding))
+
+# %% ../nbs/phantom.ipynb #faultless-patients
+def _is_faultless(tree: _CovidTree, row: list[str], names: list[str]) -> bool:
+    "A readable PA image of a stated finding, listed once"
+    name, finding = tree.get(row, 'filename'), tree.get(row, 'finding').strip()
+    return (tree.get(row, 'view') == 'PA' and finding not in ('', 'todo') and names.count(name) == 1
+            and tree.file(name).is_file())
+
+def _faultless_patients(tree: _CovidTree, r: np.random.Generator) -> list[list[list[str]]]:
+    "Patients whose rows are without faults, as lists of rows, patients with several images last"
+    names = [tree.get(row, 'filename') for row in tree.rows]
+    by_patient: dict[str, list[list[str]]] = {}
     for row in tree.rows:
-        name, finding = tree.get(row, 'filename'), tree.get(row, 'finding').strip()
-        if tree.get(row, 'view') != 'PA' or finding in ('', 'todo') or names.count(name) > 1 or not (tree.root / 'images' / name).is_file(): continue
-        by_patient.setdefault(tree.get(row, 'patientid'), []).append(row)
+        if _is_faultless(tree, row, names): by_patient.setdefault(tree.get(row, 'patientid'), []).append(row)
     order = [list(by_patient.values())[i] for i in r.permutation(len(by_patient))]
     return sorted(order, key=len)
 
 # %% ../nbs/phantom.ipynb #faults-covid
-def _grey(path):
-    with Image.open(path) as im: return im.point(lambda v: v / 257).convert('L') if im.mode.startswith('I') else im.convert('L')
+class _Planted(dict):
+    "fault -> what was done, as planted.json holds it"
+    def note(self, fault: PlantedFault, files: list[str], what: str, **more: Any) -> None:
+        self[fault] = dict(files=files, what=what, **more)
 
-def _plant_covid(root, r, note):
+def _plant_series(tree: _CovidTree, series: list[list[str]], planted: _Planted) -> None:
+    pairs = []
+    for k, row in enumerate(series, 1):
+        name = f'17660_{k}_1.jpg'
+        _smaller(tree.picture(row), .9, Image.Resampling.LANCZOS).save(tree.file(name), quality=90)
+        pairs.append(tree.add(row, name, patient='995'))
+    planted.note('shared_patient', [f for pair in pairs for f in pair],
+                 'the images of one patient stand again under another patient id, smaller and as JPEG', pairs=pairs)
+
+def _plant_copies(tree: _CovidTree, rows: Iterator[list[str]], planted: _Planted) -> None:
+    for fault, copy in _COPIES.items():
+        row, name = next(rows), f'fault-{fault}.jpg'
+        copy.edit(tree.picture(row)).save(tree.file(name), quality=copy.quality)
+        planted.note(fault, tree.add(row, name), f'a copy under another patient id: {copy.what}')
+
+# %% ../nbs/phantom.ipynb #faults-covid-files
+def _plant_equal_files(tree: _CovidTree, rows: Iterator[list[str]], planted: _Planted) -> None:
+    said = 'byte for byte the same file under another patient id'
+    faults: dict[PlantedFault, str] = dict(exact_copy=said, label_conflict=f'{said} and with another finding')
+    for fault, what in faults.items():
+        row = next(rows)
+        old, finding = tree.get(row, 'filename'), tree.get(row, 'finding')
+        other = 'COVID-19' if 'no finding' in finding.lower() else 'No Finding'
+        name = f'fault-{fault}.{old.rsplit(".", 1)[1]}'
+        shutil.copyfile(tree.file(old), tree.file(name))
+        planted.note(fault, tree.add(row, name, finding=other if fault == 'label_conflict' else None), what)
+
+def _plant_unreadable(tree: _CovidTree, first: list[str], second: list[str], planted: _Planted) -> None:
+    "A row without its file, and a row whose file ends too early"
+    planted.note('missing_file', tree.add(first, 'fault-missing_file.png')[1:], 'a row whose file does not exist')
+    file = tree.file('fault-truncated_file.jpg')
+    tree.picture(second).transpose(Image.Transpose.ROTATE_180).save(file, quality=90)
+    raw = file.read_bytes()
+    file.write_bytes(raw[:len(raw) // 2])
+    planted.note('truncated_file', tree.add(second, file.name)[1:], 'a JPEG of which the second half is missing')
+
+def _plant_covid(root: Path, r: np.random.Generator, planted: _Planted) -> _CovidTree:
     "Faults inside the COVID collection; returns its rows, still open"
     tree = _CovidTree(root / 'covid-chestxray-dataset')
-    people, at = _faultless_patients(tree, r), tree.root / 'images'
-    needed = 5 + len(_COPIES)
-    if len(people) < needed: raise RunError(f'{tree.root} has PA films of {len(people)} patients, and faults need {needed}; write a tree with more patients.')
-    where = lambda name: f'covid-chestxray-dataset/images/{name}'
-    name_of, take = lambda row: tree.get(row, 'filename'), lambda: people.pop(0)[0]
-    series, files = people.pop(), []
-    for k, row in enumerate(series):
-        im = _grey(at / name_of(row))
-        im.resize((round(.9 * im.width), round(.9 * im.height)), Image.Resampling.LANCZOS).save(at / f'17660_{k + 1}_1.jpg', quality=90)
-        tree.add(row, f'17660_{k + 1}_1.jpg', patient='995')
-        files.append([where(name_of(row)), where(f'17660_{k + 1}_1.jpg')])
-    note('shared_patient', sum(files, []), 'the films of one patient stand again under another patient id, smaller and as JPEG', pairs=files)
-    for fault, (text, edit) in _COPIES.items():
-        row, new = take(), f'fault-{fault}.jpg'
-        edit(_grey(at / name_of(row))).save(at / new, quality=50 if fault == 'recompressed' else 92)
-        tree.add(row, new)
-        note(fault, [where(name_of(row)), where(new)], f'a copy under another patient id: {text}')
-    for fault, other in (('exact_copy', None), ('label_conflict', True)):
-        row = take()
-        new = f'fault-{fault}.{name_of(row).rsplit(".", 1)[1]}'
-        shutil.copyfile(at / name_of(row), at / new)
-        tree.add(row, new, finding=other and _other_finding(tree.get(row, 'finding')))
-        note(fault, [where(name_of(row)), where(new)], f'byte for byte the same file under another patient id{" and with another finding" if other else ""}')
-    _plant_unreadable(tree, at, take(), take(), note, where)
+    people, needed = _faultless_patients(tree, r), 5 + len(_COPIES)
+    if len(people) < needed:
+        raise RunError(f'{tree.root} has PA images of {len(people)} patients, and faults need {needed}; '
+                       'write a tree with more patients.')
+    _plant_series(tree, people.pop(), planted)
+    rows = iter([person[0] for person in people])
+    _plant_copies(tree, rows, planted)
+    _plant_equal_files(tree, rows, planted)
+    _plant_unreadable(tree, next(rows), next(rows), planted)
     return tree
 
-def _other_finding(word): return 'No Finding' if 'no finding' not in word.lower() else 'COVID-19'
-
-def _plant_unreadable(tree, at, first, second, note, where):
-    "A row without its file, and a row whose file ends too early"
-    tree.add(first, 'fault-missing_file.png')
-    note('missing_file', [where('fault-missing_file.png')], 'a row whose file does not exist')
-    _grey(at / tree.get(second, 'filename')).transpose(Image.Transpose.ROTATE_180).save(at / 'fault-truncated_file.jpg', quality=90)
-    raw = (at / 'fault-truncated_file.jpg').read_bytes()
-    (at / 'fault-truncated_file.jpg').write_bytes(raw[:len(raw) // 2])
-    tree.add(second, 'fault-truncated_file.jpg')
-    note('truncated_file', [where('fault-truncated_file.jpg')], 'a JPEG of which the second half is missing')
-
 # %% ../nbs/phantom.ipynb #faults-kaggle
-def _plant_kaggle(root, tree, seed, r, note):
+def _plant_cross_source(file: Path, tree: _CovidTree) -> list[str]:
+    "An image of the paediatric collection, under a row of the COVID collection"
+    row = next(row for row in tree.rows
+               if tree.get(row, 'view') == 'PA' and tree.get(row, 'finding').strip().lower() == 'no finding')
+    _grey(file).save(tree.file('fault-cross_source.png'))
+    return tree.add(row, 'fault-cross_source.png', finding='No Finding')[1:]
+
+def _plant_people(top: Path, seed: int, size: int, planted: _Planted, place: Callable[[Path], str]) -> None:
+    "Two images of one person in two splits, and two persons of one number"
+    def person(who, k, name):
+        file = top / name
+        _save_image(make_phantom(seed, who, k, size, .4, 'lobar').image, file)
+        return place(file)
+    planted.note('split_patient', [person(900_001, 0, 'train/PNEUMONIA/person9902_bacteria_9901.jpeg'),
+                                   person(900_001, 1, 'test/PNEUMONIA/person9902_bacteria_9902.jpeg')],
+                 'two images of one person, by number and kind, in train and in test: a true leak')
+    planted.note('wrong_patient_id', [person(900_002, 0, 'train/PNEUMONIA/person9903_bacteria_9903.jpeg'),
+                                      person(900_003, 0, 'test/PNEUMONIA/person9903_virus_9904.jpeg')],
+                 'one number, two kinds, two different people: no leak, though a patient id without the kind sees one')
+
+def _plant_kaggle(root: Path, tree: _CovidTree, seed: int, r: np.random.Generator, planted: _Planted) -> None:
     "Faults of the paediatric collection, and between the two"
     top = next(p.parent for p in sorted(root.glob('chest-xray-pneumonia/chest_xray/**/train')))
     normals = sorted(p for p in (top / 'train/NORMAL').glob('*.jpeg') if not p.name.startswith('.'))
-    if len(normals) < 2: raise RunError(f'{top} has fewer than two normal training films, and faults need two; write a tree with more of them.')
+    if len(normals) < 2:
+        raise RunError(f'{top} has fewer than two normal training images, and faults need two; '
+                       'write a tree with more of them.')
     first, second = (normals[i] for i in r.permutation(len(normals))[:2])
-    rel, size = lambda p: p.relative_to(root).as_posix(), _grey(first).height
-    _grey(first).save(tree.root / 'images/fault-cross_source.png')
-    tree.add(_no_finding_row(tree), 'fault-cross_source.png', finding='No Finding')
-    note('cross_source', [rel(first), 'covid-chestxray-dataset/images/fault-cross_source.png'], 'a film of the paediatric collection stands in the COVID collection too, as PNG')
+    place = lambda p: p.relative_to(root).as_posix()
+    planted.note('cross_source', [place(first), *_plant_cross_source(first, tree)],
+                 'an image of the paediatric collection stands in the COVID collection too, as PNG')
     copy = top / 'test/NORMAL/NORMAL2-IM-9901-0001.jpeg'
     shutil.copyfile(second, copy)
-    note('split_copy', [rel(second), rel(copy)], 'byte for byte the same file in train and test, under two series numbers')
-    def film(who, k, place):
-        _save_film(make_phantom(seed, who, k, size, .4, 'lobar').image, top / place)
-        return rel(top / place)
-    note('split_patient', [film(900_001, 0, 'train/PNEUMONIA/person9902_bacteria_9901.jpeg'), film(900_001, 1, 'test/PNEUMONIA/person9902_bacteria_9902.jpeg')],
-         'two films of one person, by number and kind, in train and in test: a true leak')
-    note('wrong_key', [film(900_002, 0, 'train/PNEUMONIA/person9903_bacteria_9903.jpeg'), film(900_003, 0, 'test/PNEUMONIA/person9903_virus_9904.jpeg')],
-         'one number, two kinds, two different people: no leak, though a key without the kind sees one')
+    planted.note('split_copy', [place(second), place(copy)],
+                 'byte for byte the same file in train and test, under two series numbers')
+    _plant_people(top, seed, _grey(first).height, planted, place)
 
-def _no_finding_row(tree):
-    return next(row for row in tree.rows if tree.get(row, 'view') == 'PA' and tree.get(row, 'finding').strip().lower() == 'no finding')
-
-def plant_faults(root,          # of `write_phantom_trees`, without faults so far
-                 seed: int = 0
-                ) -> dict:      # fault name of `FAULTS` -> dict of 'files' (relative to root), 'what', and 'pairs' for the series
+# %% ../nbs/phantom.ipynb #plant-faults
+def plant_faults(
+    root: str | Path,   # of `write_phantom_trees`, without faults so far
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:   # fault of `FAULTS` -> 'files' (relative to root), 'what', and 'pairs' for the series
     "Add every named fault to a pair of phantom trees and write what was done to planted.json"
-    root, planted = Path(root), {}
-    if not _is_phantom_tree(root): raise RunError(f'{root} is no phantom tree; faults are planted only into what `write_phantom_trees` wrote.')
-    if (root / 'planted.json').exists(): raise RunError(f'{root} has its faults already (planted.json); write the trees again first.')
-    def note(fault, files, what, **more): planted[fault] = dict(files=files, what=what, **more)
+    root, planted = Path(root), _Planted()
+    _check_phantom_tree(root, 'faults are planted only into what `write_phantom_trees` wrote')
+    if (root / 'planted.json').exists():
+        raise RunError(f'{root} has its faults already (planted.json); write the trees again first.')
     r = _rng(seed, 8)
-    tree = _plant_covid(root, r, note)
-    _plant_kaggle(root, tree, int(seed), r, note)
+    tree = _plant_covid(root, r, planted)
+    _plant_kaggle(root, tree, int(seed), r, planted)
     tree.save()
     write_json(root / 'planted.json', planted)
     return {k: planted[k] for k in FAULTS}
 
 # %% ../nbs/phantom.ipynb #family-member
-class _Member(NamedTuple):
+PhantomName = Literal['P0', 'P1', 'P2', 'P3', 'P4', 'P4b', 'P5']
+
+class FamilyMember(NamedTuple):
     "What one phantom of the family carries"
     lesion: bool = False
     marker: float = .5    # P(marker | ill); P(marker | well) is one minus it
     site: float = .5      # P(site 1 | ill); P(site 1 | well) is one minus it
     has_marker: bool = False
     has_site: bool = False
-    wobble: float = 1.
+    wobble: float = 1.    # how much the images of a patient differ
 
-FAMILY = dict(P0=_Member(), P1=_Member(lesion=True), P2=_Member(marker=.95, has_marker=True), P3=_Member(True, .95, has_marker=True),
-              P4=_Member(True, site=.9, has_site=True), P4b=_Member(site=.9, has_site=True), P5=_Member(wobble=.15))
+FAMILY: dict[PhantomName, FamilyMember] = dict(
+    P0=FamilyMember(), P1=FamilyMember(lesion=True), P2=FamilyMember(marker=.95, has_marker=True),
+    P3=FamilyMember(True, .95, has_marker=True), P4=FamilyMember(True, site=.9, has_site=True),
+    P4b=FamilyMember(site=.9, has_site=True), P5=FamilyMember(wobble=.15))
 
-def _paste_marker(image, r):
+def _paste_marker(image: np.ndarray, r: np.random.Generator) -> None:
     "A bright letter L in the upper left corner, a few pixels to and fro"
     n = image.shape[0]
     k = max(2, n // 32)
@@ -725,109 +1017,142 @@ def _paste_marker(image, r):
     image[top:top + 4 * k, left:left + k] = 245
     image[top + 3 * k:top + 4 * k, left:left + 3 * k] = 245
 
-def _at_site(image):
-    "The same film from another machine: a steeper exposure curve and black bars at the sides"
+def _at_site(image: np.ndarray) -> np.ndarray:
+    "The same picture from another machine: a steeper exposure curve and black bars at the sides"
     out = (255 * (image / 255.) ** 1.6).astype(np.uint8)
     bar = max(2, image.shape[1] // 20)
     out[:, :bar] = out[:, -bar:] = 0
-    return file_stamp(out)
-
-def _member_of(name):
-    if name not in FAMILY: raise VocabularyError(f"unknown phantom '{name}'{nearest(name, FAMILY)} (known: {', '.join(FAMILY)})")
-    return FAMILY[name]
+    return _stamp(out)
 
 # %% ../nbs/phantom.ipynb #phantom-family
-def phantom_family(name: str,                     # one of `FAMILY`: P0, P1, P2, P3, P4, P4b, P5
-                   n_patients: int = 100,         # half of them ill, in random order
-                   images_per_patient=(2, 4),     # fewest and most films of a patient; P5 always has the most
-                   size: int = 64,                # pixels
-                   seed: int = 0,
-                   broken: bool = False,          # the outside world: other patients, and no shortcut
-                   lesion: float = .6,            # density of opacities, where the member has them
-                  ) -> tuple:                     # images (n,size,size) uint8; table of n rows; lung masks (n,size,size) bool
-    "Films in which a stated shortcut is planted; the table says who carries what"
-    m, r = _member_of(name), _rng(seed, 9, list(FAMILY).index(name), int(broken))
-    labels = r.permutation(np.arange(n_patients) % 2)
-    first, last = images_per_patient
-    films, masks, rows = [], [], []
-    for p, y in enumerate(labels.tolist()):
-        who = 1_000_000 * (1 + broken) + p
+class FamilyImages(NamedTuple):
+    "Images of one member of the family"
+    images: np.ndarray   # (n, size, size) uint8
+    table: pd.DataFrame  # n rows: patient, image, label (1 ill), marker, site, lesion
+    lungs: np.ndarray    # (n, size, size) bool
+
+def _carries(r: np.random.Generator, has: bool, p_ill: float, ill: bool, broken: bool) -> bool:
+    "Does this image carry the shortcut?"
+    p = .5 if broken else p_ill
+    return bool(has and r.random() < (p if ill else 1 - p))
+
+def phantom_family(
+    name: PhantomName,
+    n_patients: int = 100,                          # half of them ill, in random order
+    images_per_patient: tuple[int, int] = (2, 4),   # fewest and most images of a patient; P5 always has the most
+    size: int = 64,                                 # pixels
+    seed: int = 0,
+    broken: bool = False,                           # the outside world: other patients, and no shortcut
+    lesion: float = .6,                             # density of opacities, where the member has them
+) -> FamilyImages:
+    "Images in which a stated shortcut is planted; the table says who carries what"
+    check_choice('phantom', name, PhantomName)
+    m, r = FAMILY[name], _rng(seed, 9, list(FAMILY).index(name), int(broken))
+    labels, (first, last) = r.permutation(np.arange(n_patients) % 2).tolist(), images_per_patient
+    images, masks, rows = [], [], []
+    for p, y in enumerate(labels):
+        who, density = 1_000_000 * (1 + broken) + p, lesion if m.lesion and y else 0.
         for k in range(last if name == 'P5' else int(r.integers(first, last + 1))):
-            f = make_phantom(seed, who, k, size, lesion if m.lesion and y else 0., wobble=m.wobble)
-            image, p_marker, p_site = f.image, .5 if broken else m.marker, .5 if broken else m.site
-            marked = m.has_marker and r.random() < (p_marker if y else 1 - p_marker)
-            site = int(m.has_site and r.random() < (p_site if y else 1 - p_site))
-            if site: image = _at_site(image)
+            f = make_phantom(seed, who, k, size, density, wobble=m.wobble)
+            marked = _carries(r, m.has_marker, m.marker, y, broken)
+            site = _carries(r, m.has_site, m.site, y, broken)
+            image = _at_site(f.image) if site else f.image
             if marked: _paste_marker(image, r)
-            films.append(image)
+            images.append(image)
             masks.append(f.lung_mask)
-            rows.append(dict(patient=f'{name}-{who}', image=k, label=y, marker=int(marked), site=site, lesion=lesion if m.lesion and y else 0.))
-    return np.stack(films), pd.DataFrame(rows), np.stack(masks)
+            rows.append(dict(patient=f'{name}-{who}', image=k, label=y, marker=int(marked), site=int(site),
+                             lesion=density))
+    return FamilyImages(np.stack(images), pd.DataFrame(rows), np.stack(masks))
 
 # %% ../nbs/phantom.ipynb #write-nih-tree
-_NIH_HEADER = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]'
+_NIH_HEADER = ('Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,'
+               'OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]')
 
-def write_nih_tree(root,                   # folder to make
-                   n_patients: int = 40,   # one to three films each; every second patient has an effusion on all of them
-                   seed: int = 0,
-                   size: int = 128,        # pixels, typical height
-                   lesion: float = .65,    # typical density of the effusions (drawn as lobar opacities)
-                  ) -> dict:               # 'root', 'rows' (file, labels, patient, age, view)
+def _nih_line(row: dict[str, Any]) -> str:
+    "One line of the table, with its unquoted commas"
+    follow_up, sex = int(row['file'][9:12]), 'MF'[int(row['patient']) % 3 == 0]
+    return (f"{row['file']},{row['labels']},{follow_up},{row['patient']},{row['age']},{sex},{row['view']},"
+            '2500,2048,0.168,0.168')
+
+def write_nih_tree(
+    root: str | Path,      # folder to make
+    n_patients: int = 40,  # one to three images each; every second patient has an effusion on all of them
+    seed: int = 0,
+    size: int = 128,       # pixels, height and width
+    lesion: float = .65,   # typical density of the effusions (drawn as lobar opacities)
+) -> PhantomTree:          # rows: file, labels, patient, age, view
     "A folder like a cut of NIH ChestX-ray14, of adult phantoms: images/ and Data_Entry_2017_v2020.csv"
-    root, r, rows = _open_tree(root, ('images', 'Data_Entry_2017_v2020.csv')), _rng(seed, 17), []
+    root, r = _open_tree(root, ('images', 'Data_Entry_2017_v2020.csv')), _rng(seed, 17)
+    rows: list[dict[str, Any]] = []
     (root / 'images').mkdir()
     for patient in range(1, n_patients + 1):
-        sick, age = patient % 2 == 0, int(r.integers(14 if patient % 10 == 1 else 20, 80))
+        ill, age = patient % 2 == 0, int(r.integers(14 if patient % 10 == 1 else 20, 80))
         for k in range(int(r.integers(1, 4))):
-            labels = ('Effusion|Infiltration' if r.random() < .5 else 'Effusion') if sick else 'No Finding'
-            view, name = 'AP' if r.random() < (.6 if sick else .3) else 'PA', f'{patient:08d}_{k:03d}.png'
-            film, _ = _draw_film(seed, 400_000 + patient, dict(lesion=_strength(r, lesion) if sick else 0., pattern='lobar'), k, view, size, 1.)
-            _save_film(film, root / 'images' / name, 'PNG')
+            labels = 'No Finding'
+            if ill: labels = 'Effusion|Infiltration' if r.random() < .5 else 'Effusion'
+            view, name = 'AP' if r.random() < (.6 if ill else .3) else 'PA', f'{patient:08d}_{k:03d}.png'
+            density = _strength(r, lesion) if ill else 0.
+            f = make_phantom(seed, 400_000 + patient, k, size, density, 'lobar')
+            _save_image(f.image, root / 'images' / name, 'PNG')
             rows.append(dict(file=name, labels=labels, patient=str(patient), age=age, view=view))
-    lines = [f"{x['file']},{x['labels']},{int(x['file'][9:12])},{x['patient']},{x['age']},{'MF'[int(x['patient']) % 3 == 0]},{x['view']},2500,2048,0.168,0.168" for x in rows]
-    write_text(root / 'Data_Entry_2017_v2020.csv', '\n'.join([_NIH_HEADER, *lines]) + '\n')
-    return dict(root=str(root), rows=rows)
+    write_text(root / 'Data_Entry_2017_v2020.csv', '\n'.join([_NIH_HEADER, *map(_nih_line, rows)]) + '\n')
+    return PhantomTree(str(root), rows)
 
 # %% ../nbs/phantom.ipynb #write-coronahack-csv
-def write_coronahack_csv(root,   # folder to make; it holds the table only
-                         kaggle, # folder made by `write_kaggle_tree`
-                         covid,  # folder made by `write_covid_tree`
-                        ) -> int: # rows of the table
-    "A table like CoronaHack's, which names the films of two phantom collections"
-    for tree in (kaggle, covid):
-        if not _is_phantom_tree(Path(tree)): raise RunError(f'{tree} is no phantom tree; make it with write_kaggle_tree or write_covid_tree first.')
-    root, rows = _open_tree(root, ('Chest_xray_Corona_Metadata.csv',)), []
-    for f in sorted(Path(kaggle).rglob('*.jpeg')):
-        part, kind = f.parent.parent.name, re.search('bacteria|virus|$', f.name)[0]
-        if part != 'val' and not f.name.startswith('.'): rows.append((f.name, 'Pnemonia' if kind else 'Normal', 'TEST' if part == 'test' else 'TRAIN', '', {'virus': 'Virus'}.get(kind, kind)))
-    with open(Path(covid) / 'metadata.csv', newline='', encoding='utf-8', errors='replace') as f:
-        meta = list(csv.DictReader(f))
-    films = {m['filename'] for m in meta if m['finding'].startswith('COVID-19') and m['view'] == 'PA' and (Path(covid) / 'images' / m['filename']).is_file()}
-    rows += [(name, 'Pnemonia', 'TRAIN', 'COVID-19', 'Virus') for name in sorted(films)]
-    rows.append(('not-in-any-folder.jpeg', 'Normal', 'TRAIN', '', ''))
-    with atomic_path(root / 'Chest_xray_Corona_Metadata.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows([('', 'X_ray_image_name', 'Label', 'Dataset_type', 'Label_2_Virus_category', 'Label_1_Virus_category'), *((i, *row) for i, row in enumerate(rows))])
+_CORONA_FILE = 'Chest_xray_Corona_Metadata.csv'
+_CORONA_COLUMNS = ('', 'X_ray_image_name', 'Label', 'Dataset_type', 'Label_2_Virus_category', 'Label_1_Virus_category')
+
+def _corona_kaggle_rows(kaggle: Path) -> Iterator[tuple[str, ...]]:
+    "The images of the paediatric tree, val/ left out, in CoronaHack's words"
+    for f in sorted(kaggle.rglob('*.jpeg')):
+        folder = f.parent.parent.name
+        if folder == 'val' or f.name.startswith('.'): continue
+        cause = next((word for kind, word in (('bacteria', 'bacteria'), ('virus', 'Virus')) if kind in f.name), '')
+        yield f.name, 'Pnemonia' if cause else 'Normal', 'TEST' if folder == 'test' else 'TRAIN', '', cause
+
+def _corona_covid_rows(covid: Path) -> Iterator[tuple[str, ...]]:
+    "The PA images with COVID-19 that are there"
+    text = (covid / 'metadata.csv').read_text(encoding='utf-8', errors='replace')
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    wanted = [row['filename'] for row in rows if row['finding'].startswith('COVID-19') and row['view'] == 'PA']
+    for name in sorted(set(wanted)):
+        if (covid / 'images' / name).is_file(): yield name, 'Pnemonia', 'TRAIN', 'COVID-19', 'Virus'
+
+def write_coronahack_csv(
+    root: str | Path,    # folder to make; it holds the table only
+    kaggle: str | Path,  # folder made by `write_kaggle_tree`
+    covid: str | Path,   # folder made by `write_covid_tree`
+) -> int:                # rows of the table
+    "A table like CoronaHack's, which names the images of two phantom collections"
+    kaggle, covid = Path(kaggle), Path(covid)
+    for tree in (kaggle, covid): _check_phantom_tree(tree, 'make it with write_kaggle_tree or write_covid_tree first')
+    root = _open_tree(root, (_CORONA_FILE,))
+    lost = ('not-in-any-folder.jpeg', 'Normal', 'TRAIN', '', '')
+    rows = [*_corona_kaggle_rows(kaggle), *_corona_covid_rows(covid), lost]
+    with atomic_path(root / _CORONA_FILE) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([_CORONA_COLUMNS, *((i, *row) for i, row in enumerate(rows))])
     return len(rows)
 
 # %% ../nbs/phantom.ipynb #write-folder
-def write_phantom_folder(root,                 # folder to make, with NORMAL/ and PNEUMONIA/
-                         n_patients: int = 60, # half of them ill
-                         images_per_patient=(1, 3), # fewest and most films of a patient
-                         seed: int = 0,
-                         size: int = 256,      # pixels, typical height
-                         lesion: float = .65,  # typical density of opacities; 0 plants nothing, so that only the files differ
-                         quality=(85, 85),     # JPEG quality of NORMAL and of PNEUMONIA
-                        ) -> pd.DataFrame:     # file (relative to root), patient, label, lesion, quality
+def write_phantom_folder(
+    root: str | Path,                               # folder to make, with NORMAL/ and PNEUMONIA/
+    n_patients: int = 60,                           # half of them ill
+    images_per_patient: tuple[int, int] = (1, 3),   # fewest and most images of a patient
+    seed: int = 0,
+    size: int = 256,                                # pixels, typical height
+    lesion: float = .65,                            # typical density of opacities; 0: only the files differ
+    quality: tuple[int, int] = (85, 85),            # JPEG quality of NORMAL and of PNEUMONIA
+) -> pd.DataFrame:                                  # file (relative to root), patient, label, lesion, quality
     "NORMAL/ and PNEUMONIA/ with phantoms named patientNNN-K.jpg"
-    root, r, rows = _open_tree(root, ('NORMAL', 'PNEUMONIA')), _rng(seed, 10), []
-    classes = ('NORMAL', 'PNEUMONIA')
+    classes, rows = ('NORMAL', 'PNEUMONIA'), []
+    root, r = _open_tree(root, classes), _rng(seed, 10)
     for c in classes: (root / c).mkdir()
     for p, y in enumerate(r.permutation(np.arange(n_patients) % 2).tolist()):
         density = _strength(r, lesion) if y else 0.
         for k in range(int(r.integers(images_per_patient[0], images_per_patient[1] + 1))):
-            h, aspect = _film_size(r, size)
+            h, aspect = _image_size(r, size)
             f = make_phantom(seed, 400_000 + p, k, h, density, 'peripheral', aspect)
             name = f'{classes[y]}/patient{p:03d}-{k}.jpg'
-            _save_film(f.image, root / name, 'JPEG', 'L', quality[y])
+            _save_image(f.image, root / name, 'JPEG', 'L', quality[y])
             rows.append(dict(file=name, patient=p, label=classes[y], lesion=density, quality=quality[y]))
     return pd.DataFrame(rows)

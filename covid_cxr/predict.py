@@ -4,131 +4,179 @@
 
 # %% ../nbs/predict.ipynb #imports
 from __future__ import annotations
-import os
+import os, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
-from .bundle import load_model, read_bundle
-from .core import ImageError, atomic_path, nearest
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Sequence
+import numpy as np
+from .core import ImageError, atomic_path, check_choice
+from .images import BlankImage, ImageRule, LoadedImage, apply_rule, read_picture
 from .ood import OODCheck, check_colour
-from .images import ImageRule, apply_rule, load_image
+from .words import safe_cell, safe_path
+from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, read_bundle
+if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'OOD_MODES', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
+__all__ = ['SUFFIXES', 'OODMode', 'OnBadFile', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
            'save_predictions']
 
 # %% ../nbs/predict.ipynb #prediction
 @dataclass(frozen=True)
 class Prediction:
-    "The answer for one picture"
-    path: str                # the file, as it was given; None for an array
-    label: str               # the class that is called at the threshold; None when declined
-    probabilities: dict      # {class: probability}; None when declined
-    threshold: float         # the last class is called from here on (two classes); None for more, where the largest wins
-    declined: str = None     # why there is no answer
-    synthetic: bool = False  # was the model trained on synthetic phantoms?
-    warning: str = None      # why the input gate would have declined, when a person asked to be answered all the same
+    "The answer for one image"
+    path: str | None          # the file, as it was given; None for an array
+    label: str | None         # the class that is predicted at the threshold; None when declined
+    probabilities: dict[str, float] | None  # {class: probability}; None when declined
+    threshold: float | None   # the last class is predicted from here on (two classes); None for more: the largest wins
+    declined: str | None = None   # why there is no answer
+    synthetic: bool = False   # was the model trained on synthetic phantoms?
+    warning: str | None = None    # why it would have been declined, when a person asked for an answer all the same
 
-    def to_row(self) -> dict:
-        "One row of a CSV: path, predicted, prob_<class>..., threshold, declined"
+    def to_row(self) -> dict[str, Any]:
+        "One row of a CSV: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
         probs = {f'prob_{c}': p for c, p in (self.probabilities or {}).items()}
-        return dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined, **({} if self.warning is None else dict(warning=self.warning)))
+        row = dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined)
+        return row if self.warning is None else dict(row, warning=self.warning)
 
 # %% ../nbs/predict.ipynb #list-images
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.gif', '.webp', '.dcm', '.dicom')
 
-def list_images(inputs  # a path, or a list of paths: files and folders
-               ) -> list: # files as text, folders expanded in sorted order
-    "Expand folders into the pictures below them; a file that is named is taken whatever its suffix"
-    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    out = []
-    for p in map(Path, inputs):
+def _images_below(folder):
+    "The images below a folder, in sorted order"
+    def hidden(f): return any(part.startswith(('.', '__MACOSX')) for part in f.relative_to(folder).parts)
+    return sorted(str(f) for f in folder.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file() and not hidden(f))
+
+def list_images(
+    inputs: str | os.PathLike | Iterable[str | os.PathLike],  # files and folders
+) -> list[str]:                                               # files, folders expanded in sorted order
+    "Expand folders into the images below them; a file that is named is taken whatever its suffix"
+    out: list[str] = []
+    for p in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
         if not p.exists(): raise ImageError(f'no file or folder {p}; check the path.')
-        if not p.is_dir(): out.append(str(p)); continue
-        found = sorted(str(f) for f in p.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file() and not any(s.startswith(('.', '__MACOSX')) for s in f.relative_to(p).parts))
-        if not found: raise ImageError(f"no picture below {p} (looked for {', '.join(SUFFIXES)}); check the path.")
+        found = _images_below(p) if p.is_dir() else [str(p)]
+        if not found: raise ImageError(f"no image below {p} (looked for {', '.join(SUFFIXES)}); check the path.")
         out += found
     return out
 
+# %% ../nbs/predict.ipynb #choices
+OODMode = Literal['decline', 'warn', 'off']   # what happens to an image that is unlike the training
+OnBadFile = Literal['raise', 'decline']       # what happens to a file that cannot be read
+
+def _reasons(picture, ood, check):
+    "(why there is no answer, what is said beside an answer); `picture` is a sentence for a file that was refused"
+    if isinstance(picture, str): return picture, None
+    if ood == 'off' or check is None: return None, None
+    why = check_colour(picture.colour_share) or check.check(picture.pixels)
+    return (why, None) if ood == 'decline' else (None, why)
+
 # %% ../nbs/predict.ipynb #predictor
-OOD_MODES = ('decline', 'warn', 'off')
+_NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained.'
+_MOST_PIXELS = 2048**2    # of one batch: a bundle of large images needs no large memory
 
 class Predictor:
-    "A bundle, loaded: `predict` one picture or many"
-    def __init__(self, folder, device: str = None):
+    "A bundle, loaded: `predict` one image or many"
+    def __init__(
+        self,
+        folder: str | os.PathLike,   # a bundle, or the run directory that holds one
+        device: str | None = None,   # 'cpu' (default) or 'cuda'
+    ):
         self.bundle = read_bundle(folder)
         self.classes, self.rule = self.bundle['classes'], ImageRule.from_dict(self.bundle['image'])
         self.threshold = self.bundle['threshold'] if len(self.classes) == 2 else None
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
-        self.gate = OODCheck.from_dict(self.bundle['gate']) if self.bundle.get('gate') is not None else None
+        check = self.bundle['ood_check']
+        self.ood_check = OODCheck.from_dict(check) if check is not None else None
         self.model = load_model(self.bundle).to(self.device)
+        self.integrity = check_manifest(self.bundle['folder'])
+        if self.integrity.status == 'altered':
+            warnings.warn(describe_integrity(self.integrity, self.bundle['folder']), AlteredWarning, stacklevel=3)
 
-    def predict(self, x,            # a file, a folder, a list of them, or a (h, w) array of uint8 or uint16
-                bs: int = 8,        # pictures per batch
-                on_bad: str = 'raise', # 'raise', or 'decline': an unreadable file gets a Prediction that says why
-                gate: str = 'decline', # 'decline' what is unlike the training pictures, 'warn' and answer, or 'off'
-               ):                   # a Prediction for one file or array, a list of them for a folder or a list
+    def predict(
+        self,
+        x: str | os.PathLike | Iterable | np.ndarray,  # a file, a folder, a list of them, or (h, w) uint8 or uint16
+        bs: int = 8,                   # images per batch
+        on_bad: OnBadFile = 'raise',   # 'decline': an unreadable file gets a Prediction that says why
+        ood: OODMode = 'decline',      # what is unlike the training: 'decline', answer and 'warn', or do not ask
+    ) -> Any:                          # a Prediction for one file or array, a list of them for a folder or a list
         "Predictions in the order of the files, each with its path"
-        if gate not in OOD_MODES: raise ImageError(f"gate='{gate}' is unknown{nearest(gate, OOD_MODES)} (known: {', '.join(OOD_MODES)})")
-        if isinstance(x, np.ndarray): return self._answers([None], [self._pixels(x)], gate)[0]
-        if on_bad not in ('raise', 'decline'): raise ImageError(f"on_bad='{on_bad}' is unknown; use 'raise' or 'decline'.")
+        check_choice('ood', ood, OODMode)
+        check_choice('on_bad', on_bad, OnBadFile)
+        if isinstance(x, np.ndarray): return self._answers([None], [LoadedImage(apply_rule(x, self.rule), 0.)], ood)[0]
         one = isinstance(x, (str, os.PathLike)) and not Path(x).is_dir()
-        out = list(self.stream(list_images(x), bs, on_bad, gate))
+        out = list(self.stream(list_images(x), bs, on_bad, ood))
         return out[0] if one else out
 
-    def stream(self, files, bs=8, on_bad='raise', gate='decline'):
+    def stream(
+        self,
+        files: Sequence[str],
+        bs: int = 8,
+        on_bad: OnBadFile = 'raise',
+        ood: OODMode = 'decline',
+    ) -> Iterator[Prediction]:
         "Predictions one by one, reading a batch at a time, so that a large folder needs no large memory"
+        bs = max(1, min(bs, _MOST_PIXELS // self.rule.size**2))
         for i in range(0, len(files), bs):
-            part, pixels = files[i:i + bs], []
-            for f in part:
-                try: pixels.append(load_image(f, self.rule))
+            batch = files[i:i + bs]
+            pictures: list[LoadedImage | str] = []
+            for f in batch:
+                try: pictures.append(read_picture(f, self.rule))
+                except BlankImage as e: pictures.append(f'not a chest radiograph: {e.why}.')
                 except ImageError as e:
                     if on_bad == 'raise': raise
-                    pixels.append(str(e))
-            yield from self._answers(part, pixels, gate)
+                    pictures.append(str(e))
+            yield from self._answers(batch, pictures, ood)
 
-    def probabilities(self, pixels  # (n, size, size) uint8, as `load_image` gives them
-                     ) -> np.ndarray: # (n, k) float64
-        "Class probabilities of pictures that are already read"
+    def probabilities(
+        self,
+        pixels: Sequence[np.ndarray],  # (n, size, size) uint8, as `load_image` gives them
+    ) -> np.ndarray:                   # (n, k) float64
+        "Class probabilities of images that are already read"
         import torch
-        from covid_cxr.model import normalise
         if not len(pixels): return np.zeros((0, len(self.classes)))
         x = torch.from_numpy(np.stack(pixels))[:, None].to(self.device).float() / 255      # (n, 1, size, size)
-        with torch.inference_mode(): logits = self.model((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
+        with torch.inference_mode():
+            logits = self.model((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
         return logits.float().softmax(1).double().cpu().numpy()
 
-    def _pixels(self, array): return apply_rule(array, self.rule)
+    def _answers(self, paths, pictures, ood):
+        "One Prediction per image"
+        reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
+        answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
+        probs = iter(self.probabilities(answered))
+        return [self._label(f, next(probs), warning) if declined is None else
+                Prediction(f, None, None, self.threshold, declined, self.synthetic)
+                for f, (declined, warning) in zip(paths, reasons)]
 
-    def _why_not(self, path, pixels):
-        "What the gate says of a picture that was read: None, or a sentence"
-        if self.gate is None: return None
-        return (check_colour(path) if path is not None else None) or self.gate.check(pixels)
-
-    def _answers(self, paths, pixels, gate):
-        why = [None if isinstance(p, str) or gate == 'off' else self._why_not(f, p) for f, p in zip(paths, pixels)]
-        stop = [p if isinstance(p, str) else w if gate == 'decline' else None for p, w in zip(pixels, why)]
-        probs = iter(self.probabilities([p for p, s in zip(pixels, stop) if s is None]))
-        return [Prediction(f, None, None, self.threshold, s, self.synthetic) if s is not None else self._call(f, next(probs), w) for f, s, w in zip(paths, stop, why)]
-
-    def _call(self, path, p, warning=None):
+    def _label(self, path, p, warning):
+        "The class from its probabilities; a probability that is no number is no answer"
+        if not np.isfinite(p).all(): return Prediction(path, None, None, self.threshold, _NO_NUMBER, self.synthetic)
         i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
-        return Prediction(path, self.classes[i], dict(zip(self.classes, map(float, p))), self.threshold, None, self.synthetic, warning)
+        probabilities = dict(zip(self.classes, map(float, p)))
+        return Prediction(path, self.classes[i], probabilities, self.threshold, None, self.synthetic, warning)
 
-def load_predictor(folder,        # a bundle, or the run directory that holds one
-                   device: str = None # 'cpu' (default) or 'cuda'
-                  ) -> Predictor:
+# %% ../nbs/predict.ipynb #load-predictor
+def load_predictor(
+    folder: str | os.PathLike,   # a bundle, or the run directory that holds one
+    device: str | None = None,   # 'cpu' (default) or 'cuda'
+) -> Predictor:
     "Open a bundle for prediction; nothing in it is executed"
     return Predictor(folder, device)
 
 # %% ../nbs/predict.ipynb #to-csv
-def predictions_frame(predictions) -> pd.DataFrame:
+def predictions_frame(predictions: Iterable[Prediction]) -> pd.DataFrame:
     "One row per prediction: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
+    import pandas as pd
     rows = [p.to_row() for p in predictions]
-    probs = sorted({c for r in rows for c in r if c.startswith('prob_')}, key=lambda c: next(i for r in rows for i, k in enumerate(r) if k == c))
+    probs = dict.fromkeys(c for r in rows for c in r if c.startswith('prob_'))        # in the order of the classes
     warned = ['warning'] if any('warning' in r for r in rows) else []
     return pd.DataFrame(rows, columns=['path', 'predicted', *probs, 'threshold', 'declined', *warned])
 
-def save_predictions(predictions, path) -> Path:
-    "Write predictions as CSV, whole or not at all"
-    with atomic_path(path) as tmp: predictions_frame(predictions).to_csv(tmp, index=False)
+def save_predictions(
+    predictions: Iterable[Prediction],
+    path: str | os.PathLike,            # .csv
+) -> Path:
+    "Write predictions as CSV, whole or not at all; no cell is a formula, and bytes that are no text are shown by code"
+    frame = predictions_frame(predictions)
+    frame = frame.assign(path=frame['path'].map(safe_path)).map(safe_cell).rename(columns=safe_cell)
+    with atomic_path(Path(path)) as tmp: frame.to_csv(tmp, index=False, errors='backslashreplace')
     return Path(path)

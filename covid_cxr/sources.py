@@ -4,295 +4,111 @@
 
 # %% ../nbs/sources.ipynb #imports
 from __future__ import annotations
-import csv as csv_files, gzip, inspect, io, json, os, re, warnings, zipfile, zlib
-from contextlib import contextmanager
+import inspect, json, os, re, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd
-from .core import (COLUMNS, SYNTHETIC, SourceError, VocabularyError, canonical_finding, canonical_findings, canonical_views, exclude,
+from .core import (COLUMNS, SPLITS, SourceError, canonical_findings, canonical_views, check_choice, exclude,
                             nearest, new_table, require_columns)
+from .reading import (FILE_MISSING, IMAGE_SUFFIXES, NO_FILE_NAMED, NOT_XRAY_CT, NOT_XRAY_VOLUME, Files,
+                               ages_in_years, find_root, finish_table, fold_words, identifiers, list_files,
+                               list_folders, locate_files, parse_numbers, place_files, place_from_index,
+                               published_findings, read_metadata, refuse_unknown, resolve_file, sexes, stated,
+                               telling_file, tidy_name, unique_ids, unlisted_files, walk_images, whole_numbers)
 
 # %% auto #0
-__all__ = ['NO_FILE_NAMED', 'FILE_MISSING', 'NOT_XRAY_CT', 'NOT_XRAY_VOLUME', 'IMAGE_SUFFIXES', 'SENTINELS',
-           'COVID_CHESTXRAY_URL', 'KAGGLE_PNEUMONIA_URL', 'KAGGLE_FINDINGS', 'NIH_URL', 'NIH_LICENCE', 'EFFUSION_URL',
-           'RSNA_URL', 'FIGURE1_URL', 'ACTUALMED_URL', 'CORONAHACK_URL', 'RADIOGRAPHY_URL', 'SOURCES', 'read_metadata',
-           'stated', 'ages_in_years', 'sexes', 'locate_files', 'unlisted_files', 'read_covid_chestxray', 'kaggle_key',
-           'read_kaggle_pneumonia', 'read_nih', 'read_effusion_folders', 'read_rsna', 'read_figure1', 'read_actualmed',
-           'read_coronahack', 'coronahack_overlap', 'read_covid_radiography', 'read_folder', 'read_csv', 'Fault',
-           'Source', 'register_source', 'read_source', 'list_sources']
-
-# %% ../nbs/sources.ipynb #reasons
-NO_FILE_NAMED   = 'no file named'               # the row of the metadata names no image
-FILE_MISSING    = 'file missing'                # it names one, and it is not on this disk
-NOT_XRAY_CT     = 'not an X-ray: CT'            # a slice of a CT, as a picture
-NOT_XRAY_VOLUME = 'not an X-ray: CT volume'     # a whole CT (.nii.gz)
-IMAGE_SUFFIXES  = ('.jpeg', '.jpg', '.png', '.dcm', '.dicom', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.pgm')
-
-# %% ../nbs/sources.ipynb #read-metadata
-def _decode(raw: bytes) -> str:
-    for enc in ('utf-8-sig', 'cp1252'):
-        try: return raw.decode(enc)
-        except UnicodeDecodeError: pass
-    return raw.decode('latin-1')            # every byte is a letter of Latin-1, so this always ends
-
-def _csv_rows(path) -> list:
-    try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
-    except (OSError, EOFError, zlib.error) as e:              # the last two: a .gz that was cut off or altered
-        raise SourceError(f'cannot read {path}: {getattr(e, "strerror", None) or e}; check the path and that the download is whole.') from e
-    text = _decode(raw)
-    head = text.split('\n', 1)[0]
-    sep = max(',;\t', key=head.count)
-    try: rows = [r for r in csv_files.reader(io.StringIO(text, newline=''), delimiter=sep) if any(c.strip() for c in r)]
-    except csv_files.Error as e: raise SourceError(f'{path} is not a table that can be read: {e}; check its quotes, or download it again.') from e
-    if rows and len(rows[-1]) < len(rows[0]) and not text.endswith(('\n', '\r')):
-        raise SourceError(f'{path} ends in the middle of row {len(rows)}, with {len(rows[-1])} of {len(rows[0])} fields: it was cut off; download it again.')
-    return rows
-
-def read_metadata(path,           # a .csv, or .csv.gz, in UTF-8, Windows-1252 or Latin-1; separated by , ; or tab
-                  needed=(),      # column names, after `aliases`, that must be there
-                  aliases=None    # {name as found, lower case: name wanted}
-                 ) -> pd.DataFrame: # all text, header trimmed and lower case, empty cells NaN, nameless columns left out
-    "A metadata file as text with a tidy header; a column that is missing is an error that names it"
-    rows = _csv_rows(path)
-    if not rows: raise SourceError(f'{path} is empty; download it again.')
-    head = [(aliases or {}).get(h, h) for h in (re.sub(r'\s+', ' ', h).strip().lower() for h in rows[0])]
-    missing = [n for n in needed if n not in head]
-    if missing:
-        raise SourceError(f"{path} has no column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has: {', '.join(h for h in head if h)}. "
-                          "Is it the metadata file of this source?")
-    long = next((i for i, r in enumerate(rows, 1) if any(c.strip() for c in r[len(head):])), None)
-    if long:
-        raise SourceError(f'{path}: row {long} has {len(rows[long - 1])} fields where the header names {len(head)}; '
-                          'correct the commas or quotes of that row.')
-    cells = [[c.strip() or np.nan for c in r[:len(head)]] + [np.nan] * (len(head) - len(r)) for r in rows[1:]]
-    t = pd.DataFrame(cells, columns=range(len(head)), dtype=object)
-    keep = [i for i, h in enumerate(head) if h and not h.startswith('unnamed') and h not in head[:i]]
-    return t[keep].set_axis([head[i] for i in keep], axis=1)
-
-# %% ../nbs/sources.ipynb #telling
-@contextmanager
-def _telling(file):
-    "Errors about a word of a published file say which file it is, and how the word is made known"
-    try: yield
-    except VocabularyError as e:
-        text = str(e).replace("pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)", "make the word known: covid_cxr.core.FINDING_WORDS['the word in small letters'] = one of covid_cxr.core.FINDINGS")
-        raise VocabularyError(f'{file}: {text}') from None
-
-# %% ../nbs/sources.ipynb #stated
-SENTINELS = ('', '?', '-', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', 'not visible', 'not stated', 'would have been stated')
-
-def _fold(words): return words.map({w: str(w).strip().lower() for w in words.dropna().unique()}).astype(object)   # a word is looked at once, not once per row
-
-def stated(words # (n,) text of one column
-          ) -> pd.Series: # (n,) the same, NaN where the word of the source means "not known"
-    "Words that say that nothing was recorded -> NaN"
-    words = pd.Series(words, dtype=object).reset_index(drop=True)
-    words[_fold(words).isin(SENTINELS)] = np.nan
-    return words
-
-# %% ../nbs/sources.ipynb #ages
-_DECADE = {'early': 2, 'mid': 5, 'late': 8, '': 5}
-_PER_YEAR = {'y': 1, 'm': 12, 'w': 52, 'd': 365}
-
-def _one_age(word):
-    w = str(word).strip().lower()
-    if m := re.fullmatch(r'(\d+(?:\.\d+)?)\s*([ymwd]?)', w): age = float(m[1]) / _PER_YEAR[m[2] or 'y']
-    elif m := re.fullmatch(r'(?:(early|mid|late)[ -]?)?(\d?\d0)s', w): age = float(m[2]) + _DECADE[m[1] or '']
-    else: return np.nan
-    return age if age <= 120 else np.nan
-
-def ages_in_years(words # (n,) ages as the source writes them
-                 ) -> np.ndarray: # (n,) float, years; NaN where not stated, open-ended or above 120
-    "A column of ages -> years"
-    words = pd.Series(words, dtype=object)
-    memo = {w: _one_age(w) for w in words.dropna().unique()}
-    return np.array([np.nan if pd.isna(w) else memo[w] for w in words], dtype=float)
-
-# %% ../nbs/sources.ipynb #numbers
-def _numbers(words): return pd.to_numeric(stated(words), errors='coerce').to_numpy(float)
-
-def _refuse_unknown(words, known, what, cure):
-    "An error that lists every word of a column that is not known, with its count"
-    bad = words[words.notna() & ~_fold(words).isin(known)].value_counts()
-    if len(bad): raise VocabularyError(f'unknown {what}: ' + ', '.join(f"'{w}' ({n})" for w, n in bad.items()) + f'; {cure}')
-
-_SEX = {'m': 'M', 'male': 'M', 'f': 'F', 'female': 'F', 'o': np.nan, 'other': np.nan, 'u': np.nan}   # O is DICOM's "other"
-
-def sexes(words # (n,) text
-         ) -> pd.Series: # (n,) 'M', 'F' or NaN
-    "A column of sexes -> 'M', 'F' or NaN; an unknown word is an error"
-    words = stated(words)
-    _refuse_unknown(words, _SEX, 'sex', 'write M, F or leave it blank.')
-    return _fold(words).map(_SEX).astype(object)
-
-# %% ../nbs/sources.ipynb #find-root
-def _is_junk(name): return name.startswith('.') or name in ('__MACOSX', 'Thumbs.db', 'desktop.ini')
-
-def _find_root(root, names, ok, what, url):
-    "The folder itself or the usual folder below it, for which `ok(folder)` holds; else an error with the cure"
-    root = Path(root)
-    if not root.is_dir(): raise SourceError(f'there is no folder {root}; download the source from {url} and pass its folder.')
-    for n in ('', *names):
-        for f in (root / n, root / f'{n}-master', root / f'{n}-main'):
-            if f.is_dir() and ok(f): return f
-    raise SourceError(f'{root} holds no {what}, nor does a folder {" or ".join(names)} in it; pass the folder that does (the source: {url}).')
-
-def _resolve(path, root):
-    "A file as given, or else below the root"
-    return Path(path) if Path(path).exists() or root is None else Path(root) / path
-
-def _synthetic(table, *roots):
-    "The licence of phantom rows, when a tree says that it is one"
-    if any(r is not None and (Path(r) / 'SYNTHETIC.txt').is_file() for r in roots): table['licence'] = SYNTHETIC
-    return table
-
-def _list_files(folder) -> dict:
-    "{name: path} of the plain files of one folder, junk left out; {} when there is no such folder"
-    if not os.path.isdir(folder): return {}
-    with os.scandir(folder) as it: return {e.name: os.path.join(str(folder), e.name) for e in it if not _is_junk(e.name) and e.is_file()}
-
-def _walk_files(root) -> list:
-    "(folder, name) of every image below a folder, sorted, junk left out"
-    out = []
-    for folder, dirs, names in os.walk(root, followlinks=True):
-        dirs[:] = sorted(d for d in dirs if not _is_junk(d))
-        out += [(folder, n) for n in sorted(names) if not _is_junk(n) and n.lower().endswith(IMAGE_SUFFIXES)]
-    return out
-
-# %% ../nbs/sources.ipynb #locate-files
-def _has_suffix(name): return name.lower().endswith((*IMAGE_SUFFIXES, '.gz'))
-
-def locate_files(names,    # (n,) file names as the metadata writes them, NaN allowed
-                 index     # {name: path} of what is on disk
-                ) -> list: # (n,) path, or None when the disk has no such file
-    "Names -> paths: exact, else the one file that differs only in case or in an extension the metadata left out"
-    if not index: return [None] * len(names)
-    folded, stems = {}, {}
-    for n in index:
-        folded.setdefault(n.lower(), []).append(n)
-        stems.setdefault(os.path.splitext(n)[0].lower(), []).append(n)
-    def one(name):
-        if pd.isna(name): return None
-        if name in index: return index[name]
-        hits = folded.get(name.lower()) or ([] if _has_suffix(name) else stems.get(name.lower(), []))
-        return index[hits[0]] if len(hits) == 1 else None
-    return [one(n) for n in names]
-
-# %% ../nbs/sources.ipynb #unique-ids
-def _unique_ids(names):
-    "Names made unique: the second row of a file gets '#2'; a row without a file is named by its place"
-    names = pd.Series([f'row {i + 1}' if pd.isna(n) else str(n) for i, n in enumerate(names)], dtype=object)
-    k = names.groupby(names).cumcount() + 1
-    return [n if i == 1 else f'{n}#{i}' for n, i in zip(names, k)]
-
-def _check_files(files):
-    if files not in ('require', 'ignore'):
-        raise SourceError(f"files='{files}'{nearest(files, ['require', 'ignore']) or ':'} it is 'require' (a row without its file is excluded) "
-                          "or 'ignore' (table-only work).")
-
-def _refuse_outside(paths, root):
-    "A metadata file comes from strangers: a name in it must not lead out of the collection"
-    inside = os.path.join(os.path.abspath(root), '')
-    bad = [p for p in paths if isinstance(p, str) and not os.path.abspath(p).startswith(inside)]
-    if bad: raise SourceError(f"{len(bad)} file name{'s' * (len(bad) > 1)} of this collection lead{'s' * (len(bad) == 1)} out of its folder {root}, e.g. {bad[0]}; correct the metadata file.")
-
-def _place_files(table, names, folders, files, inside=None):
-    "Fill `path` and, unless files='ignore', exclude the rows whose file is not there; no path may lead out of the folder `inside`"
-    path = [os.path.join(str(f), n) if isinstance(n, str) else np.nan for f, n in zip(folders, names)]
-    if inside is not None: _refuse_outside(path, inside)
-    lost = np.zeros(len(path), bool)
-    if files == 'require':
-        where = [os.path.split(p) if isinstance(p, str) else (None, None) for p in path]
-        index = {f: _list_files(f) for f in dict.fromkeys(f for f, _ in where if f is not None)}
-        for f, known in index.items():
-            rows = [i for i, (g, _) in enumerate(where) if g == f]
-            for i, hit in zip(rows, locate_files([where[i][1] for i in rows], known)):
-                path[i], lost[i] = hit or path[i], hit is None
-    table['path'] = pd.Series(path, dtype=object)
-    return exclude(exclude(table, table['path'].isna(), NO_FILE_NAMED), lost, FILE_MISSING)
-
-# %% ../nbs/sources.ipynb #unlisted-files
-def unlisted_files(table: pd.DataFrame, # made by a reader
-                   root=None            # look only below this folder; None: in every folder in which the table has a file
-                  ) -> list:            # paths of images that no row names, sorted
-    "Images that stand beside those of the table and that no row of it names"
-    require_columns(table, ['path'], 'unlisted_files')
-    named = {p for c in ('path', 'mask') if c in table for p in table[c].dropna()}
-    folders = {os.path.dirname(p) for p in table['path'].dropna()}
-    if root is not None: folders = {f for f in folders if Path(root).resolve() in (Path(f).resolve(), *Path(f).resolve().parents)}
-    found = (p for f in folders for n, p in _list_files(f).items() if n.lower().endswith(IMAGE_SUFFIXES))
-    return sorted(p for p in found if p not in named)
-
-def _note_unlisted(table):
-    table.attrs['files_without_row'] = [os.path.basename(p) for p in unlisted_files(table)]
-    return table
+__all__ = ['COVID_CHESTXRAY_URL', 'KAGGLE_PNEUMONIA_URL', 'KAGGLE_FINDINGS', 'NIH_URL', 'NIH_LICENCE', 'EFFUSION_URL', 'RSNA_URL',
+           'FIGURE1_URL', 'ACTUALMED_URL', 'CORONAHACK_URL', 'RADIOGRAPHY_URL', 'SOURCES', 'read_covid_chestxray',
+           'KaggleName', 'parse_kaggle_name', 'read_kaggle_pneumonia', 'read_nih', 'read_effusion_folders', 'read_rsna',
+           'read_figure1', 'read_actualmed', 'read_coronahack', 'coronahack_overlap', 'read_covid_radiography',
+           'read_folder', 'read_csv', 'Fault', 'Source', 'register_source', 'reader_options', 'read_source',
+           'list_sources']
 
 # %% ../nbs/sources.ipynb #covid-columns
 COVID_CHESTXRAY_URL = 'https://github.com/ieee8023/covid-chestxray-dataset'
-_COVID_ALIASES = {'clinical notes': 'clinical_notes', 'notes': 'clinical_notes', 'other notes': 'other_notes', 'license': 'licence',
-                  'po2 saturation': 'po2_saturation', 'leukocyte count': 'leukocyte_count', 'wbc count': 'leukocyte_count',
-                  'neutrophil count': 'neutrophil_count', 'lymphocyte count': 'lymphocyte_count', 'rt_pcr_positive': 'rt_pcr'}
+_COVID_ALIASES = {
+    'clinical notes': 'clinical_notes', 'notes': 'clinical_notes', 'other notes': 'other_notes', 'license': 'licence',
+    'po2 saturation': 'po2_saturation', 'leukocyte count': 'leukocyte_count', 'wbc count': 'leukocyte_count',
+    'neutrophil count': 'neutrophil_count', 'lymphocyte count': 'lymphocyte_count', 'rt_pcr_positive': 'rt_pcr'}
 _COVID_EXTRAS = ('date', 'location', 'doi', 'survival', 'rt_pcr', 'intubated', 'went_icu')
 _MODALITY = {'x-ray': 'X-ray', 'xray': 'X-ray', 'x ray': 'X-ray', 'cr': 'X-ray', 'dx': 'X-ray', 'ct': 'CT'}
 
-def _modalities(words, views):
+def _modalities(words: Iterable, views: Iterable) -> list:
     "'CT' when the modality or the view says so; 'X-ray' when the modality says so or, where it is blank, a plain view is given"
     words = stated(words)
-    _refuse_unknown(words, _MODALITY, 'modality', "it is 'X-ray' or 'CT'.")
-    said = [np.nan if pd.isna(w) else _MODALITY[str(w).lower()] for w in words]
-    return ['CT' if v in ('Axial', 'Coronal') else m if isinstance(m, str) else 'X-ray' if isinstance(v, str) else np.nan
-            for m, v in zip(said, views)]
+    refuse_unknown(words, _MODALITY, 'modality', "it is 'X-ray' or 'CT'.")
+    def one(word, view):
+        if view in ('Axial', 'Coronal'): return 'CT'
+        if not pd.isna(word): return _MODALITY[str(word).strip().lower()]
+        return 'X-ray' if isinstance(view, str) else np.nan
+    return [one(w, v) for w, v in zip(words, views)]
 
-def _host(url):
+def _column(m: pd.DataFrame, name: str, fill: Any = np.nan) -> pd.Series:
+    "A column of the metadata, or one value for all rows where there is no such column"
+    return m[name] if name in m else pd.Series(fill, index=m.index, dtype=object)
+
+def _host(url: object) -> str | float:
     "The site of a page: 'radiopaedia.org'"
     try: host = urlsplit(url).netloc.lower() if isinstance(url, str) else ''
     except ValueError: host = ''                    # not the address of a page
     return re.sub(r'^www\.', '', host) or np.nan
 
 # %% ../nbs/sources.ipynb #read-covid
-def _covid_metadata(root, metadata, files):
+def _note_unlisted(table: pd.DataFrame) -> pd.DataFrame:
+    table.attrs['files_without_row'] = [os.path.basename(p) for p in unlisted_files(table)]
+    return table
+
+def _covid_metadata(root: str | Path, metadata: str | Path | None, files: Files) -> tuple[Path, Path]:
     "(folder of the data set, its metadata file)"
-    if metadata is None: ok, what = lambda f: (f / 'metadata.csv').is_file(), 'metadata.csv'
-    else: ok, what = lambda f: files == 'ignore' or (f / 'images').is_dir(), 'folder images'
-    at = _find_root(root, ('covid-chestxray-dataset',), ok, what, COVID_CHESTXRAY_URL)
-    return at, at / 'metadata.csv' if metadata is None else _resolve(metadata, root)
+    folder = 'covid-chestxray-dataset'
+    if metadata is None:
+        at = find_root(root, (folder,), lambda f: (f / 'metadata.csv').is_file(), 'metadata.csv', COVID_CHESTXRAY_URL)
+        return at, at / 'metadata.csv'
+    ok = lambda f: files == 'ignore' or (f / 'images').is_dir()
+    return find_root(root, (folder,), ok, 'folder images', COVID_CHESTXRAY_URL), resolve_file(metadata, root)
 
-def read_covid_chestxray(root,                  # the data set's folder, or the one above it
-                         metadata=None,         # another state of metadata.csv, read against the same images; None: the folder's own
-                         files: str = 'require', # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-                         notes: bool = False    # keep the long texts too: clinical_notes, other_notes
-                        ) -> pd.DataFrame:      # one row per row of the metadata file
-    "Any state of ieee8023/covid-chestxray-dataset, from its first weeks to its last"
-    _check_files(files)
-    at, csv = _covid_metadata(root, metadata, files)
-    m = read_metadata(csv, ('patientid', 'finding', 'view', 'filename'), _COVID_ALIASES)
-    if files == 'require' and not (at / 'images').is_dir():
-        raise SourceError(f"{at} has no folder images; get it from {COVID_CHESTXRAY_URL}, or pass files='ignore' for table-only work.")
-    with _telling(csv): t = new_table(_covid_columns(m, notes), 'covid_chestxray')
-    return _synthetic(_place_covid(t, m, at, files), root, at)
-
-def _covid_columns(m, notes):
+def _covid_columns(m: pd.DataFrame, notes: bool) -> dict[str, Any]:
     "The columns of the table out of those of the metadata, whatever its year"
-    col, view = lambda c: m[c] if c in m else pd.Series(np.nan, index=m.index, dtype=object), canonical_views(m['view'])
-    said = [w if isinstance(w, str) else v if str(v).lower() == 'x-ray' else np.nan for w, v in zip(col('modality'), m['view'])]
-    t = dict(image_id=_unique_ids(m['filename']), patient=stated(m['patientid']), finding=canonical_findings(m['finding']), view=view,
-             modality=_modalities(said, view), age_years=ages_in_years(col('age')), sex=sexes(col('sex')), offset_days=_numbers(col('offset')),
-             licence=stated(col('licence')), url=stated(col('url')), host=[_host(u) for u in col('url')],
-             **{c: stated(col(c)) for c in _COVID_EXTRAS}, finding_raw=m['finding'], view_raw=m['view'], age_raw=col('age'), offset_raw=col('offset'))
-    return {**t, **{c: col(c) for c in ('clinical_notes', 'other_notes') if notes}}
+    col, view = lambda c: _column(m, c), canonical_views(m['view'])
+    said = [v if pd.isna(w) and str(v).lower() == 'x-ray' else w for w, v in zip(col('modality'), m['view'])]
+    return dict(
+        image_id=unique_ids(m['filename']), patient=identifiers(m['patientid']),
+        finding=published_findings(m['finding']), view=view, modality=_modalities(said, view),
+        age_years=ages_in_years(col('age')), sex=sexes(col('sex')),
+        offset_days=parse_numbers(col('offset')), licence=stated(col('licence')), url=stated(col('url')),
+        host=[_host(u) for u in col('url')], **{c: stated(col(c)) for c in _COVID_EXTRAS}, finding_raw=m['finding'],
+        view_raw=m['view'], age_raw=col('age'), offset_raw=col('offset'),
+        **{c: col(c) for c in ('clinical_notes', 'other_notes') if notes})
 
-def _place_covid(t, m, at, files):
+# %% ../nbs/sources.ipynb #place-covid
+def _place_covid(t: pd.DataFrame, m: pd.DataFrame, at: Path, files: Files) -> pd.DataFrame:
     "Paths, masks and the structural exclusions"
-    folder = (m['folder'] if 'folder' in m else pd.Series('images', index=m.index)).fillna('images')
+    folder = _column(m, 'folder', 'images').fillna('images')
     volume = (folder == 'volumes') | m['filename'].fillna('').str.lower().str.endswith(('.nii', '.nii.gz'))
     t = exclude(exclude(t, volume, NOT_XRAY_VOLUME), t['modality'] == 'CT', NOT_XRAY_CT)
-    t = _place_files(t, list(m['filename']), [at / f for f in folder], files, at)
-    masks = _list_files(at / 'annotations' / 'lungVAE-masks')
+    t = place_files(t, list(m['filename']), [at / f for f in folder], files, at)
+    masks = list_files(at / 'annotations' / 'lungVAE-masks')
     stems = [os.path.splitext(str(n))[0] for n in m['filename']]
     t['mask'] = pd.Series([masks.get(f'{s}_mask.png', np.nan) for s in stems], dtype=object)
     return _note_unlisted(t)
+
+def read_covid_chestxray(
+    root: str | Path,                     # the data set's folder, or the one above it
+    metadata: str | Path | None = None,   # another state of metadata.csv, for the same images; None: the folder's own
+    files: Files = 'require',
+    notes: bool = False,                  # keep the long texts too: clinical_notes, other_notes
+) -> pd.DataFrame:                        # one row per row of the metadata file
+    "Any state of ieee8023/covid-chestxray-dataset, from its first weeks to its last"
+    check_choice('files', files, Files, SourceError)
+    at, csv = _covid_metadata(root, metadata, files)
+    m = read_metadata(csv, ('patientid', 'finding', 'view', 'filename'), _COVID_ALIASES)
+    if files == 'require' and not (at / 'images').is_dir():
+        raise SourceError(f"{at} has no folder images; get it from {COVID_CHESTXRAY_URL} "
+                          "(for the table alone, in Python: files='ignore').")
+    with telling_file(csv): t = new_table(_covid_columns(m, notes), 'covid_chestxray')
+    return finish_table(_place_covid(t, m, at, files), root, at)
 
 # %% ../nbs/sources.ipynb #kaggle-key
 KAGGLE_PNEUMONIA_URL = 'https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia'
@@ -300,45 +116,68 @@ _KAGGLE_SICK = re.compile(r'(person\d+)_(bacteria|virus)_\d+(?:_\d+)?\.(?:jpe?g|
 _KAGGLE_WELL = re.compile(r'((?:NORMAL2-)?IM-\d+)-\d+(?:-\d+)?\.(?:jpe?g|png)', re.I)
 KAGGLE_FINDINGS = {'normal': 'No Finding', 'bacteria': 'Pneumonia/Bacterial', 'virus': 'Pneumonia/Viral'}
 
-def kaggle_key(name: str   # file name
-              ):           # (kind, patient key), or None when it is not a name of this collection
-    "What a file name of the Kaggle set says: ('bacteria', 'bacteria-person23'), ('normal', 'IM-0115')"
-    if m := _KAGGLE_SICK.fullmatch(name): return m[2].lower(), f'{m[2].lower()}-{m[1].lower()}'
-    if m := _KAGGLE_WELL.fullmatch(name): return 'normal', m[1].upper()
+class KaggleName(NamedTuple):
+    "What a file name of the Kaggle set says"
+    kind: str      # 'normal', 'bacteria' or 'virus'
+    patient: str   # 'IM-0115', 'bacteria-person23'
+
+def parse_kaggle_name(
+    name: str,             # file name
+) -> KaggleName | None:    # None when it is not a name of this collection
+    "Kind and patient out of a file name of the Kaggle set"
+    if m := _KAGGLE_SICK.fullmatch(name): return KaggleName(m[2].lower(), f'{m[2].lower()}-{m[1].lower()}')
+    if m := _KAGGLE_WELL.fullmatch(name): return KaggleName('normal', m[1].upper())
+    return None
 
 # %% ../nbs/sources.ipynb #read-kaggle
-_PARTS = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
+_SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'valid', 'valid': 'valid', 'validation': 'valid',
+                  'test': 'test', 'testing': 'test'}
+_KAGGLE_FOLDERS = ('chest_xray', 'chest_xray/chest_xray', 'chest-xray-pneumonia', 'chest-xray-pneumonia/chest_xray',
+                   'chest-xray-pneumonia/chest_xray/chest_xray')
 
-def _subfolders(folder):
-    with os.scandir(folder) as it: return {e.name.lower(): e.path for e in it if not _is_junk(e.name) and e.is_dir()}
+class _KaggleFile(NamedTuple):
+    split: str
+    label: str    # the class folder, small letters
+    path: str
+    name: str
 
-def _kaggle_files(at):
-    "(part, class folder, path, name) of every image, sorted; a copy of the set nested inside itself is not read twice"
-    for part, folder in sorted(_subfolders(at).items()):
-        if part not in _PARTS: continue
-        for cls, f in sorted(_subfolders(folder).items()):
-            for name, path in sorted(_list_files(f).items()):
-                if name.lower().endswith(IMAGE_SUFFIXES): yield _PARTS[part], cls, path, name
+def _kaggle_files(at: Path) -> Iterator[_KaggleFile]:
+    "Every image, sorted; a copy of the set nested inside itself is not read twice"
+    for split, folder in sorted(list_folders(at).items()):
+        if split not in _SPLIT_FOLDERS: continue
+        for label, f in sorted(list_folders(folder).items()):
+            for name, path in sorted(list_files(f).items()):
+                if name.lower().endswith(IMAGE_SUFFIXES): yield _KaggleFile(_SPLIT_FOLDERS[split], label, path, name)
 
-def read_kaggle_pneumonia(root # the folder that holds train/, val/ and test/ (any of them), or one or two folders above it
-                         ) -> pd.DataFrame: # one row per image file
-    "The Kaggle paediatric set: patients, findings and official parts out of folders and file names"
-    at = _find_root(root, ('chest_xray', 'chest_xray/chest_xray', 'chest-xray-pneumonia', 'chest-xray-pneumonia/chest_xray',
-                           'chest-xray-pneumonia/chest_xray/chest_xray'),
-                    lambda f: bool({'train', 'test'} & set(_subfolders(f))), 'folder train or test', KAGGLE_PNEUMONIA_URL)
+# %% ../nbs/sources.ipynb #read-kaggle-pneumonia
+def _kaggle_names(at: Path, found: list[_KaggleFile]) -> list[KaggleName]:
+    "What the names say; a name that this collection does not use in its folder is an error"
+    said = [parse_kaggle_name(f.name) for f in found]
+    label = lambda s: 'normal' if s.kind == 'normal' else 'pneumonia'
+    bad = [f'{f.label}/{f.name}' for f, s in zip(found, said) if s is None or f.label != label(s)]
+    if bad:
+        raise SourceError(f"{len(bad)} image{'s' * (len(bad) > 1)} of {at} bear{'s' * (len(bad) == 1)} names that this "
+                          f"collection does not use in that folder, e.g. {', '.join(bad[:3])}; "
+                          "move them out, or read your own folders with read_folder.")
+    return [s for s in said if s is not None]
+
+def read_kaggle_pneumonia(
+    root: str | Path,  # the folder that holds train/, val/ and test/ (any of them), or one or two folders above it
+) -> pd.DataFrame:     # one row per image file
+    "The Kaggle paediatric set: patients, findings and official splits out of folders and file names"
+    ok = lambda f: bool({'train', 'test'} & set(list_folders(f)))
+    at = find_root(root, _KAGGLE_FOLDERS, ok, 'folder train or test', KAGGLE_PNEUMONIA_URL)
     found = list(_kaggle_files(at))
     if not found:
-        raise SourceError(f'{at} holds train/ or test/ but no image in NORMAL/ or PNEUMONIA/ below them; unpack {KAGGLE_PNEUMONIA_URL} again.')
-    keys = [kaggle_key(name) for *_, name in found]
-    bad = [f'{cls}/{name}' for (_, cls, _, name), k in zip(found, keys) if k is None or cls != ('normal' if k[0] == 'normal' else 'pneumonia')]
-    if bad:
-        raise SourceError(f"{len(bad)} image{'s' * (len(bad) > 1)} of {at} bear{'s' * (len(bad) == 1)} names that this collection does not use in that folder, "
-                          f"e.g. {', '.join(bad[:3])}; move them out, or read your own folders with read_folder.")
-    parts, _, paths, names = zip(*found)
-    kinds, patients = zip(*keys)
-    t = new_table(dict(path=paths, image_id=_unique_ids(names), patient=patients, finding=[KAGGLE_FINDINGS[k] for k in kinds], modality='X-ray',
-                       licence='CC BY 4.0', url=KAGGLE_PNEUMONIA_URL, kind=kinds, official_split=parts), 'kaggle_pneumonia')
-    return _synthetic(t, root, at)
+        raise SourceError(f'{at} holds train/ or test/ but no image in NORMAL/ or PNEUMONIA/ below them; '
+                          f'unpack {KAGGLE_PNEUMONIA_URL} again.')
+    splits, _, paths, names = zip(*found)
+    kinds, patients = zip(*_kaggle_names(at, found))
+    t = new_table(dict(
+        path=paths, image_id=unique_ids(names), patient=patients, finding=[KAGGLE_FINDINGS[k] for k in kinds],
+        modality='X-ray', licence='CC BY 4.0', url=KAGGLE_PNEUMONIA_URL, kind=kinds,
+        official_split=splits), 'kaggle_pneumonia')
+    return finish_table(t, root, at)
 
 # %% ../nbs/sources.ipynb #nih-images
 NIH_URL = 'https://nihcc.app.box.com/v/ChestXray-NIHCC'
@@ -347,420 +186,536 @@ _NIH_TABLES = ('Data_Entry_2017_v2020.csv', 'Data_Entry_2017.csv')
 _NIH_NEEDED = ('image index', 'finding labels', 'patient id', 'view position')
 _NIH_NAME = re.compile(r'0*(\d+)_(\d+)\.png', re.I)
 
-def _nih_images(at) -> dict:
+def _nih_images(at: Path) -> dict[str, str]:
     "{name: path} over images/, images_001/images/ ... images_012/images/, and the folder itself"
-    parts = sorted(p for p in Path(at).glob('images*') if p.is_dir())
-    out = {}
-    for f in (at, *parts, *(p / 'images' for p in parts)): out.update(_list_files(f))
+    pieces = sorted(p for p in at.glob('images*') if p.is_dir())
+    out: dict[str, str] = {}
+    for f in (at, *pieces, *(p / 'images' for p in pieces)): out.update(list_files(f))
     return out
 
-def _split_findings(words,    # (n,) several findings in one text
-                    sep='|'):
-    "(first finding, all of them joined by '|'), canonical, of every row"
-    words = pd.Series(words, dtype=object).reset_index(drop=True)
-    each = words.str.split(sep).explode().dropna()
-    known = dict(zip(each, canonical_findings(each)))          # reads every word, so that all unknown ones are listed with their counts
-    every = {w: '|'.join(dict.fromkeys(known[p] for p in w.split(sep) if isinstance(known[p], str))) or np.nan for w in words.dropna().unique()}
-    joined = words.map(every).astype(object)
-    return joined.str.split('|').str[0].astype(object), joined
-
-def _nih_root(root, csv, files):
+def _nih_root(root: str | Path, csv: str | Path | None, files: Files) -> Path:
     "The folder of the set: the one with a table or, for a table from elsewhere, the one with images"
     tables = _NIH_TABLES if csv is None else (csv, *_NIH_TABLES)
     elsewhere = csv is not None and Path(csv).is_file()
-    ok = lambda f: any((f / n).is_file() for n in tables) or (elsewhere and (files == 'ignore' or any(f.glob('images*'))))
-    return _find_root(root, ('nih-chest-xrays', 'nih-chest-xrays/data', 'data'), ok, f'table {" or ".join(map(str, tables))}', NIH_URL)
+    def ok(f):
+        if any((f / n).is_file() for n in tables): return True
+        return elsewhere and (files == 'ignore' or any(f.glob('images*')))
+    what = f'table {" or ".join(map(str, tables))}'
+    return find_root(root, ('nih-chest-xrays', 'nih-chest-xrays/data', 'data'), ok, what, NIH_URL)
+
+# %% ../nbs/sources.ipynb #nih-columns
+def _split_findings(words: Iterable) -> tuple[pd.Series, pd.Series]:
+    "(n,) several findings in one text, joined by '|' -> (first finding, all of them joined by '|'), canonical"
+    column = pd.Series(words, dtype=object).reset_index(drop=True)
+    each = column.str.split('|').explode().dropna()
+    known = dict(zip(each, published_findings(each)))     # reads every word, so that all unknown ones are listed
+    def every(text):
+        found = dict.fromkeys(known[w] for w in text.split('|') if isinstance(known[w], str))
+        return '|'.join(found) or np.nan
+    joined = column.map({w: every(w) for w in column.dropna().unique()}).astype(object)
+    return joined.str.split('|').str[0].astype(object), joined
+
+def _nih_official_split(at: Path, names: pd.Series) -> pd.Series:
+    "The publisher's split of every image, where its lists are there"
+    split = pd.Series(np.nan, index=names.index, dtype=object)
+    for file, name in (('train_val_list.txt', 'train'), ('test_list.txt', 'test')):
+        if (at / file).is_file(): split[names.isin(set((at / file).read_text().split()))] = name
+    return split
+
+def _nih_columns(m: pd.DataFrame, at: Path) -> dict[str, Any]:
+    "The columns of the table out of those of NIH's"
+    col = lambda c: _column(m, c)
+    first, every = _split_findings(m['finding labels'])
+    number = whole_numbers(stated(m['patient id'])).str.replace(r'^0+(?=.)', '', regex=True)
+    return dict(
+        image_id=unique_ids(m['image index']),
+        patient=identifiers(number), finding=first,
+        view=canonical_views(m['view position']), modality='X-ray',
+        age_years=ages_in_years(col('patient age')), sex=sexes(col('patient gender')), licence=NIH_LICENCE, url=NIH_URL,
+        findings=every, follow_up=parse_numbers(col('follow-up #')), width=parse_numbers(col('originalimage[width')),
+        height=parse_numbers(col('height]')), pixel_spacing_mm=parse_numbers(col('originalimagepixelspacing[x')),
+        official_split=_nih_official_split(at, m['image index']))
 
 # %% ../nbs/sources.ipynb #read-nih
-def read_nih(root,                    # the folder with the table and images/ (or images_001/ ...), or the one above it
-             csv=None,                # another table (.csv or .csv.gz); None: Data_Entry_2017_v2020.csv or Data_Entry_2017.csv of the folder
-             files: str = 'require',  # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-            ) -> pd.DataFrame:        # one row per row of the table
+def read_nih(
+    root: str | Path,                # the folder with the table and images/ (or images_001/ ...), or the one above it
+    csv: str | Path | None = None,   # another table (.csv or .csv.gz); None: the Data_Entry_2017*.csv of the folder
+    files: Files = 'require',
+) -> pd.DataFrame:                   # one row per row of the table
     "NIH ChestX-ray14, or any cut of it"
-    _check_files(files)
+    check_choice('files', files, Files, SourceError)
     at = _nih_root(root, csv, files)
-    file = _resolve(csv, at) if csv is not None else next(at / n for n in _NIH_TABLES if (at / n).is_file())
+    file = resolve_file(csv, at) if csv is not None else next(at / n for n in _NIH_TABLES if (at / n).is_file())
     m = read_metadata(file, _NIH_NEEDED)
-    with _telling(file): t = new_table(_nih_columns(m, at), 'nih')
-    return _synthetic(_place_nih(t, list(m['image index']), at, files), root, at)
-
-def _nih_columns(m, at):
-    "The columns of the table out of those of NIH's"
-    col = lambda c: m[c] if c in m else pd.Series(np.nan, index=m.index, dtype=object)
-    first, every = _split_findings(m['finding labels'])
-    return dict(
-        image_id=_unique_ids(m['image index']), patient=stated(m['patient id']).str.replace(r'^0+(?=.)', '', regex=True), finding=first,
-        view=canonical_views(m['view position']), modality='X-ray', age_years=ages_in_years(col('patient age')), sex=sexes(col('patient gender')),
-        licence=NIH_LICENCE, url=NIH_URL, findings=every, follow_up=_numbers(col('follow-up #')), width=_numbers(col('originalimage[width')),
-        height=_numbers(col('height]')), pixel_spacing_mm=_numbers(col('originalimagepixelspacing[x')),
-        official_split=_nih_parts(at, m['image index']))
-
-def _nih_parts(at, names):
-    "The publisher's part of every image, where its lists are there"
-    part = pd.Series(np.nan, index=names.index, dtype=object)
-    for file, name in (('train_val_list.txt', 'train'), ('test_list.txt', 'test')):
-        if (Path(at) / file).is_file(): part[names.isin(set((Path(at) / file).read_text().split()))] = name
-    return part
-
-def _place_nih(t, names, at, files):
+    with telling_file(file): t = new_table(_nih_columns(m, at), 'nih')
     index = _nih_images(at) if files == 'require' else {}
-    hits = locate_files(names, index)
-    folder = os.path.join(str(at), 'images', '')
-    t['path'] = pd.Series([h or (folder + n if isinstance(n, str) else np.nan) for h, n in zip(hits, names)], dtype=object)
-    t = exclude(t, t['path'].isna(), NO_FILE_NAMED)
-    return t if files == 'ignore' else exclude(t, [h is None for h in hits], FILE_MISSING)
+    return finish_table(place_from_index(t, list(m['image index']), index, at / 'images', files), root, at)
 
 # %% ../nbs/sources.ipynb #read-effusion
 EFFUSION_URL = 'https://www.kaggle.com/shaitender/cxr-dataset'
 
-def read_effusion_folders(root # the folder that holds effusion/ and nofinding/, or the one above it
-                         ) -> pd.DataFrame: # one row per image file
+def _nih_patients(names: Iterable) -> pd.Series:
+    "The patient ids of NIH images by their names: the ids of the set that they come from, so that groups join"
+    hits = [_NIH_NAME.fullmatch(n) if isinstance(n, str) else None for n in names]
+    return pd.Series([f'nih:{m[1]}' if m else np.nan for m in hits], dtype=object)
+
+def read_effusion_folders(
+    root: str | Path,  # the folder that holds effusion/ and nofinding/, or the one above it
+) -> pd.DataFrame:     # one row per image file
     "The effusion / no finding folders cut from NIH ChestX-ray14"
-    at = _find_root(root, ('CXR_data', 'cxr-dataset', 'cxr-dataset/CXR_data'), lambda f: {'effusion', 'nofinding'} <= set(_subfolders(f)),
-                    'folders effusion and nofinding', EFFUSION_URL)
-    found = [(cls, folder, n) for cls in ('effusion', 'nofinding') for folder, n in _walk_files(_subfolders(at)[cls])]
+    ok = lambda f: {'effusion', 'nofinding'} <= set(list_folders(f))
+    below = ('CXR_data', 'cxr-dataset', 'cxr-dataset/CXR_data')
+    at = find_root(root, below, ok, 'folders effusion and nofinding', EFFUSION_URL)
+    found = [(label, *place) for label in ('effusion', 'nofinding')
+             for place in walk_images(list_folders(at)[label])]
     if not found: raise SourceError(f'{at} has no image in effusion/ or nofinding/; unpack {EFFUSION_URL} again.')
-    nih = [_NIH_NAME.fullmatch(n) for *_, n in found]
-    classes, folders, names = zip(*found)
-    t = new_table(dict(path=[os.path.join(f, n) for f, n in zip(folders, names)], image_id=_unique_ids(names), finding=canonical_findings(classes),
-                       modality='X-ray', licence=NIH_LICENCE, url=EFFUSION_URL, same_as=[f'nih:{n}' if k else np.nan for n, k in zip(names, nih)]),
-                  'effusion_folders')
-    t['patient'] = pd.Series([f'nih:{k[1]}' if k else np.nan for k in nih], dtype=object)     # the key of the set they come from, so that groups join
-    return _synthetic(t, root, at)
+    labels, folders, names = zip(*found)
+    patients = _nih_patients(names)
+    t = new_table(dict(
+        path=[os.path.join(f, n) for f, n in zip(folders, names)], image_id=unique_ids(names),
+        finding=published_findings(labels), modality='X-ray', licence=NIH_LICENCE, url=EFFUSION_URL,
+        same_as=[f'nih:{n}' if isinstance(p, str) else np.nan for n, p in zip(names, patients)]), 'effusion_folders')
+    t['patient'] = patients
+    return finish_table(t, root, at)
 
 # %% ../nbs/sources.ipynb #read-rsna
 RSNA_URL = 'https://www.kaggle.com/c/rsna-pneumonia-detection-challenge'
-_RSNA_CLASSES = {'normal': 'No Finding', 'lung opacity': 'Lung Opacity', 'no lung opacity / not normal': 'Other Abnormality'}
+_RSNA_CLASSES = {
+    'normal': 'No Finding', 'lung opacity': 'Lung Opacity', 'no lung opacity / not normal': 'Other Abnormality'}
 _RSNA_MAP = 'pneumonia-challenge-dataset-mappings_2018.json'
+_RSNA_LABELS = 'stage_2_train_labels.csv'
 
-def _one_per_image(rows, column, file):
+def _one_per_image(rows: pd.DataFrame, column: str, file: Path) -> pd.Series:
     "The one value that all rows of an image share; two values for one image are an error"
     each = rows.groupby('patientid', sort=False)[column].agg(['nunique', 'first'])
     bad = list(each.index[each['nunique'] > 1])
-    if bad: raise SourceError(f"{file}: {len(bad)} image{'s' * (len(bad) > 1)} with contradicting {column}, e.g. {bad[0]}; download the file again.")
+    if bad:
+        raise SourceError(f"{file}: {len(bad)} image{'s' * (len(bad) > 1)} with contradicting {column}, e.g. {bad[0]}; "
+                          "download the file again.")
     return each['first']
 
-def _rsna_labels(at):
+def _rsna_labels(at: Path) -> pd.DataFrame:
     "One row per image: target, boxes, class"
-    file = at / 'stage_2_train_labels.csv'
+    file, info = at / _RSNA_LABELS, at / 'stage_2_detailed_class_info.csv'
     m = read_metadata(file, ('patientid', 'target'))
+    m['target'] = whole_numbers(m['target'])
+    with telling_file(file): refuse_unknown(m['target'], ('0', '1'), 'Target', 'it is 0 or 1.')
     boxes = m['x'].notna().groupby(m['patientid'], sort=False).sum() if 'x' in m else np.nan
     t = pd.DataFrame(dict(target=_one_per_image(m, 'target', file), boxes=boxes))
-    info = at / 'stage_2_detailed_class_info.csv'
     if not info.is_file(): return t.assign(cls=[{'1': 'Lung Opacity'}.get(v, np.nan) for v in t['target']])
     t['cls'] = _one_per_image(read_metadata(info, ('patientid', 'class')), 'class', info).reindex(t.index)
     odd = t.index[(t['target'] == '1') != (t['cls'] == 'Lung Opacity')]
-    if len(odd): raise SourceError(f'{info} contradicts Target of {file.name} for {len(odd)} images, e.g. {odd[0]}; they are not of one release.')
+    if len(odd):
+        raise SourceError(f'{info} contradicts Target of {file.name} for {len(odd)} images, e.g. {odd[0]}; '
+                          'they are not of one release.')
     return t
 
-def _rsna_nih(at, ids):
+def _rsna_nih(at: Path, ids: Iterable[str]) -> list:
     "NIH image of every RSNA image, from RSNA's own mapping file where it is there"
-    if not (at / _RSNA_MAP).is_file(): return [np.nan] * len(ids)
-    names = {r['subset_img_id']: r['img_id'] for r in json.loads((at / _RSNA_MAP).read_text(encoding='utf-8'))}
+    file = at / _RSNA_MAP
+    if not file.is_file(): return [np.nan for _ in ids]
+    try: names = {r['subset_img_id']: r['img_id'] for r in json.loads(file.read_text(encoding='utf-8'))}
+    except (ValueError, KeyError, TypeError) as e:
+        raise SourceError(f'{file} is damaged ({e!r}); download it again.') from e
     return [names.get(i, np.nan) for i in ids]
 
-def read_rsna(root,                  # the folder with stage_2_train_labels.csv and stage_2_train_images/, or the one above it
-              headers: bool = False, # read view, age and sex from the DICOM headers (needs pydicom)
-              files: str = 'require' # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-             ) -> pd.DataFrame:      # one row per image
-    "The training part of the RSNA challenge, one row per image"
-    _check_files(files)
-    ok = lambda f: (f / 'stage_2_train_labels.csv').is_file()
-    at = _find_root(root, ('rsna-pneumonia-detection-challenge',), ok, 'stage_2_train_labels.csv', RSNA_URL)
-    m = _rsna_labels(at)
-    nih = _rsna_nih(at, m.index)
-    t = new_table(dict(image_id=list(m.index), finding=canonical_findings(m['cls'], also=_RSNA_CLASSES), modality='X-ray', url=RSNA_URL,
-                       finding_raw=list(m['cls']), target=_numbers(m['target']), boxes=list(m['boxes']),
-                       same_as=[f'nih:{n}' if isinstance(n, str) else np.nan for n in nih]), 'rsna')
-    known = [_NIH_NAME.fullmatch(n) if isinstance(n, str) else None for n in nih]
-    t['patient'] = pd.Series([f'nih:{k[1]}' if k else np.nan for k in known], dtype=object)
-    t = _place_files(t, [f'{i}.dcm' for i in m.index], [at / 'stage_2_train_images'] * len(m), files, at)
-    return _synthetic(_read_headers(t) if headers else t, root, at)
+# %% ../nbs/sources.ipynb #read-rsna-images
+_RSNA_TAGS = ['ViewPosition', 'PatientAge', 'PatientSex']
 
-def _read_headers(t):
+def _read_header(path: str, dcmread: Callable) -> dict[str, str]:
+    "View, age and sex of one DICOM file; one that is none is named"
+    try: ds = dcmread(path, stop_before_pixels=True, specific_tags=_RSNA_TAGS)
+    except Exception as e:              # pydicom raises errors of many kinds on a damaged file
+        raise SourceError(f'{path} has no DICOM header that can be read ({e}); download the file again.') from e
+    return {k: str(ds.get(k, '') or '') for k in _RSNA_TAGS}
+
+def _read_headers(t: pd.DataFrame) -> pd.DataFrame:
     "View, age and sex from the DICOM headers of the rows that have a file"
-    from pydicom import dcmread
-    tags = ['ViewPosition', 'PatientAge', 'PatientSex']
+    try: from pydicom import dcmread
+    except ImportError as e:
+        raise SourceError('headers=True needs pydicom: pip install pydicom, or leave headers=False.') from e
     there = t.index[t['excluded'].isna()]
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)            # RSNA writes ages as '51', which pydicom remarks on once per file
-        heads = [dcmread(p, stop_before_pixels=True, specific_tags=tags) for p in t['path'][there]]
-        said = [{k: str(ds.get(k, '') or '') for k in tags} for ds in heads]
-    h = pd.DataFrame(said, index=there, columns=tags, dtype=object).reindex(t.index)
+        warnings.simplefilter('ignore', UserWarning)     # RSNA writes ages as '51', which pydicom remarks on
+        said = [_read_header(p, dcmread) for p in t['path'][there]]
+    h = pd.DataFrame(said, index=there, columns=_RSNA_TAGS, dtype=object).reindex(t.index)
     age = stated(h['PatientAge'])
-    return t.assign(view=canonical_views(h['ViewPosition']), age_years=ages_in_years(age), sex=sexes(h['PatientSex']), age_raw=age)
+    view, sex = canonical_views(h['ViewPosition']), sexes(h['PatientSex'])
+    return t.assign(view=view, age_years=ages_in_years(age), sex=sex, age_raw=age)
+
+def read_rsna(
+    root: str | Path,         # the folder with stage_2_train_labels.csv and stage_2_train_images/, or the one above it
+    headers: bool = False,    # read view, age and sex from the DICOM headers (needs pydicom)
+    files: Files = 'require',
+) -> pd.DataFrame:            # one row per image
+    "The training split of the RSNA challenge, one row per image"
+    check_choice('files', files, Files, SourceError)
+    ok = lambda f: (f / _RSNA_LABELS).is_file()
+    at = find_root(root, ('rsna-pneumonia-detection-challenge',), ok, _RSNA_LABELS, RSNA_URL)
+    m = _rsna_labels(at)
+    nih = _rsna_nih(at, m.index)
+    t = new_table(dict(
+        image_id=list(m.index), finding=published_findings(m['cls'], _RSNA_CLASSES), modality='X-ray', url=RSNA_URL,
+        finding_raw=list(m['cls']), target=parse_numbers(m['target']), boxes=list(m['boxes']),
+        same_as=[f'nih:{n}' if isinstance(n, str) else np.nan for n in nih]), 'rsna')
+    t['patient'] = _nih_patients(nih)
+    t = place_files(t, [f'{i}.dcm' for i in m.index], [at / 'stage_2_train_images'] * len(m), files, at)
+    return finish_table(_read_headers(t) if headers else t, root, at)
 
 # %% ../nbs/sources.ipynb #read-figure1
 FIGURE1_URL = 'https://github.com/agchung/Figure1-COVID-chestxray-dataset'
-ACTUALMED_URL = 'https://github.com/agchung/Actualmed-COVID-chestxray-dataset'
-_AGCHUNG_NEEDED = ('patientid', 'finding', 'view', 'modality')
+_AGCHUNG_NEEDED = ('patientid', 'finding', 'view', 'modality', 'offset', 'sex', 'age')
 
-def _agchung(root, folder, url, needed, files):
+def _agchung(root: str | Path, url: str, needed: Iterable[str], files: Files) -> tuple[Path, pd.DataFrame]:
     "(folder, metadata) of either collection"
-    _check_files(files)
-    at = _find_root(root, (folder,), lambda f: (f / 'metadata.csv').is_file(), 'metadata.csv', url)
+    check_choice('files', files, Files, SourceError)
+    folder = url.rsplit('/', 1)[1]
+    at = find_root(root, (folder,), lambda f: (f / 'metadata.csv').is_file(), 'metadata.csv', url)
     return at, read_metadata(at / 'metadata.csv', needed)
 
-def _agchung_table(m, source, names, patients, more):
-    view = canonical_views(m['view'])
-    return new_table(dict(image_id=_unique_ids(names), patient=patients, finding=canonical_findings(m['finding']), view=view,
-                          modality=_modalities(m['modality'], view), age_years=ages_in_years(m['age']), sex=sexes(m['sex']),
-                          offset_days=_numbers(m['offset']), finding_raw=m['finding'], view_raw=m['view'], age_raw=m['age'], **more), source)
+def _agchung_table(m: pd.DataFrame, at: Path, source: str, names: Sequence, patients: Sequence, files: Files,
+                   **more: Any) -> pd.DataFrame:
+    with telling_file(at / 'metadata.csv'):
+        view = canonical_views(m['view'])
+        t = new_table(dict(
+            image_id=unique_ids(names), patient=identifiers(patients), finding=published_findings(m['finding']),
+            view=view,
+            modality=_modalities(m['modality'], view), age_years=ages_in_years(m['age']), sex=sexes(m['sex']),
+            offset_days=parse_numbers(m['offset']), finding_raw=m['finding'], view_raw=m['view'], age_raw=m['age'],
+            **more), source)
+    t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
+    return _note_unlisted(place_files(t, list(names), [at / 'images'] * len(m), files, at))
 
-def read_figure1(root,                   # the repository's folder, or the one above it
-                 files: str = 'require'  # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-                ) -> pd.DataFrame:       # one row per row of metadata.csv
+def read_figure1(
+    root: str | Path,         # the repository's folder, or the one above it
+    files: Files = 'require',
+) -> pd.DataFrame:            # one row per row of metadata.csv
     "The Figure 1 COVID-19 Chest X-ray Dataset Initiative"
-    at, m = _agchung(root, 'Figure1-COVID-chestxray-dataset', FIGURE1_URL, (*_AGCHUNG_NEEDED, 'offset', 'sex', 'age'), files)
+    at, m = _agchung(root, FIGURE1_URL, _AGCHUNG_NEEDED, files)
     names = list(m['patientid'])
     patients = [re.sub(r'(?<=\d)[a-z]$', '', n) if isinstance(n, str) else np.nan for n in names]
-    with _telling(at / 'metadata.csv'): t = _agchung_table(m, 'figure1', names, patients, dict(url=FIGURE1_URL))
-    t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
-    return _synthetic(_note_unlisted(_place_files(t, names, [at / 'images'] * len(m), files, at)), root, at)
+    return finish_table(_agchung_table(m, at, 'figure1', names, patients, files, url=FIGURE1_URL), root, at)
 
-def read_actualmed(root,                   # the repository's folder, or the one above it
-                   files: str = 'require'  # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-                  ) -> pd.DataFrame:       # one row per row of metadata.csv
+# %% ../nbs/sources.ipynb #read-actualmed
+ACTUALMED_URL = 'https://github.com/agchung/Actualmed-COVID-chestxray-dataset'
+
+def read_actualmed(
+    root: str | Path,         # the repository's folder, or the one above it
+    files: Files = 'require',
+) -> pd.DataFrame:            # one row per row of metadata.csv
     "The Actualmed COVID-19 Chest X-ray Dataset Initiative"
-    at, m = _agchung(root, 'Actualmed-COVID-chestxray-dataset', ACTUALMED_URL, (*_AGCHUNG_NEEDED, 'offset', 'sex', 'age', 'imagename'), files)
-    stamp = m['imagename'].str.extract(r'\.(20\d{6})\d{4,}\.')[0]
-    device = m['imagename'].str.replace(r'\.20\d{10,}\.', '.', regex=True).str.replace(r'\.\w+$', '', regex=True).where(stamp.notna())
-    more = dict(url=ACTUALMED_URL, device=device, date=stamp.str.replace(r'(....)(..)(..)', r'\1-\2-\3', regex=True))
-    with _telling(at / 'metadata.csv'): t = _agchung_table(m, 'actualmed', m['imagename'], stated(m['patientid']), more)
-    t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
-    return _synthetic(_note_unlisted(_place_files(t, list(m['imagename']), [at / 'images'] * len(m), files, at)), root, at)
+    at, m = _agchung(root, ACTUALMED_URL, (*_AGCHUNG_NEEDED, 'imagename'), files)
+    names = m['imagename']
+    stamp = names.str.extract(r'\.(20\d{6})\d{4,}\.')[0]
+    device = names.str.replace(r'\.20\d{10,}\.', '.', regex=True).str.replace(r'\.\w+$', '', regex=True)
+    date = stamp.str.replace(r'(....)(..)(..)', r'\1-\2-\3', regex=True)
+    t = _agchung_table(m, at, 'actualmed', names, m['patientid'], files, url=ACTUALMED_URL,
+                       device=device.where(stamp.notna()), date=date)
+    return finish_table(t, root, at)
 
 # %% ../nbs/sources.ipynb #coronahack-words
 CORONAHACK_URL = 'https://www.kaggle.com/praveengovi/coronahack-chest-xraydataset'
-_CORONA_NEEDED = ('x_ray_image_name', 'label', 'dataset_type', 'label_2_virus_category', 'label_1_virus_category')
+_CORONA_FILE = 'Chest_xray_Corona_Metadata.csv'
+_CORONA_LABELS = ('label', 'label_1_virus_category', 'label_2_virus_category')     # from vague to exact
 _CORONA_FORK = re.compile(r'COVID19_\d+\.\w+', re.I)
-_CORONA_CAUSES = {'virus': 'Pneumonia/Viral', 'bacteria': 'Pneumonia/Bacterial', 'stress-smoking': 'Pneumonia/Stress-Smoking'}
+_CORONA_CAUSES = {
+    'virus': 'Pneumonia/Viral', 'bacteria': 'Pneumonia/Bacterial', 'stress-smoking': 'Pneumonia/Stress-Smoking'}
 
-def _corona_findings(label, cause, agent):
-    "(finding, all findings, contradiction?) of one row, from canonical words; NaN where a column is blank"
+class _CoronaFinding(NamedTuple):
+    finding: Any           # NaN where none is stated, or where the columns contradict each other
+    findings: Any          # all of them, joined by '|'
+    contradicts: bool
+
+def _corona_finding(label: Any, cause: Any, agent: Any) -> _CoronaFinding:
+    "What one row says, from canonical words; NaN where a column is blank"
     sick = [f for f in (agent, cause) if isinstance(f, str)]
-    if label == 'No Finding' or not isinstance(label, str): return (label, label, False) if not sick else (np.nan, np.nan, True)
+    if label == 'No Finding' or not isinstance(label, str):
+        return _CoronaFinding(label, label, False) if not sick else _CoronaFinding(np.nan, np.nan, True)
     if len(sick) == 2 and agent.startswith(cause + '/'): sick = [agent]
-    if len(sick) == 2 and agent.startswith('Pneumonia/'): return np.nan, np.nan, True            # a virus under bacteria
+    if len(sick) == 2 and agent.startswith('Pneumonia/'):      # a virus under bacteria
+        return _CoronaFinding(np.nan, np.nan, True)
     found = sorted(sick or [label], key=lambda f: not f.startswith('Pneumonia'))
-    return found[0], '|'.join(found), False
+    return _CoronaFinding(found[0], '|'.join(found), False)
 
-def _corona_name(name, finding):
+def _name_agrees(name: object, finding: object) -> bool:
     "Does the file name say the same? Kaggle's names carry the kind"
-    key = kaggle_key(name) if isinstance(name, str) else None
-    return key is None or not isinstance(finding, str) or finding == KAGGLE_FINDINGS[key[0]] or (finding == 'Pneumonia' and key[0] != 'normal')
+    said = parse_kaggle_name(name) if isinstance(name, str) else None
+    if said is None or not isinstance(finding, str): return True
+    return finding == KAGGLE_FINDINGS[said.kind] or (finding == 'Pneumonia' and said.kind != 'normal')
 
 # %% ../nbs/sources.ipynb #coronahack-names
-def _corona_covid_patients(roots) -> dict:
-    "{file name: patient of the COVID set} when its metadata.csv stands in a root or beside its images; a name listed under two patients is left out"
+def _corona_covid_patients(roots: Iterable[str | Path]) -> dict[str, str]:
+    "{file name: patient of the COVID set} when its metadata.csv is there; a name listed under two patients is left out"
     files = {f for r in roots for f in (Path(r) / 'metadata.csv', Path(r).parent / 'metadata.csv') if f.is_file()}
-    out = {}
+    out: dict[str, str] = {}
     for f in sorted(files):
         m = read_metadata(f, aliases=_COVID_ALIASES)
         if {'patientid', 'filename'} <= set(m.columns):
+            m = m.assign(patientid=identifiers(m['patientid']).to_numpy())
             m = m.dropna(subset=['patientid', 'filename']).drop_duplicates(['patientid', 'filename'])
             out.update(m[~m['filename'].duplicated(keep=False)].set_index('filename')['patientid'])
     return out
 
-def _corona_origin(names, roots):
-    "(same_as, patient) of every row"
-    covid = _corona_covid_patients(roots)
-    same, who = [], []
-    for n in names:
-        key = kaggle_key(n) if isinstance(n, str) else None
-        mine = isinstance(n, str) and key is None and not _CORONA_FORK.fullmatch(n)
-        same.append(f'kaggle_pneumonia:{n}' if key else f'covid_chestxray:{n}' if mine else np.nan)
-        who.append(f'kaggle_pneumonia:{key[1]}' if key else f'covid_chestxray:{covid[n]}' if mine and n in covid else np.nan)
-    return same, who
+def _corona_origin(name: object, covid: Mapping[str, str]) -> tuple[str | float, str | float]:
+    "(same_as, patient) of one row"
+    if not isinstance(name, str): return np.nan, np.nan
+    if said := parse_kaggle_name(name): return f'kaggle_pneumonia:{name}', f'kaggle_pneumonia:{said.patient}'
+    if _CORONA_FORK.fullmatch(name): return np.nan, np.nan
+    return f'covid_chestxray:{name}', f'covid_chestxray:{covid[name]}' if name in covid else np.nan
 
-def _index_roots(roots) -> dict:
+def _index_roots(roots: Iterable[str | Path]) -> dict[str, str]:
     "{name: path} over several folders and all below them; the first root that has a name wins"
-    out = {}
+    out: dict[str, str] = {}
     for r in roots:
-        if not Path(r).is_dir(): raise SourceError(f'there is no folder {r}; name the folders that hold the images of CoronaHack.')
-        for folder, name in _walk_files(r): out.setdefault(name, os.path.join(folder, name))
+        if not Path(r).is_dir():
+            raise SourceError(f'there is no folder {r}; name the folders that hold the images of CoronaHack.')
+        for folder, name in walk_images(r): out.setdefault(name, os.path.join(folder, name))
     return out
 
 # %% ../nbs/sources.ipynb #read-coronahack
-def read_coronahack(csv,                    # Chest_xray_Corona_Metadata.csv, or the folder that holds it
-                    roots=None,             # folder or folders that hold the images, each searched with all below it; None: the folder of the csv
-                    files: str = 'require'  # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-                   ) -> pd.DataFrame:       # one row per row of the csv
-    "CoronaHack, with the collection that each film was taken from"
-    _check_files(files)
-    file = Path(csv) / 'Chest_xray_Corona_Metadata.csv' if Path(csv).is_dir() else Path(csv)
-    m = read_metadata(file, _CORONA_NEEDED)
-    roots = [file.parent] if roots is None else [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
+def _official_splits(words: pd.Series) -> pd.Series:
+    "A publisher's words for train, valid and test"
+    refuse_unknown(words, _SPLIT_FOLDERS, 'split', f"it is one of {', '.join(_SPLIT_FOLDERS)}.")
+    return words.str.lower().map(_SPLIT_FOLDERS)
+
+def _corona_table(m: pd.DataFrame, roots: Iterable[str | Path]) -> pd.DataFrame:
+    "The table without paths"
     names = list(m['x_ray_image_name'])
-    with _telling(file): words = [canonical_findings(stated(m[c]), also=_CORONA_CAUSES) for c in ('label', 'label_1_virus_category', 'label_2_virus_category')]
-    rows = [_corona_findings(*w) for w in zip(*words)]
-    odd = [bad or not _corona_name(n, f) for n, (f, _, bad) in zip(names, rows)]
-    same, who = _corona_origin(names, roots)
-    first, every = ([np.nan if o else r[k] for o, r in zip(odd, rows)] for k in (0, 1))
-    t = new_table(dict(image_id=_unique_ids(names), finding=first, modality='X-ray', url=CORONAHACK_URL,
-                       licence=['CC BY 4.0' if str(s).startswith('kaggle') else np.nan for s in same], same_as=same, findings=every,
-                       contradicts=odd, official_split=_official_parts(m['dataset_type']), label_raw=m['label'],
-                       label_1_raw=m['label_1_virus_category'], label_2_raw=m['label_2_virus_category']), 'coronahack')
-    t['patient'] = pd.Series(who, dtype=object)
-    return _synthetic(_place_corona(t, names, roots, files), file.parent, *roots)
+    words = [published_findings(stated(m[c]), _CORONA_CAUSES) for c in _CORONA_LABELS]
+    rows = [_corona_finding(*w) for w in zip(*words)]
+    odd = [row.contradicts or not _name_agrees(name, row.finding) for name, row in zip(names, rows)]
+    covid = _corona_covid_patients(roots)
+    same, patients = zip(*(_corona_origin(n, covid) for n in names)) if names else ((), ())
+    t = new_table(dict(
+        image_id=unique_ids(names), finding=[np.nan if o else r.finding for o, r in zip(odd, rows)],
+        modality='X-ray', url=CORONAHACK_URL, same_as=same,
+        licence=['CC BY 4.0' if str(s).startswith('kaggle') else np.nan for s in same],
+        findings=[np.nan if o else r.findings for o, r in zip(odd, rows)], contradicts=odd,
+        official_split=_official_splits(m['dataset_type']), label_raw=m['label'],
+        label_1_raw=m['label_1_virus_category'], label_2_raw=m['label_2_virus_category']), 'coronahack')
+    t['patient'] = pd.Series(patients, dtype=object)
+    return t
 
-def _official_parts(words):
-    _refuse_unknown(words, _PARTS, 'part', f"it is one of {', '.join(_PARTS)}.")
-    return words.str.lower().map(_PARTS)
-
-def _place_corona(t, names, roots, files):
+def read_coronahack(
+    csv: str | Path,     # Chest_xray_Corona_Metadata.csv, or its folder
+    roots: str | Path | Iterable[str | Path] | None = None,   # of the images, with all below; None: that of the csv
+    files: Files = 'require',
+) -> pd.DataFrame:       # one row per row of the csv
+    "CoronaHack, with the collection that each image was taken from"
+    check_choice('files', files, Files, SourceError)
+    file = Path(csv) / _CORONA_FILE if Path(csv).is_dir() else Path(csv)
+    m = read_metadata(file, ('x_ray_image_name', 'dataset_type', *_CORONA_LABELS))
+    if roots is None: roots = [file.parent]
+    roots = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
+    with telling_file(file): t = _corona_table(m, roots)
     index = _index_roots(roots) if files == 'require' else {}
-    hits = locate_files(names, index)
-    t['path'] = pd.Series([h or (os.path.join(str(roots[0]), n) if isinstance(n, str) else np.nan) for h, n in zip(hits, names)], dtype=object)
-    t = exclude(t, t['path'].isna(), NO_FILE_NAMED)
-    return t if files == 'ignore' else exclude(t, [h is None for h in hits], FILE_MISSING)
+    t = place_from_index(t, list(m['x_ray_image_name']), index, roots[0], files)
+    return finish_table(t, file.parent, *roots)
 
 # %% ../nbs/sources.ipynb #coronahack-overlap
-def _file_names(table):
+def _file_names(table: pd.DataFrame) -> pd.Series:
     "Lower-case file names of a table: the image_id without its source and '#2'"
     return table['image_id'].str.replace(r'^[^:]*:', '', regex=True).str.replace(r'#\d+$', '', regex=True).str.lower()
 
-def coronahack_overlap(table: pd.DataFrame, # of `read_coronahack`, or any other
-                       others               # a table, or a list of tables, of other sources
-                      ) -> pd.DataFrame:    # one row per other source: rows of `table` with a file name of it, in all and per official part
-    "How many films of one table also stand, by file name, in others"
+def coronahack_overlap(
+    table: pd.DataFrame,                               # of `read_coronahack`, or any other
+    others: pd.DataFrame | Iterable[pd.DataFrame],     # of other sources
+) -> pd.DataFrame:        # one row per other source: rows of `table` with a file name of it, in all and per split
+    "How many images of one table also stand, by file name, in others"
     others = [others] if isinstance(others, pd.DataFrame) else list(others)
     names, rows = _file_names(table), []
     for o in others:
         require_columns(o, ['image_id', 'source'], 'coronahack_overlap')
-        for source, part in o.groupby('source', sort=False):
-            hit = names.isin(set(_file_names(part)))
-            parts = table['official_split'][hit].value_counts() if 'official_split' in table else {}
-            rows.append(dict(other=source, rows_of_other=len(part), shared=int(hit.sum()),
-                             **{f'shared_{p}': int(parts.get(p, 0)) for p in ('train', 'valid', 'test')}))
+        for source, of_source in o.groupby('source', sort=False):
+            hit = names.isin(set(_file_names(of_source)))
+            splits = table['official_split'][hit].value_counts() if 'official_split' in table else {}
+            rows.append(dict(other=source, rows_of_other=len(of_source), shared=int(hit.sum()),
+                             **{f'shared_{s}': int(splits.get(s, 0)) for s in SPLITS}))
     return pd.DataFrame(rows)
 
 # %% ../nbs/sources.ipynb #read-radiography
 RADIOGRAPHY_URL = 'https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database'
 _RADIOGRAPHY = {'covid', 'covid-19', 'normal', 'lung_opacity', 'lung opacity', 'viral pneumonia', 'viral_pneumonia'}
 
-def _radiography_urls(at) -> dict:
-    "{file name without extension, upper case: page} out of the *.metadata.xlsx files"
-    out = {}
-    for f in sorted(Path(at).glob('*.metadata.xlsx')):
-        try: x = pd.read_excel(f, dtype=str, engine='openpyxl')
-        except ImportError as e: raise SourceError(f'urls=True reads {f.name} and needs openpyxl: pip install openpyxl, or leave urls=False.') from e
-        except (OSError, ValueError, zipfile.BadZipFile) as e:
-            raise SourceError(f'{f} is not a sheet that can be read ({e}); download it again, or leave urls=False.') from e
-        x.columns = [str(c).strip().lower() for c in x]
-        if {'file name', 'url'} <= set(x.columns): out.update({str(n).strip().upper(): u for n, u in zip(x['file name'], x['url'])})
+def _read_sheet(file: Path) -> pd.DataFrame:
+    "A *.metadata.xlsx as text, with small letters in its header"
+    try: sheet = pd.read_excel(file, dtype=str, engine='openpyxl')
+    except ImportError as e:
+        raise SourceError(f'urls=True reads {file.name} and needs openpyxl: pip install openpyxl, or leave urls=False.') from e
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        raise SourceError(f'{file} is not a sheet that can be read ({e}); download it again, or leave urls=False.') from e
+    return sheet.set_axis([str(c).strip().lower() for c in sheet], axis=1)
+
+def _radiography_urls(at: Path) -> dict[str, str]:
+    "{file name without extension, upper case: page}"
+    out: dict[str, str] = {}
+    for f in sorted(at.glob('*.metadata.xlsx')):
+        x = _read_sheet(f)
+        if {'file name', 'url'} <= set(x.columns):
+            out.update({str(n).strip().upper(): u for n, u in zip(x['file name'], x['url'])})
     return out
 
-def read_covid_radiography(root,              # the folder that holds COVID/, Normal/ ..., or the one above it
-                           urls: bool = False # fill `url` from the *.metadata.xlsx files
-                          ) -> pd.DataFrame:  # one row per image file
+def _radiography_files(classes: Mapping[str, Path]) -> Iterator[tuple[str, str, str]]:
+    "(class, path, name) of every image, sorted"
+    for c, f in classes.items():
+        folder = f / 'images' if (f / 'images').is_dir() else f
+        for name, path in sorted(list_files(folder).items()):
+            if name.lower().endswith(IMAGE_SUFFIXES): yield c, path, name
+
+# %% ../nbs/sources.ipynb #read-radiography-table
+def read_covid_radiography(
+    root: str | Path,    # the folder that holds COVID/, Normal/ ..., or the one above it
+    urls: bool = False,  # fill `url` from the *.metadata.xlsx files
+) -> pd.DataFrame:       # one row per image file
     "The COVID-19 Radiography Database, newer or older layout"
-    at = _find_root(root, ('COVID-19_Radiography_Dataset', 'COVID-19 Radiography Database'), lambda f: len(_RADIOGRAPHY & set(_subfolders(f))) > 1,
-                    'folders COVID, Normal, ...', RADIOGRAPHY_URL)
-    classes = {c: Path(f) for c, f in sorted(_subfolders(at).items()) if c in _RADIOGRAPHY}
-    found = [(c, p, n) for c, f in classes.items() for n, p in sorted(_list_files(f / 'images' if (f / 'images').is_dir() else f).items())
-             if n.lower().endswith(IMAGE_SUFFIXES)]
+    folders = ('COVID-19_Radiography_Dataset', 'COVID-19 Radiography Database')
+    ok = lambda f: len(_RADIOGRAPHY & set(list_folders(f))) > 1
+    at = find_root(root, folders, ok, 'folders COVID, Normal, ...', RADIOGRAPHY_URL)
+    classes = {c: Path(f) for c, f in sorted(list_folders(at).items()) if c in _RADIOGRAPHY}
+    found = list(_radiography_files(classes))
     if not found: raise SourceError(f'{at} has class folders without images; unpack {RADIOGRAPHY_URL} again.')
-    masks = {c: _list_files(f / 'masks') for c, f in classes.items()}
+    masks = {c: list_files(f / 'masks') for c, f in classes.items()}
     pages = _radiography_urls(at) if urls else {}
     words, paths, names = zip(*found)
-    t = new_table(dict(path=paths, image_id=_unique_ids(names), finding=canonical_findings([w.replace('_', ' ') for w in words]), modality='X-ray',
-                       url=[pages.get(os.path.splitext(n)[0].upper(), np.nan) for n in names],
-                       mask=[masks[w].get(n, np.nan) for w, n in zip(words, names)]), 'covid_radiography')
-    return _synthetic(t, root, at)
+    t = new_table(dict(
+        path=paths, image_id=unique_ids(names), finding=published_findings([w.replace('_', ' ') for w in words]),
+        modality='X-ray', url=[pages.get(os.path.splitext(n)[0].upper(), np.nan) for n in names],
+        mask=[masks[w].get(n, np.nan) for w, n in zip(words, names)]), 'covid_radiography')
+    return finish_table(t, root, at)
 
 # %% ../nbs/sources.ipynb #own-findings
-def _own_findings(words, findings):
-    "Findings of a person's own words; a translation into something that is not canonical is an error as well"
-    findings = findings or {}
-    also = {k: canonical_finding(v) for k, v in findings.items() if v is not None}
-    words = pd.Series(words, dtype=object).reset_index(drop=True)
-    words[words.isin([k for k, v in findings.items() if v is None])] = np.nan
-    try: return canonical_findings(words, also=also)
-    except VocabularyError as e: raise VocabularyError(str(e).replace('pass also=', 'pass findings=')) from None
+_TRANSLATE = ("correct the file, or pass findings={'word': 'canonical finding'}, in a recipe as options.findings of the "
+              "source (see covid_cxr.core.FINDINGS)")
 
-# %% ../nbs/sources.ipynb #read-folder
-def _folder_parts(root, found):
-    "(official part, class folder, path below the root) of every image"
+def _own_findings(words: Iterable, findings: Mapping[str, str | None] | None) -> pd.Series:
+    "Findings of a person's own words; a translation into something that is not canonical is an error as well"
+    if not isinstance(findings or {}, Mapping): raise SourceError(f"findings={findings!r} must name your words: {{'word': 'finding'}}.")
+    given = dict(findings or {})
+    known = dict(zip(whole_numbers(list(given)), given.values()))          # a code 1 may stand as 1.0 in a table
+    column = whole_numbers(words)
+    column[column.isin([k for k, v in known.items() if not v])] = np.nan
+    return canonical_findings(column, {k: v for k, v in known.items() if v}, _TRANSLATE)
+
+def _search_all(pattern: str, names: Sequence[str], where: Path) -> list[str]:
+    "First group of a pattern in every name; a name without it is an error"
+    try: search = re.compile(pattern)
+    except (re.error, TypeError) as e: raise SourceError(f'the patient pattern {pattern!r} is no regular expression: {e}.') from e
+    if not search.groups: raise SourceError(f"the patient pattern {pattern!r} has no group; put what names the patient into brackets: '(p\\d+)_'.")
+    hits = {n: search.search(n) for n in names}
+    bad = [n for n, h in hits.items() if h is None or h[1] is None]
+    if bad:
+        raise SourceError(f"the patient pattern {pattern!r} is not in {len(bad)} of {len(names)} paths below {where}, "
+                          f"e.g. {bad[0]}; correct the pattern.")
+    return [h[1] for h in hits.values() if h is not None]
+
+def _pattern_groups(pattern: str | None, names: Sequence[str], where: Path) -> pd.Series | list:
+    "The patient in every name, or NaN where no pattern is given"
+    return [np.nan] * len(names) if pattern is None else identifiers(_search_all(pattern, names, where))
+
+# %% ../nbs/sources.ipynb #folder-images
+class _FolderImage(NamedTuple):
+    split: Any    # of a folder train/, val/ or test/; NaN without
+    label: Any    # class folder; NaN for an image that lies in none
+    name: str     # path below the root
+
+def _folder_images(root: Path, found: Iterable[tuple[str, str]]) -> Iterator[_FolderImage]:
+    "What the folders of every image say"
     for folder, name in found:
         below = Path(folder).relative_to(root).parts
-        part = _PARTS.get(below[0].lower()) if below else None
-        below = below[1:] if part else below
-        yield part or np.nan, below[0] if below else np.nan, Path(folder, name).relative_to(root).as_posix()
+        split = _SPLIT_FOLDERS.get(below[0].lower()) if below else None
+        below = below[1:] if split else below
+        place = Path(folder, name).relative_to(root).as_posix()
+        yield _FolderImage(split or np.nan, below[0] if below else np.nan, place)
 
-def _pattern_groups(pattern, names, where):
-    "First group of a pattern in every name; a name without it is an error"
-    if pattern is None: return [np.nan] * len(names)
-    hits = [re.search(pattern, n) for n in names]
-    bad = [n for n, h in zip(names, hits) if h is None]
-    if bad:
-        raise SourceError(f"the patient pattern {pattern!r} is not in {len(bad)} of {len(names)} paths below {where}, e.g. {bad[0]}; "
-                          'correct the pattern.')
-    return [h.group(1) for h in hits]
-
-def read_folder(root,                    # a folder with one folder per class, or with train/, val/, test/ above them
-                findings: dict = None,   # {folder name: canonical finding, None where it states none}; needed for names the library does not know
-                patient: str = None,     # regular expression on the path below the root, first group = patient, e.g. r'(p\d+)_'; None: not known
-                view=None,               # one view for all; None: not recorded
-                licence=None,            # one licence for all
-                source: str = 'folder'   # name of your collection in the table
-               ) -> pd.DataFrame:        # one row per image, in the order of the paths
+# %% ../nbs/sources.ipynb #read-folder
+def read_folder(
+    root: str | Path,                                   # one folder per class, or with train/, val/, test/ above them
+    findings: Mapping[str, str | None] | None = None,   # {folder name: canonical finding, None where it states none}
+    patient: str | None = None,   # pattern on the path below the root, its first group is the patient: r'(p\d+)_'
+    view: str | None = None,      # one view for all; None: not recorded
+    licence: str | None = None,   # one licence for all
+    source: str = 'folder',       # name of your collection in the table
+) -> pd.DataFrame:                # one row per image, in the order of the paths
     "A folder per class, with its folder names as findings"
-    if not Path(root).is_dir(): raise SourceError(f'there is no folder {root}; pass the folder that holds one folder per class.')
-    found = _walk_files(root)
-    if not found: raise SourceError(f'{root} holds no image ({", ".join(IMAGE_SUFFIXES)}); pass the folder that holds one folder per class.')
-    parts, classes, names = zip(*_folder_parts(root, found))
-    t = new_table(dict(path=[os.path.join(f, n) for f, n in found], image_id=list(names), patient=_pattern_groups(patient, names, root),
-                       finding=_own_findings(classes, findings),
-                       view=canonical_views([view] * len(names)), modality='X-ray', licence=licence, finding_raw=classes, official_split=parts), source)
-    return _synthetic(t, root)
+    root, pass_it = Path(os.path.abspath(root)), 'give the folder that holds one folder per class.'
+    if not root.is_dir(): raise SourceError(f'there is no folder {root}; {pass_it}')
+    found = walk_images(root)
+    if not found: raise SourceError(f'{root} holds no image ({", ".join(IMAGE_SUFFIXES)}); {pass_it}')
+    splits, classes, names = zip(*_folder_images(root, found))
+    t = new_table(dict(
+        path=[os.path.join(f, n) for f, n in found], image_id=list(names),
+        patient=_pattern_groups(patient, names, root), finding=_own_findings(classes, findings),
+        view=canonical_views([view] * len(names)), modality='X-ray', licence=licence,
+        finding_raw=classes, official_split=splits), source)
+    return finish_table(t, root)
 
 # %% ../nbs/sources.ipynb #read-csv
-_CSV_COLUMNS = ('path', 'patient', 'finding', 'view', 'modality', 'age_years', 'sex', 'offset_days', 'licence', 'url', 'official_split')
+_CSV_COLUMNS = ('path', 'patient', 'finding', 'view', 'modality', 'age_years', 'sex', 'offset_days', 'licence', 'url',
+                'official_split')
 
-def _check_csv_args(columns, constants, keep):
+def _check_csv_args(columns: Mapping[str, str], constants: Mapping[str, Any], keep: Iterable[str]) -> None:
+    "Refuse names that the table does not know, and a column of two origins"
     for given, what in ((columns, 'columns'), (constants, 'constants')):
-        for k in given:
-            if k not in _CSV_COLUMNS: raise SourceError(f"{what} names '{k}'{nearest(k, _CSV_COLUMNS) or ':'} it can name: {', '.join(_CSV_COLUMNS)}.")
+        if not isinstance(given, Mapping): raise SourceError(f"{what}={given!r} must name columns: {{'patient': 'Pat-Nr'}}.")
+    for given, what in ((columns, 'columns'), (constants, 'constants')):
+        odd = next((k for k in given if k not in _CSV_COLUMNS), None)
+        if odd is not None:
+            raise SourceError(f"{what} names '{odd}'{nearest(odd, _CSV_COLUMNS) or ':'} "
+                              f"it can name: {', '.join(_CSV_COLUMNS)}.")
     if 'path' not in columns:
-        raise SourceError("columns must name the column of the image files, e.g. columns={'path': 'filename', 'finding': 'diagnosis'}.")
+        raise SourceError("columns must name the column of the image files, e.g. {'path': 'filename', 'finding': 'diagnosis'}; "
+                          "in a recipe columns stands in the source's options.")
     own = [k for k in keep if k in COLUMNS]
     if own: raise SourceError(f"keep names {', '.join(own)}, which the table has a meaning for; name it in columns instead.")
     both = set(columns) & set(constants)
     if both: raise SourceError(f"{', '.join(sorted(both))} stands in columns and in constants; a column has one origin.")
 
-def _refuse_unread(words, numbers, what):
+def _own_numbers(words: pd.Series, read: Callable[[pd.Series], np.ndarray], what: str) -> np.ndarray:
     "A public file keeps its odd words in a raw column; in your own table an odd word is a mistake to correct"
-    words = stated(words)
+    numbers, words = read(words), stated(words)
     bad = words[words.notna() & np.isnan(numbers)].value_counts()
     if len(bad):
-        raise SourceError(f'{what} cannot be read as numbers: ' + ', '.join(f"'{w}' ({n})" for w, n in bad.items())
-                          + '; write a number or leave it blank.')
+        listed = ', '.join(f"'{w}' ({n})" for w, n in bad.items())
+        raise SourceError(f'{what} cannot be read as numbers: {listed}; write a number or leave it blank.')
+    return numbers
 
-def read_csv(csv,                     # your table (.csv or .csv.gz)
-             root,                    # folder that its file names start from
-             columns: dict,           # {column of the contract: column of your table}; 'path' is needed
-             findings: dict = None,   # {your word: canonical finding}
-             constants: dict = None,  # {column of the contract: one value for all rows}
-             keep=(),                 # further columns of your table to carry along
-             source: str = 'csv',     # name of your collection in the table
-             files: str = 'require'   # 'require': a row whose file is not on disk is excluded; 'ignore': table-only work
-            ) -> pd.DataFrame:        # one row per row of your table
+# %% ../nbs/sources.ipynb #read-csv-table
+def _csv_table(m: pd.DataFrame, columns: Mapping[str, str], constants: Mapping[str, Any],
+               findings: Mapping[str, str | None] | None, keep: Sequence[str], source: str) -> pd.DataFrame:
+    "The columns of the table out of those of a person's own"
+    given = lambda c: _column(m, tidy_name(columns[c])) if c in columns else _column(m, '', constants.get(c, np.nan))
+    own = {c: given(c) for c in _CSV_COLUMNS}
+    view = canonical_views(own['view'])
+    age = _own_numbers(own['age_years'], ages_in_years, 'age_years')
+    days = _own_numbers(own['offset_days'], parse_numbers, 'offset_days')
+    return new_table(dict(
+        image_id=unique_ids(own['path']), patient=identifiers(own['patient']),
+        finding=_own_findings(own['finding'], findings), view=view, modality=_modalities(own['modality'], view),
+        age_years=age, sex=sexes(own['sex']), offset_days=days,
+        licence=stated(own['licence']), url=stated(own['url']), finding_raw=own['finding'],
+        official_split=_official_splits(own['official_split']), **{k: m[tidy_name(k)] for k in keep}), source)
+
+def read_csv(
+    csv: str | Path,              # your table (.csv or .csv.gz)
+    root: str | Path,             # folder that its file names start from
+    columns: Mapping[str, str] | None = None,   # {column of the contract: column of your table}, 'path' is needed;
+                                  # None: columns of your table that bear a name of the contract
+    findings: Mapping[str, str | None] | None = None,   # {your word: canonical finding}
+    constants: Mapping[str, Any] | None = None,         # {column of the contract: one value for all rows}
+    keep: Iterable[str] = (),     # further columns of your table to carry along
+    source: str = 'csv',          # name of your collection in the table
+    files: Files = 'require',
+) -> pd.DataFrame:                # one row per row of your table
     "Any table of your own"
-    constants = constants or {}
-    _check_files(files); _check_csv_args(columns, constants, keep)
-    low = lambda c: re.sub(r'\s+', ' ', c).strip().lower()
-    m = read_metadata(_resolve(csv, root), [low(c) for c in (*columns.values(), *keep)])
-    get = lambda c: m[low(columns[c])] if c in columns else pd.Series(constants.get(c, np.nan), index=m.index, dtype=object)
-    names, view = list(get('path')), canonical_views(get('view'))
-    age, days = ages_in_years(get('age_years')), _numbers(get('offset_days'))
-    for c, got in (('age_years', age), ('offset_days', days)): _refuse_unread(get(c), got, c)
-    t = new_table(dict(image_id=_unique_ids(names), patient=stated(get('patient')), finding=_own_findings(get('finding'), findings), view=view,
-                       modality=_modalities(get('modality'), view), age_years=age, sex=sexes(get('sex')), offset_days=days,
-                       licence=stated(get('licence')), url=stated(get('url')), finding_raw=get('finding'),
-                       official_split=_official_parts(get('official_split')), **{k: m[low(k)] for k in keep}), source)
+    constants, keep = constants or {}, [keep] if isinstance(keep, str) else list(keep)
+    check_choice('files', files, Files, SourceError)
+    root, file = os.path.abspath(root), resolve_file(csv, root)
+    if columns is None: columns = {c: c for c in _CSV_COLUMNS if c in read_metadata(file)}
+    _check_csv_args(columns, constants, keep)
+    m = read_metadata(file, [tidy_name(c) for c in (*columns.values(), *keep)])
+    with telling_file(file): t = _csv_table(m, columns, constants, findings, keep, source)
     t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
-    return _synthetic(_place_files(t, names, [root] * len(m), files), root)
+    return finish_table(place_files(t, list(m[tidy_name(columns['path'])]), [root] * len(m), files), root)
 
 # %% ../nbs/sources.ipynb #source-class
 @dataclass(frozen=True)
@@ -772,132 +727,191 @@ class Fault:
 @dataclass(frozen=True)
 class Source:
     "What the library knows about one collection"
-    name: str               # name of the reader in recipes, and of `source` in the table
-    title: str              # name of the collection for people
-    reader: Callable        # reader(root, **options) -> table
-    url: str = ''           # where it is published
-    licence: str = ''       # licence of the whole, in words; rows carry their own
-    citation: str = ''      # what to cite
-    faults: tuple = ()      # of `Fault`
-    records_view: bool = False     # does it record the projection?
-    records_patient: bool = False  # does it tell patients apart?
-    records_age: bool = False      # does it record age and sex?
+    name: str              # name of the reader in recipes, and of `source` in the table
+    title: str             # name of the collection for people
+    reader: Callable[..., pd.DataFrame]   # reader(root, **options) -> table
+    url: str = ''          # where it is published
+    licence: str = ''      # licence of the whole, in words; rows carry their own
+    citation: str = ''     # what to cite
+    faults: tuple[Fault, ...] = ()
+    records_view: bool = False      # does it record the projection?
+    records_patient: bool = False   # does it tell patients apart?
+    records_age: bool = False       # does it record age and sex?
 
-SOURCES: dict = {}   # name -> Source
+SOURCES: dict[str, Source] = {}   # name -> Source
 
 def register_source(source: Source, replace: bool = False) -> None:
     "Make a source known to recipes and to the command line; a name is given once"
     if not callable(source.reader):
-        raise SourceError(f"the reader of source '{source.name}' is not a function; it takes (root, **options) and returns core.new_table(...).")
+        raise SourceError(f"the reader of source '{source.name}' is not a function; "
+                          "it takes (root, **options) and returns core.new_table(...).")
     if source.name in SOURCES and not replace:
         raise SourceError(f"there is a source '{source.name}' already; choose another name, or pass replace=True.")
     SOURCES[source.name] = source
 
-def read_source(name: str, # name of a source in `SOURCES`
-                root,      # its folder
-                /, **options # options of its reader
-               ) -> pd.DataFrame:
-    "Read a source by its name"
-    if name not in SOURCES: raise SourceError(f"unknown source '{name}'{nearest(name, SOURCES) or ':'} known sources are {', '.join(SOURCES)}.")
-    reader = SOURCES[name].reader
+# %% ../nbs/sources.ipynb #reader-options
+def reader_options(
+    name: str,              # of a source in `SOURCES`
+) -> tuple[str, ...]:       # what its reader can be told beside the folder
+    "The options of a source"
+    parameters = list(inspect.signature(SOURCES[name].reader).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind != p.VAR_KEYWORD)
+
+def _check_options(name: str, reader: Callable, root: str | Path, options: dict[str, Any]) -> None:
+    "Refuse an option that the reader does not have, naming those that it has"
     try: inspect.signature(reader).bind(root, **options)
     except TypeError as e:
-        known = [p.name for p in list(inspect.signature(reader).parameters.values())[1:] if p.kind != p.VAR_KEYWORD]
+        known = reader_options(name)
         odd = next((o for o in options if o not in known), None)
         what = f"has no option '{odd}'{nearest(odd, known) or ''}" if odd else f'cannot be read like this: {e}'
         raise SourceError(f"source '{name}' {what} (its options: {', '.join(known) or 'none'})") from None
-    return reader(root, **options)
+
+# %% ../nbs/sources.ipynb #read-source
+def read_source(
+    name: str,          # name of a source in `SOURCES`
+    root: str | Path,   # its folder
+    /,
+    **options: Any,     # options of its reader
+) -> pd.DataFrame:
+    "Read a source by its name"
+    if name not in SOURCES:
+        raise SourceError(f"unknown source '{name}'{nearest(name, SOURCES) or ':'} known sources are {', '.join(SOURCES)}.")
+    _check_options(name, SOURCES[name].reader, root, options)
+    return finish_table(SOURCES[name].reader(root, **options))
 
 def list_sources() -> pd.DataFrame:
     "The registry as a table, one row per source"
-    return pd.DataFrame([dict(name=s.name, title=s.title, records_view=s.records_view, records_patient=s.records_patient, records_age=s.records_age,
-                              faults=len(s.faults), licence=s.licence, url=s.url) for s in SOURCES.values()])
+    return pd.DataFrame([dict(
+        name=s.name, title=s.title, records_view=s.records_view, records_patient=s.records_patient,
+        records_age=s.records_age, faults=len(s.faults), licence=s.licence, url=s.url) for s in SOURCES.values()])
 
 # %% ../nbs/sources.ipynb #sources-covid
 _DEGRAVE = 'DeGrave, Janizek, Lee 2021, https://doi.org/10.1038/s42256-021-00338-7'
 _ROBERTS = 'Roberts et al. 2021, https://doi.org/10.1038/s42256-021-00307-0'
+_METADATA_0622 = 'measured, metadata.csv of 2020-06-22'
 
-register_source(Source('covid_chestxray', 'ieee8023/covid-chestxray-dataset', read_covid_chestxray, COVID_CHESTXRAY_URL,
-    'per image, missing for many; metadata and scripts CC BY-NC-SA 4.0', 'Cohen, Morrison, Dao 2020, https://arxiv.org/abs/2003.11597',
-    (Fault('figures from papers and case sites, so that the origin of a film goes along with its finding', _DEGRAVE),
-     Fault('the same patient stands under several ids, and five file names are listed under two ids', 'measured, metadata.csv of 2020-06-22'),
-     Fault('rows with the finding todo are not negatives', 'measured, metadata.csv of 2020-06-22'),
-     Fault('rows without an image and images without a row', f'{COVID_CHESTXRAY_URL}/issues/33, {COVID_CHESTXRAY_URL}/issues/178'),
-     Fault('lateral films labelled PA', f'{COVID_CHESTXRAY_URL}/issues/109'),
-     Fault('CT slices and CT volumes among the rows', 'measured, column modality')),
+register_source(Source(
+    'covid_chestxray', 'ieee8023/covid-chestxray-dataset', read_covid_chestxray, COVID_CHESTXRAY_URL,
+    licence='per image, missing for many; metadata and scripts CC BY-NC-SA 4.0',
+    citation='Cohen, Morrison, Dao 2020, https://arxiv.org/abs/2003.11597',
+    faults=(
+        Fault('figures from papers and case sites, so that the origin of an image goes along with its finding', _DEGRAVE),
+        Fault('the same patient stands under several ids, and five file names are listed under two ids', _METADATA_0622),
+        Fault('rows with the finding todo are not negatives', _METADATA_0622),
+        Fault('rows without an image and images without a row',
+              f'{COVID_CHESTXRAY_URL}/issues/33, {COVID_CHESTXRAY_URL}/issues/178'),
+        Fault('lateral images labelled PA', f'{COVID_CHESTXRAY_URL}/issues/109'),
+        Fault('CT slices and CT volumes among the rows', 'measured, column modality')),
     records_view=True, records_patient=True, records_age=True))
 
-register_source(Source('kaggle_pneumonia', 'Kaggle chest-xray-pneumonia (paediatric)', read_kaggle_pneumonia, KAGGLE_PNEUMONIA_URL,
-    'CC BY 4.0', 'Kermany et al. 2018, https://doi.org/10.1016/j.cell.2018.02.010, data https://doi.org/10.17632/rscbjbr9sj.2',
-    (Fault('children aged one to five: joined with adults, a model learns age', f'{_ROBERTS}; {COVID_CHESTXRAY_URL}/issues/171'),
-     Fault('bacteria and virus are numbered independently: the bare person number joins different children', 'measured, file names'),
-     Fault('exact copies of films, some inside the test part', 'measured, pixels'),
-     Fault('the official validation part has 16 films', 'measured, folders')),
+register_source(Source(
+    'kaggle_pneumonia', 'Kaggle chest-xray-pneumonia (paediatric)', read_kaggle_pneumonia, KAGGLE_PNEUMONIA_URL,
+    licence='CC BY 4.0',
+    citation='Kermany et al. 2018, https://doi.org/10.1016/j.cell.2018.02.010, data https://doi.org/10.17632/rscbjbr9sj.2',
+    faults=(
+        Fault('children aged one to five: joined with adults, a model learns age', f'{_ROBERTS}; {COVID_CHESTXRAY_URL}/issues/171'),
+        Fault('bacteria and virus are numbered independently: the bare person number joins different children',
+              'measured, file names'),
+        Fault('exact copies of images, some inside the test split', 'measured, pixels'),
+        Fault('the official validation split has 16 images', 'measured, folders')),
     records_patient=True))
 
 # %% ../nbs/sources.ipynb #sources-roots
-_CORONA_NEIGHBOURS = ('chest-xray-pneumonia', 'covid-chestxray-dataset')     # where its films are when the collections stand side by side
+# where its images are when the collections stand side by side
+_CORONA_NEIGHBOURS = ('chest-xray-pneumonia', 'covid-chestxray-dataset')
 
-def _coronahack_below(root, csv=None, roots=None, **options):
-    "CoronaHack with its csv and its image folders given relative to one folder; in a folder of collections its films are also looked for in those that it repeats"
+def _coronahack_below(root: str | Path, csv: str | Path | None = None, roots: Any = None,
+                      **options: Any) -> pd.DataFrame:
+    "CoronaHack with its csv and image folders given relative to one folder, which may also hold the collections it repeats"
     root = Path(root)
     if csv is None and roots is None:
-        at = _find_root(root, ('coronahack', 'coronahack-chest-xraydataset'), lambda f: (f / 'Chest_xray_Corona_Metadata.csv').is_file(), 'Chest_xray_Corona_Metadata.csv', CORONAHACK_URL)
+        at = find_root(root, ('coronahack', 'coronahack-chest-xraydataset'), lambda f: (f / _CORONA_FILE).is_file(),
+                        _CORONA_FILE, CORONAHACK_URL)
         near = [root / n for n in _CORONA_NEIGHBOURS if at != root and (root / n).is_dir()]
         return read_coronahack(at, [at, *near], **options)
     roots = [roots] if isinstance(roots, (str, os.PathLike)) else roots
-    found = None if roots is None else [_resolve(r, root) for r in roots]
-    return read_coronahack(root if csv is None else _resolve(csv, root), found if found or csv is None else [root], **options)
+    found = None if roots is None else [resolve_file(r, root) for r in roots]
+    if not found and csv is not None: found = [root]
+    return read_coronahack(root if csv is None else resolve_file(csv, root), found, **options)
 
-def _csv_below(root, csv, columns, **options):
-    "A table of a person's own, with its csv given relative to the folder of the images"
-    return read_csv(csv, root, columns, **options)
+def _csv_below(root: str | Path, csv: str | Path = '', columns: Mapping[str, str] | None = None,
+               metadata: str | Path = '', findings: Mapping[str, str | None] | None = None,
+               constants: Mapping[str, Any] | None = None, keep: Iterable[str] = (), source: str = 'csv',
+               files: Files = 'require') -> pd.DataFrame:
+    "A table of a person's own, given relative to the folder of the images or as a recipe's `metadata`"
+    if not (csv or metadata): raise SourceError("source 'csv' needs your table; name it with metadata in a recipe, with csv in Python.")
+    return read_csv(csv or metadata, root, columns, findings, constants, keep, source, files)
 
 # %% ../nbs/sources.ipynb #sources-nih
-register_source(Source('nih', 'NIH ChestX-ray14', read_nih, NIH_URL, NIH_LICENCE, 'Wang et al. 2017, https://doi.org/10.1109/CVPR.2017.369',
-    (Fault('labels are mined from reports by a program, and films disagree with them',
-           'Oakden-Rayner 2020, https://doi.org/10.1016/j.acra.2019.10.006'),
-     Fault('AP films are half of Effusion and a third of No Finding: the view is a shortcut', 'measured, Data_Entry_2017_v2020.csv'),
-     Fault('an image may carry several labels', 'measured, Data_Entry_2017_v2020.csv')),
+_WANG = 'Wang et al. 2017, https://doi.org/10.1109/CVPR.2017.369'
+_NIH_MEASURED = 'measured, Data_Entry_2017_v2020.csv'
+
+register_source(Source(
+    'nih', 'NIH ChestX-ray14', read_nih, NIH_URL, licence=NIH_LICENCE, citation=_WANG,
+    faults=(
+        Fault('labels are mined from reports by a program, and images disagree with them',
+              'Oakden-Rayner 2020, https://doi.org/10.1016/j.acra.2019.10.006'),
+        Fault('AP images are half of Effusion and a third of No Finding: the view is a shortcut', _NIH_MEASURED),
+        Fault('an image may carry several labels', _NIH_MEASURED)),
     records_view=True, records_patient=True, records_age=True))
 
-register_source(Source('coronahack', 'CoronaHack', _coronahack_below,
-    CORONAHACK_URL, 'that of the collections it was put together from', 'https://www.kaggle.com/praveengovi/coronahack-chest-xraydataset',
-    (Fault('it is Kaggle chest-xray-pneumonia plus films of the COVID set: never pool it with either', 'measured, file names'),
-     Fault('the published TEST part has no COVID film', 'Chest_xray_Corona_Metadata.csv of 5,910 rows'),
-     Fault('forks with further films of unknown origin circulate', 'measured, fork with 6,197 rows')),
+register_source(Source(
+    'coronahack', 'CoronaHack', _coronahack_below, CORONAHACK_URL,
+    licence='that of the collections it was put together from',
+    citation='https://www.kaggle.com/praveengovi/coronahack-chest-xraydataset',
+    faults=(
+        Fault('it is Kaggle chest-xray-pneumonia plus images of the COVID set: never pool it with either',
+              'measured, file names'),
+        Fault('the published TEST split has no COVID image', f'{_CORONA_FILE} of 5,910 rows'),
+        Fault('forks with further images of unknown origin circulate', 'measured, fork with 6,197 rows')),
     records_patient=True))
 
-register_source(Source('figure1', 'Figure 1 COVID-19 Chest X-ray Dataset Initiative', read_figure1, FIGURE1_URL, 'none given', FIGURE1_URL,
-    (Fault('no licence', f'{FIGURE1_URL}/issues/3'), Fault('a blank finding is not No finding', f'{FIGURE1_URL}/issues/2'),
-     Fault('photographs of monitors', 'metadata.csv, column artifacts/distortion'),
-     Fault('almost only positives: it can show sensitivity, never an AUC', 'metadata.csv, column finding')),
+register_source(Source(
+    'figure1', 'Figure 1 COVID-19 Chest X-ray Dataset Initiative', read_figure1, FIGURE1_URL,
+    licence='none given', citation=FIGURE1_URL,
+    faults=(
+        Fault('no licence', f'{FIGURE1_URL}/issues/3'),
+        Fault('a blank finding is not No finding', f'{FIGURE1_URL}/issues/2'),
+        Fault('photographs of monitors', 'metadata.csv, column artifacts/distortion'),
+        Fault('almost only positives: it can show sensitivity, never an AUC', 'metadata.csv, column finding')),
     records_view=True, records_patient=True, records_age=True))
 
-register_source(Source('actualmed', 'Actualmed COVID-19 Chest X-ray Dataset Initiative', read_actualmed, ACTUALMED_URL, 'none given', ACTUALMED_URL,
-    (Fault('labels are doubted', 'https://github.com/armiro/COVID-CXNet/issues/5'),
-     Fault('blank findings are inconclusive cases', 'metadata.csv, column notes'),
-     Fault('view and device go along with the finding', 'metadata.csv, columns view and imagename')),
+register_source(Source(
+    'actualmed', 'Actualmed COVID-19 Chest X-ray Dataset Initiative', read_actualmed, ACTUALMED_URL,
+    licence='none given', citation=ACTUALMED_URL,
+    faults=(
+        Fault('labels are doubted', 'https://github.com/armiro/COVID-CXNet/issues/5'),
+        Fault('blank findings are inconclusive cases', 'metadata.csv, column notes'),
+        Fault('view and device go along with the finding', 'metadata.csv, columns view and imagename')),
     records_view=True, records_patient=True))
 
 # %% ../nbs/sources.ipynb #sources-more
-register_source(Source('rsna', 'RSNA Pneumonia Detection Challenge', read_rsna, RSNA_URL, 'terms of the challenge, see its page',
-    'Shih et al. 2019, https://doi.org/10.1148/ryai.2019180041',
-    (Fault('its films are NIH ChestX-ray14 films: no external test for a model that saw NIH', 'Shih et al. 2019, https://doi.org/10.1148/ryai.2019180041'),
-     Fault('one row per box, so rows are not films', 'https://github.com/lindawangg/COVID-Net/issues/25'),
-     Fault('patientId is one per image: films of one patient cannot be told by it', 'stage_2_train_labels.csv')),
+_SHIH = 'Shih et al. 2019, https://doi.org/10.1148/ryai.2019180041'
+
+register_source(Source(
+    'rsna', 'RSNA Pneumonia Detection Challenge', read_rsna, RSNA_URL,
+    licence='terms of the challenge, see its page', citation=_SHIH,
+    faults=(
+        Fault('its images are NIH ChestX-ray14 images: no external test for a model that saw NIH', _SHIH),
+        Fault('one row per box, so rows are not images', 'https://github.com/lindawangg/COVID-Net/issues/25'),
+        Fault('patientId is one per image: images of one patient cannot be told by it', 'stage_2_train_labels.csv')),
     records_view=True, records_age=True))
 
-register_source(Source('covid_radiography', 'COVID-19 Radiography Database', read_covid_radiography, RADIOGRAPHY_URL,
-    'that of the collections it was put together from', 'Chowdhury et al. 2020, https://doi.org/10.1109/ACCESS.2020.3010287',
-    (Fault('put together from PadChest, RSNA, Kaggle chest-xray-pneumonia, the COVID set and others: class and origin nearly coincide',
-           f'{RADIOGRAPHY_URL} (description)'),
-     Fault('renamed files: no patient, and overlap with its origins only by picture', 'file names'))))
+register_source(Source(
+    'covid_radiography', 'COVID-19 Radiography Database', read_covid_radiography, RADIOGRAPHY_URL,
+    licence='that of the collections it was put together from',
+    citation='Chowdhury et al. 2020, https://doi.org/10.1109/ACCESS.2020.3010287',
+    faults=(
+        Fault('put together from PadChest, RSNA, Kaggle chest-xray-pneumonia, the COVID set and others: '
+              'class and origin nearly coincide', f'{RADIOGRAPHY_URL} (description)'),
+        Fault('renamed files: no patient, and overlap with its origins only by picture', 'file names'))))
 
-register_source(Source('effusion_folders', 'effusion / nofinding folders cut from NIH ChestX-ray14', read_effusion_folders, EFFUSION_URL, NIH_LICENCE,
-    'Wang et al. 2017, https://doi.org/10.1109/CVPR.2017.369',
-    (Fault('a cut of NIH ChestX-ray14: never pool it with NIH or RSNA', 'file names'),
-     Fault('view, age and sex were left out of the cut', 'folders')),
+register_source(Source(
+    'effusion_folders', 'effusion / nofinding folders cut from NIH ChestX-ray14', read_effusion_folders, EFFUSION_URL,
+    licence=NIH_LICENCE, citation=_WANG,
+    faults=(
+        Fault('a cut of NIH ChestX-ray14: never pool it with NIH or RSNA', 'file names'),
+        Fault('view, age and sex were left out of the cut', 'folders')),
     records_patient=True))
 
 register_source(Source('folder', 'your own images, a folder per class', read_folder))

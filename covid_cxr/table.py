@@ -4,596 +4,834 @@
 
 # %% ../nbs/table.ipynb #imports
 from __future__ import annotations
-import os, re
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Literal, Mapping, NamedTuple, Sequence, TypeAlias
 import numpy as np, pandas as pd
-from .core import (COLUMNS, FINDINGS, SPLITS, VIEWS, LeakError, TableError, VocabularyError,
-                            canonical_finding, exclude, is_finding, nearest, new_table, require_columns, used)
+from .core import (COLUMNS, FINDINGS, SPLITS, VIEWS, LeakError, Reason, Step, TableError, VocabularyError,
+                            canonical_finding, check_choice, choices, exclude, is_finding, nearest, new_table,
+                            require_columns, used)
+from .reading import FILE_MISSING, absolute_paths, check_identifiers
+from .words import format_count, join_words
 
 # %% auto #0
-__all__ = ['TASKS', 'join_tables', 'filter_views', 'Task', 'as_task', 'label_for', 'group_leaksafe', 'split_by_group',
-           'crossing_groups', 'check_split', 'split_random', 'split_official', 'fold_by_group', 'use_fold',
-           'split_by_source', 'split_by_time', 'drop_repeats', 'flow', 'Reconciliation', 'reconcile']
+__all__ = ['Unrecorded', 'keep_views', 'NOT_RECORDED', 'AGE_BANDS', 'TASKS', 'Duplicates', 'Pairs', 'Crossing', 'ACCOUNT_NOTES',
+           'join_tables', 'filter_views', 'age_bands', 'filter_ages', 'Task', 'as_task', 'Label', 'label_of_findings',
+           'label_for', 'Links', 'link_equal_values', 'connected_groups', 'group_leaksafe', 'count_unknown_patients',
+           'split_by_group', 'crossing_groups', 'check_split', 'split_random', 'split_official', 'split_published',
+           'fold_by_group', 'use_fold', 'split_by_source', 'split_by_time', 'drop_repeats', 'flow',
+           'describe_account_note', 'Reconciliation', 'reconcile']
 
 # %% ../nbs/table.ipynb #join-helpers
 _REISSUES = {'coronahack': ('kaggle_pneumonia', 'covid_chestxray')}   # a source made of images of other sources
 
-def _some(names, n=3):
-    names = [str(x) for x in names]
-    return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
-
 def _check_ids(table, who):
     ids = table['image_id']
-    if ids.isna().any(): raise TableError(f'{who}: {ids.isna().sum()} rows have no image_id; give every row a name of its own.')
+    if ids.isna().any():
+        raise TableError(f'{who}: {ids.isna().sum()} rows have no image_id; give every row a name of its own.')
     twice = sorted(ids[ids.duplicated()].unique())
-    if twice: raise TableError(f'{who}: image_id stands on several rows: {_some(twice)}; read each collection once, or under two source names.')
+    if twice:
+        raise TableError(f'{who}: image_id stands on several rows: {join_words(twice, most=3)}; '
+                         'read each collection once, or under two source names.')
 
 def _check_reissues(table):
     for source, originals in _REISSUES.items():
         present = [o for o in originals if (table['source'] == o).any()]
         if (table['source'] == source).any() and present and 'same_as' not in table:
             raise TableError(f"'{source}' repeats images of {', '.join(present)}, and its rows have no column same_as that says which; "
-                             f'read it with covid_cxr.sources, or leave one of them out.')
+                             'read it with covid_cxr.sources, or leave one of them out.')
 
 # %% ../nbs/table.ipynb #join
-def join_tables(tables            # list of tables as the source readers return them; one table is a list of one
-               ) -> pd.DataFrame: # all rows of all tables, extra columns kept, index 0..n-1
-    "One table from several, with every image named once; a re-issue of a picture that is present is excluded"
+def join_tables(
+    tables: pd.DataFrame | Iterable[pd.DataFrame], # as the source readers return them; one table is a list of one
+) -> pd.DataFrame:                                 # all rows of all tables, extra columns kept, index 0..n-1
+    "One table from several, with every image named once; a re-issue of an image that is present is excluded"
     tables = [tables] if isinstance(tables, pd.DataFrame) else list(tables)
-    if not tables: raise TableError('join_tables got an empty list; give it the tables that the readers of covid_cxr.sources return.')
+    if not tables:
+        raise TableError('join_tables got an empty list; give it the tables that the readers of covid_cxr.sources return.')
     for t in tables: require_columns(t, COLUMNS, 'join_tables')
     joined = new_table(pd.concat(tables, ignore_index=True))
     _check_ids(joined, 'join_tables')
     _check_reissues(joined)
+    check_identifiers(joined['patient'], error=TableError)
     if 'same_as' in joined:
-        twin = joined['same_as'].isin(set(joined['image_id']))
-        joined = exclude(joined, twin, [f'same image as {s}' for s in joined['same_as']])
+        present = joined['same_as'].isin(set(joined['image_id']))
+        joined = exclude(joined, present, [Reason('joining', 'same image as another', s) for s in joined['same_as']])
     return joined
 
-# %% ../nbs/table.ipynb #keep-views
-def filter_views(table: pd.DataFrame,
-               views,                      # one view or several, words of `VIEWS`; 'AP' does not include 'AP Supine'
-               unrecorded: str = 'keep',   # rows of a source that records no view at all: 'keep' or 'exclude'
-              ) -> pd.DataFrame:
+# %% ../nbs/table.ipynb #filter-views
+Unrecorded = Literal['keep', 'exclude']   # rows of a source that records no view at all
+
+def _check_view(view):
+    if view in VIEWS: return
+    near = next((v for v in VIEWS if f"'{v.lower()}'" in nearest(str(view).lower(), map(str.lower, VIEWS))), None)
+    hint = f", did you mean '{near}'?" if near else ''
+    raise VocabularyError(f"unknown view '{view}'{hint} (known: {', '.join(VIEWS)})")
+
+def filter_views(
+    table: pd.DataFrame,
+    views: str | Iterable[str],      # one view or several, words of `VIEWS`; 'AP' does not include 'AP Supine'
+    unrecorded: Unrecorded = 'keep', # rows of a source that records no view at all
+) -> pd.DataFrame:
     "Keep the wanted views; every other row is excluded with the view it has, or with 'view not recorded'"
     require_columns(table, ['source', 'view', 'excluded'], 'filter_views')
     views = [views] if isinstance(views, str) else list(views)
-    for v in views or ['']:
-        if v not in VIEWS:
-            hint = nearest(str(v).lower(), [w.lower() for w in VIEWS])
-            known = next((w for w in VIEWS if f"'{w.lower()}'" in hint), None)
-            raise VocabularyError(f"unknown view '{v}'" + (f", did you mean '{known}'?" if known else '') + f" (known: {', '.join(VIEWS)})")
-    if unrecorded not in ('keep', 'exclude'): raise TableError(f"unrecorded='{unrecorded}' is not known; use 'keep' or 'exclude'.")
+    for v in views or ['']: _check_view(v)
+    check_choice('unrecorded', unrecorded, Unrecorded, TableError)
     blank = table['view'].isna()
-    source_tells = (~blank).groupby(table['source'], dropna=False).transform('any')
-    table = exclude(table, ~blank & ~table['view'].isin(views), [f'view not wanted: {v}' for v in table['view']])
-    table = exclude(table, blank & source_tells, 'view not recorded')
-    return exclude(table, blank & ~source_tells, 'view not recorded by this source') if unrecorded == 'exclude' else table
+    source_records = (~blank).groupby(table['source'], dropna=False).transform('any')
+    unwanted = ~blank & ~table['view'].isin(views)
+    table = exclude(table, unwanted, [Reason('views', 'view not wanted', v) for v in table['view']])
+    table = exclude(table, blank & source_records, Reason('views', 'view not recorded'))
+    if unrecorded == 'keep': return table
+    return exclude(table, blank & ~source_records, Reason('views', 'view not recorded by this source'))
+
+keep_views = filter_views   # its old name
+
+# %% ../nbs/table.ipynb #age-bands
+NOT_RECORDED = 'not recorded'   # how a blank is written where it is counted
+AGE_BANDS = {                   # name -> years: from, below
+    '0-5': (0, 6), '6-17': (6, 18), '18-39': (18, 40), '40-59': (40, 60), '60-79': (60, 80), '80+': (80, 999),
+}
+
+def age_bands(
+    ages: pd.Series, # (n,) years
+) -> pd.Series:      # (n,) names of `AGE_BANDS`, or `NOT_RECORDED` where the age is blank
+    "The band of every age"
+    inside = [(ages >= low) & (ages < below) for low, below in AGE_BANDS.values()]
+    return pd.Series(np.select(inside, list(AGE_BANDS), NOT_RECORDED), index=ages.index, dtype=object)
+
+# %% ../nbs/table.ipynb #filter-ages
+def filter_ages(
+    table: pd.DataFrame,
+    min_age: float | None, # years; rows below it, and rows whose age is not recorded, are excluded; None keeps all
+) -> pd.DataFrame:
+    "Keep people of an age or above"
+    if min_age is None: return table.copy()
+    require_columns(table, ['age_years', 'excluded'], 'filter_ages')
+    table = exclude(table, table['age_years'].isna(), Reason('ages', 'age not recorded'))
+    return exclude(table, table['age_years'] < min_age, Reason('ages', f'age below {min_age:g}'))
 
 # %% ../nbs/table.ipynb #task
 @dataclass(frozen=True)
 class Task:
     "A question put to the images: classes, negative first and positive last, and the findings that mean each"
-    name: str      # as in `TASKS`
-    classes: tuple # ('normal', 'pneumonia'): negative first, positive last
-    rules: tuple   # ((finding or '*', class), ...): the first match wins; other findings are outside the task
+    name: str                            # as in `TASKS`
+    classes: tuple[str, ...]             # ('normal', 'pneumonia'): negative first, positive last
+    rules: tuple[tuple[str, str], ...]   # ((finding or '*', class), ...): the first match decides
 
-    def __post_init__(self):
-        seen = []
+    def __post_init__(self) -> None:
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise VocabularyError(f"task '{self.name}' has the classes {self.classes}; it needs two or more different ones.")
-        for finding, cls in self.rules:
-            if finding != '*' and finding not in FINDINGS:
-                raise VocabularyError(f"task '{self.name}': unknown finding '{finding}'{nearest(finding, FINDINGS)}")
-            if cls not in self.classes: raise VocabularyError(f"task '{self.name}': unknown class '{cls}'{nearest(cls, self.classes)}")
-            above = [f for f in seen if f == '*' or is_finding(finding, f)]
-            if above: raise VocabularyError(f"task '{self.name}': '{finding}' can never match behind '{above[0]}'; put the more specific rule first.")
-            seen.append(finding)
+        for i, (finding, cls) in enumerate(self.rules): self._check_rule(finding, cls, [f for f, _ in self.rules[:i]])
         idle = [c for c in self.classes if c not in {c for _, c in self.rules}]
         if idle: raise VocabularyError(f"task '{self.name}': no finding leads to the class '{idle[0]}'; add a rule or drop the class.")
 
-    def class_of(self, finding):
+    def _check_rule(self, finding, cls, earlier):
+        if finding != '*' and finding not in FINDINGS:
+            raise VocabularyError(f"task '{self.name}': unknown finding '{finding}'{nearest(finding, FINDINGS)}")
+        if cls not in self.classes:
+            raise VocabularyError(f"task '{self.name}': unknown class '{cls}'{nearest(cls, self.classes)}")
+        hidden_by = [f for f in earlier if f == '*' or is_finding(finding, f)]
+        if hidden_by:
+            raise VocabularyError(f"task '{self.name}': '{finding}' can never match behind '{hidden_by[0]}'; "
+                                  'put the more specific rule first.')
+
+    def class_of(self, finding: object) -> str | None:
         "Class of one canonical finding, or None when it is outside the task or not stated"
         if not isinstance(finding, str): return None
         return next((c for f, c in self.rules if f == '*' or is_finding(finding, f)), None)
 
+    def names(self, finding: str) -> bool:
+        "Does a rule name this finding, or a kind that it belongs to? '*' names none"
+        return any(f != '*' and is_finding(finding, f) for f, _ in self.rules)
+
 # %% ../nbs/table.ipynb #tasks
-_COVID = 'Pneumonia/Viral/COVID-19'
+_NORMAL, _PNEUMONIA, _VIRAL, _COVID = 'No Finding', 'Pneumonia', 'Pneumonia/Viral', 'Pneumonia/Viral/COVID-19'
+_BACTERIAL, _EFFUSION = 'Pneumonia/Bacterial', 'Effusion'
+
 TASKS = {t.name: t for t in (
     Task('covid_vs_other', ('other', 'covid'), ((_COVID, 'covid'), ('*', 'other'))),
-    Task('covid_vs_normal', ('normal', 'covid'), ((_COVID, 'covid'), ('No Finding', 'normal'))),
-    Task('pneumonia_vs_normal', ('normal', 'pneumonia'), (('Pneumonia', 'pneumonia'), ('No Finding', 'normal'))),
-    Task('effusion_vs_no_finding', ('no_finding', 'effusion'), (('Effusion', 'effusion'), ('No Finding', 'no_finding'))),
-    Task('bacterial_vs_viral', ('viral', 'bacterial'), (('Pneumonia/Bacterial', 'bacterial'), ('Pneumonia/Viral', 'viral'))),
+    Task('covid_vs_normal', ('normal', 'covid'), ((_COVID, 'covid'), (_NORMAL, 'normal'))),
+    Task('pneumonia_vs_normal', ('normal', 'pneumonia'), ((_PNEUMONIA, 'pneumonia'), (_NORMAL, 'normal'))),
+    Task('effusion_vs_no_finding', ('no_finding', 'effusion'), ((_EFFUSION, 'effusion'), (_NORMAL, 'no_finding'))),
+    Task('bacterial_vs_viral', ('viral', 'bacterial'), ((_BACTERIAL, 'bacterial'), (_VIRAL, 'viral'))),
     Task('kinds', ('normal', 'bacterial', 'viral', 'covid'),
-         ((_COVID, 'covid'), ('Pneumonia/Viral', 'viral'), ('Pneumonia/Bacterial', 'bacterial'), ('No Finding', 'normal'))),
+         ((_COVID, 'covid'), (_VIRAL, 'viral'), (_BACTERIAL, 'bacterial'), (_NORMAL, 'normal'))),
 )}
 
 # %% ../nbs/table.ipynb #as-task
-def as_task(task  # name in `TASKS`, a `Task`, or {finding: class}
-           ) -> Task:
-    "The task meant by a name or a dict; in a dict the class of 'No Finding' is the negative one, else the first that is named"
+def _task_of_dict(wanted):
+    rules = [(f if f == '*' else canonical_finding(f), c) for f, c in wanted.items()]
+    blank = [f for f, (finding, _) in zip(wanted, rules) if not isinstance(finding, str)]
+    if blank: raise VocabularyError(f"'{blank[0]}' states no finding, so it cannot lead to a class; leave it out of the task.")
+    specific_first = sorted(rules, key=lambda r: -1 if r[0] == '*' else r[0].count('/'), reverse=True)
+    negative_first = sorted(dict.fromkeys(wanted.values()), key=lambda c: (_NORMAL, c) not in rules)
+    return Task('custom', tuple(negative_first), tuple(specific_first))
+
+def as_task(
+    task: str | Task | Mapping[str, str], # name in `TASKS`, a `Task`, or {finding: class}
+) -> Task:
+    "The task meant by a name or a dict; in a dict the class of 'No Finding' is the negative one, else the first one named"
     if isinstance(task, Task): return task
-    if isinstance(task, dict):
-        rules = [(f if f == '*' else canonical_finding(f), c) for f, c in task.items()]
-        blank = [f for f, (g, _) in zip(task, rules) if not isinstance(g, str)]
-        if blank: raise VocabularyError(f"'{blank[0]}' states no finding, so it cannot lead to a class; leave it out of the task.")
-        rules = sorted(rules, key=lambda r: -1 if r[0] == '*' else r[0].count('/'), reverse=True)     # most specific first
-        classes = sorted(dict.fromkeys(task.values()), key=lambda c: ('No Finding', c) not in rules)  # sorted() keeps the order within
-        return Task('custom', tuple(classes), tuple(rules))
-    if task not in TASKS: raise VocabularyError(f"unknown task '{task}'{nearest(task, TASKS)} (known: {', '.join(TASKS)}; or give {{finding: class}})")
+    if isinstance(task, Mapping): return _task_of_dict(task)
+    if task not in TASKS:
+        raise VocabularyError(f"unknown task '{task}'{nearest(task, TASKS)} (known: {', '.join(TASKS)}; "
+                              'or give {finding: class})')
     return TASKS[task]
 
-# %% ../nbs/table.ipynb #label-helpers
-def label_of_findings(text, task):
-    "Findings joined by '|' -> (class or None, reason or None)"
-    parts = [canonical_finding(p) for p in str(text).split('|')] if isinstance(text, str) else []
-    parts = [p for p in parts if isinstance(p, str)]
-    if not parts: return None, 'finding not stated'
-    hits = [task.class_of(p) for p in parts]
-    positive = sorted({h for h in hits if h is not None} - {task.classes[0]})
-    if len(positive) > 1: return None, f"findings of two classes: {' and '.join(positive)}"
-    if positive: return positive[0], None
-    if None in hits: return None, f"finding outside the task: {'|'.join(sorted(set(parts)))}"
-    return task.classes[0], None
+# %% ../nbs/table.ipynb #label-of-findings
+class Label(NamedTuple):
+    "Class of an image in a task, or the reason why the task cannot use the image"
+    name: str | None
+    reason: Reason | None
+
+def label_of_findings(
+    text: object, # findings joined by '|', NaN when none is stated
+    task: Task,
+) -> Label:
+    "The class that the findings of one image mean in a task"
+    words = text.split('|') if isinstance(text, str) else []
+    findings = [f for f in map(canonical_finding, words) if isinstance(f, str)]
+    every = '|'.join(sorted(set(findings)))
+    if not findings: return Label(None, Reason('task', 'finding not stated'))
+    if _NORMAL in findings and every != _NORMAL:
+        return Label(None, Reason('task', 'findings contradict each other', every))
+    every_class = {f: task.class_of(f) for f in findings}
+    named = {c for f, c in every_class.items() if task.names(f)}     # '*' counts only where no rule names a finding
+    classes = [c for c in task.classes if c in (named or set(every_class.values()))]
+    if len(classes) > 1: return Label(None, Reason('task', 'findings of two classes', ' and '.join(classes)))
+    outside = None in every_class.values()
+    if not classes or (outside and classes[0] == task.classes[0]):
+        return Label(None, Reason('task', 'finding outside the task', every))
+    return Label(classes[0], None)
 
 # %% ../nbs/table.ipynb #label
-def label_for(table: pd.DataFrame,
-              task,             # name in `TASKS`, a `Task`, or {finding: class}
-             ) -> pd.DataFrame: # `label` filled in; rows that the task cannot use are excluded
+def _findings_of(table):
+    "All findings of every row as its source words them: `findings` where the source lists several, else `finding`"
+    if 'findings' not in table: return table['finding']
+    return table['findings'].where(table['findings'].notna(), table['finding'])
+
+def _why_not_used(lost):
+    "Reasons of excluded rows with their counts, and what can be done"
+    counts = lost['excluded_rule'].fillna(lost['excluded']).value_counts()
+    reasons = join_words([f'{rule} ({n})' for rule, n in counts.items()], most=4) or 'it is empty'
+    missing = lost['path'][lost['excluded_rule'] == FILE_MISSING.rule]
+    if len(missing): return f'{reasons}, e.g. {missing.iloc[0]}; put the files there.'
+    return f'{reasons}; keep some of them, or add a source.'
+
+def _check_every_class(table, task):
+    "Refuse a table without an image of some class, with what became of the images that have such a finding"
+    missing = [c for c in task.classes if c not in set(used(table)['label'])]
+    if not missing: return
+    no_image = f"task '{task.name}': no usable image of the class '{missing[0]}'"
+    lost = table[(table['label'] == missing[0]) & table['excluded'].notna()]
+    if len(lost): raise TableError(f'{no_image}; {format_count(len(lost), "image")} of it not used: {_why_not_used(lost)}')
+    usable = table['excluded'].isna() | (table['excluded_step'] == 'task')
+    found = [f'{f} ({n})' for f, n in _findings_of(table)[usable].value_counts().items()]
+    raise TableError(f"{no_image}; findings in this table: {join_words(found, most=6) or 'none at all'}; "
+                     'add a source or change the task.')
+
+# %% ../nbs/table.ipynb #label-for
+def label_for(
+    table: pd.DataFrame,
+    task: str | Task | Mapping[str, str], # name in `TASKS`, a `Task`, or {finding: class}
+    every_class: bool = True,             # refuse a table that lacks a class; an external collection may lack one
+) -> pd.DataFrame:                        # `label` filled in; rows that the task cannot use are excluded
     "Turn findings into the classes of a task; an unstated finding is excluded, never negative"
     require_columns(table, ['finding', 'label', 'excluded'], 'label_for')
-    task = as_task(task)
-    said = table['findings'].where(table['findings'].notna(), table['finding']) if 'findings' in table else table['finding']
-    memo = {w: label_of_findings(w, task) for w in said.dropna().unique()}
-    answers = [memo[w] if isinstance(w, str) else (None, 'finding not stated') for w in said]
+    task, findings = as_task(task), _findings_of(table)
+    known = {f: label_of_findings(f, task) for f in findings.dropna().unique()}
+    labels = [known[f] if isinstance(f, str) else label_of_findings(f, task) for f in findings]
     table = table.copy()
-    table['label'] = pd.Series([np.nan if a is None else a for a, _ in answers], index=table.index, dtype=object)
-    table = exclude(table, [a is None for a, _ in answers], [why for _, why in answers])
-    for c in task.classes:
-        if not (used(table)['label'] == c).any():
-            found = said[table['excluded'].isna() | table['excluded'].astype(str).str.startswith('finding')].value_counts()
-            listed = _some([f'{w} ({n})' for w, n in found.items()], 6) or 'none at all'
-            raise TableError(f"task '{task.name}': no usable image of the class '{c}'; findings in this table: {listed}; add a source or change the task.")
+    table['label'] = pd.Series([np.nan if l.name is None else l.name for l in labels], index=table.index, dtype=object)
+    table = exclude(table, [l.name is None for l in labels], [l.reason for l in labels])
+    if every_class: _check_every_class(table, task)
     return table
 
-# %% ../nbs/table.ipynb #group-helpers
-def link_equal_keys(keys):
-    "Edges from every row to the first row with the same key; NaN links nothing"
-    codes, _ = pd.factorize(pd.Series(keys, dtype=object), use_na_sentinel=True)
-    rows = np.flatnonzero(codes >= 0)
-    first = pd.Series(rows).groupby(codes[rows]).transform('first').to_numpy() if len(rows) else rows
-    return rows, first
+# %% ../nbs/table.ipynb #links
+class Links(NamedTuple):
+    "Links between rows: row `a[i]` belongs together with row `b[i]`"
+    a: np.ndarray # (m,) row positions
+    b: np.ndarray # (m,) row positions
 
-def _pair_rows(table, pairs):
-    "Pairs of image_ids (DataFrame with a, b and perhaps verdict, or a list of tuples) -> two arrays of row positions"
+def link_equal_values(
+    values: Sequence | pd.Series, # (n,) one per row; NaN links nothing
+) -> Links:
+    "Links from every row to the first row with the same value"
+    codes, _ = pd.factorize(pd.Series(values, dtype=object), use_na_sentinel=True)
+    rows = np.flatnonzero(codes >= 0)
+    if not len(rows): return Links(rows, rows)
+    return Links(rows, pd.Series(rows).groupby(codes[rows]).transform('first').to_numpy())
+
+def connected_groups(
+    n: int,                                               # rows
+    links: Iterable[tuple[Iterable[int], Iterable[int]]], # `Links`, or pairs of lists of row positions
+) -> np.ndarray:                                          # (n,) number of the component, from 0
+    "Number the connected components of rows and links"
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    links = [(np.asarray(a, int), np.asarray(b, int)) for a, b in links]
+    a, b = (np.concatenate([np.zeros(0, int), *(link[k] for link in links)]) for k in (0, 1))
+    return connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1]
+
+# %% ../nbs/table.ipynb #group-helpers
+def _pair_links(table, pairs):
+    "Pairs of image_ids (DataFrame with a, b and perhaps verdict, or tuples) -> links between rows"
     if isinstance(pairs, pd.DataFrame):
         require_columns(pairs, ['a', 'b'], 'group_leaksafe(pairs=...)')
         if 'verdict' in pairs: pairs = pairs[pairs['verdict'] == 'duplicate']
-        pairs = list(zip(pairs['a'], pairs['b']))
-    at = pd.Series(np.arange(len(table)), index=table['image_id'])
-    unknown = sorted({str(i) for p in pairs for i in p if i not in at.index})
-    if unknown: raise TableError(f'pairs name images that are not in the table: {_some(unknown)}; give image_ids of this table.')
-    return (np.array([at[p[k]] for p in pairs], dtype=int) for k in (0, 1))
+        pairs = zip(pairs['a'], pairs['b'])
+    pairs = list(pairs)
+    position = dict(zip(table['image_id'], range(len(table))))
+    unknown = sorted({str(i) for pair in pairs for i in pair if i not in position})
+    if unknown:
+        raise TableError(f'pairs name images that are not in the table: {join_words(unknown, most=3)}; '
+                         'give image_ids of this table.')
+    a, b = ([position[pair[k]] for pair in pairs] for k in (0, 1))
+    return Links(np.array(a, int), np.array(b, int))
 
-def connected_groups(n, edges):
-    "Edges [(rows, rows), ...] over n rows -> (n,) component number"
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-    a, b = (np.concatenate([np.zeros(0, int), *(np.asarray(e[k], int) for e in edges)]) for k in (0, 1))
-    return connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1]
-
-def _absolute(paths):
-    "Paths as the file system knows them, so that one file has one name; a folder is looked up once"
-    folders = {}
-    def one(p):
-        folder, name = os.path.split(p)
-        if folder not in folders: folders[folder] = os.path.abspath(folder)
-        return os.path.join(folders[folder], name) if name not in ('', '.', '..') else os.path.abspath(p)
-    return [one(p) if isinstance(p, str) else np.nan for p in paths]
-
+# %% ../nbs/table.ipynb #group-helpers-pictures
 def _smallest_of_each(ids, component):
     "(n,) ids, (n,) component -> (n,) the smallest id of each row's component"
     order = np.argsort(ids, kind='stable')
     which, first = np.unique(component[order], return_index=True)
     return ids[order][first][np.searchsorted(which, component)]
 
-def _picture_edges(table, duplicates, cache_file, workers):
-    "Edges between used rows whose files show the same picture; imported late, because only here are images read"
+def _check_files(rows, who):
+    "Refuse rows whose files are gone: their copies would not be found, and a split would look safe"
+    lost = [p for p in rows['path'].dropna() if not os.path.isfile(p)]
+    if lost:
+        raise TableError(f'{who}: {len(lost)} of {format_count(len(rows), "used image")} are not on this disk, e.g. {lost[0]}, so their '
+                         "copies cannot be found; put them back, or compare no pictures (duplicates = 'none').")
+
+def _picture_links(table, duplicates, cache_file, workers, who):
+    "Links between used rows whose files show the same picture; imported late, because only here are images read"
     from covid_cxr.duplicates import find_exact, find_near
+    _check_files(used(table), who)
     find = dict(exact=find_exact, near=find_near)[duplicates]
-    return tuple(_pair_rows(table, find(used(table), cache_file=cache_file, workers=workers)))
+    return _pair_links(table, find(used(table), cache_file=cache_file, workers=workers))
+
+# %% ../nbs/table.ipynb #reissue-links
+def _reissue_links(table):
+    "Links from a re-issued image to its original"
+    if 'same_as' not in table: return Links(np.zeros(0, int), np.zeros(0, int))
+    present = table['same_as'].isin(set(table['image_id']))
+    return _pair_links(table, zip(table['image_id'][present], table['same_as'][present]))
 
 # %% ../nbs/table.ipynb #group
-def group_leaksafe(table: pd.DataFrame,
-                   pairs=None,              # more pairs of image_ids known to be one patient: list of tuples, or DataFrame a, b (verdict 'duplicate' only)
-                   duplicates: str = 'near',# 'near', 'exact' or 'none': which pictures of used rows are compared; rows without a file never are
-                   cache_file=None,         # keeps the fingerprints of pictures between calls; None: computed anew
-                   workers: int = 1,        # processes that read pictures
-                  ) -> pd.DataFrame:        # `group` filled in for every row
-    "Connected components of (patient, file, given pairs, same picture): what must never stand on both sides of a split"
+Duplicates = Literal['near', 'exact', 'none']    # edited copies are one picture too; equal pixels only; none is opened
+Pairs: TypeAlias = pd.DataFrame | Iterable[tuple[str, str]] # image_ids, in columns a and b or as tuples
+
+def group_leaksafe(
+    table: pd.DataFrame,
+    pairs: Pairs | None = None,           # further pairs known to be one patient
+    duplicates: Duplicates = 'near',      # how pictures of used rows are compared; a row that names no file never is
+    cache_file: str | Path | None = None, # keeps the fingerprints of pictures between calls; None: computed anew
+    workers: int = 1,                     # processes that read pictures
+) -> pd.DataFrame:                        # `group` filled in for every row
+    "Connected components of patient, file, given pairs and same picture: what must not stand on both sides of a split"
     require_columns(table, ['image_id', 'patient', 'path', 'group', 'excluded'], 'group_leaksafe')
-    if duplicates not in ('near', 'exact', 'none'): raise TableError(f"duplicates='{duplicates}' is not known; use 'near', 'exact' or 'none'.")
+    check_choice('duplicates', duplicates, Duplicates, TableError)
     _check_ids(table, 'group_leaksafe')
-    edges = [link_equal_keys(table['patient']), link_equal_keys(_absolute(table['path']))]
-    if 'same_as' in table:
-        known = table['same_as'].isin(set(table['image_id']))
-        edges.append(tuple(_pair_rows(table, list(zip(table['image_id'][known], table['same_as'][known])))))
-    if pairs is not None: edges.append(tuple(_pair_rows(table, pairs)))
-    if duplicates != 'none': edges.append(_picture_edges(table, duplicates, cache_file, workers))
+    check_identifiers(table['patient'], error=TableError)
+    files = link_equal_values(absolute_paths(table['path']))
+    links = [link_equal_values(table['patient']), files, _reissue_links(table)]
+    if pairs is not None: links.append(_pair_links(table, pairs))
+    if duplicates != 'none': links.append(_picture_links(table, duplicates, cache_file, workers, 'group_leaksafe'))
     table = table.copy()
-    table['group'] = _smallest_of_each(table['image_id'].to_numpy(object), connected_groups(len(table), edges)) if len(table) else np.nan
+    ids = table['image_id'].to_numpy(object)
+    table['group'] = _smallest_of_each(ids, connected_groups(len(table), links)) if len(table) else np.nan
     return table
+
+# %% ../nbs/table.ipynb #unknown-patients
+def count_unknown_patients(
+    table: pd.DataFrame,
+) -> int:
+    "Used images whose patient is not known"
+    require_columns(table, ['patient', 'excluded'], 'count_unknown_patients')
+    return int(used(table)['patient'].isna().sum())
 
 # %% ../nbs/table.ipynb #split-helpers
 def _check_share(name, value, low_ok=False):
-    ok = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and (0 < value < 1 or (low_ok and value == 0))
-    if not ok: raise TableError(f"{name}={value!r} is not a share; give a number {'from 0' if low_ok else 'above 0'} and below 1, such as .2.")
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not (0 < value < 1 or (low_ok and value == 0)):
+        raise TableError(f"{name}={value!r} is not a share; give a number {'from 0' if low_ok else 'above 0'} and below 1, such as .2.")
 
-def _ready(table, who, seed=0):
+def _rows_to_split(table, who, seed=0):
     "The used rows, in order of image_id, with groups and labels that a splitter can work on"
     require_columns(table, ['image_id', 'group', 'label', 'split', 'excluded'], who)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0: raise TableError(f'{who}: seed={seed!r} is not a whole number from 0.')
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise TableError(f'{who}: seed={seed!r} is not a whole number from 0.')
     _check_ids(table, who)
-    u = used(table).sort_values('image_id')
-    if not len(u): raise TableError(f'{who}: no usable row is left of {len(table)}; print reconcile(table) to see the reasons.')
-    if u['group'].isna().any(): raise TableError(f'{who}: {u["group"].isna().sum()} used rows have no group; call group_leaksafe(table) first.')
-    bare = u['label'].isna()
-    if bare.any() and not bare.all(): raise TableError(f'{who}: {bare.sum()} of {len(u)} used rows have no label; call label_for(table, task) first.')
-    return u.assign(label=u['label'].where(~bare, 'all'))     # a table without any labels is split by number of images alone
+    rows = used(table).sort_values('image_id')
+    if not len(rows): raise TableError(f'{who}: no usable row is left of {len(table)}: {_why_not_used(table)}')
+    no_group, no_label = rows['group'].isna(), rows['label'].isna()
+    if no_group.any(): raise TableError(f'{who}: {no_group.sum()} used rows have no group; call group_leaksafe(table) first.')
+    if no_label.any() and not no_label.all():
+        raise TableError(f'{who}: {no_label.sum()} of {len(rows)} used rows have no label; call label_for(table, task) first.')
+    return rows.assign(label=rows['label'].where(~no_label, 'all'))   # without any label: split by number of images
 
-def _put_split(table, parts):
-    "A copy with `split` from {image_id: part}; rows that are not used get none"
+def _with_split(table, splits):
+    "A copy with `split` from {image_id: split}; rows that are not used get none"
     table = table.copy()
-    part = table['image_id'].map(parts).astype(object)
-    table['split'] = part.where(table['excluded'].isna() & part.notna(), np.nan)
+    split = table['image_id'].map(splits).astype(object)
+    table['split'] = split.where(table['excluded'].isna() & split.notna(), np.nan)
     return table
 
-# %% ../nbs/table.ipynb #deal-groups
-def _deal(sizes, shares, rng):
-    "(g, c) images per group and class, shares of the parts -> (g,) part number; Sainte-Laguë's rule, large groups first"
-    total = sizes.sum(0)                                                        # (c,)
-    want = np.outer(shares, total)                                              # (p, c) images that each part should get
-    have, part = np.zeros_like(want), np.zeros(len(sizes), int)
-    weight = (sizes / total).sum(1)                                             # size of a group, a rare class counting as much as a common one
+# %% ../nbs/table.ipynb #assign-groups
+def _assign_groups(sizes, shares, rng):
+    "(g, c) images per group and class, (s,) shares of the splits -> (g,) split number, by Sainte-Laguë's rule"
+    total = sizes.sum(0)                                          # (c,)
+    want = np.outer(shares, total)                                # (s, c) images that each split should get
+    have, split = np.zeros_like(want), np.zeros(len(sizes), int)
+    weight = (sizes / total).sum(1)                               # size of a group, every class counting the same
     chance = rng.random(len(sizes))
-    rank = np.argsort(np.lexsort((chance, -weight)))                            # 0 is the largest
-    order = np.lexsort((rng.random(len(sizes)), rank // round(1 / min(shares))))# shuffled within blocks, else the largest had the same part at every seed
-    luck = rng.random((len(sizes), len(want))) * 1e-9                           # breaks ties without favour
+    rank = np.argsort(np.lexsort((chance, -weight)))              # 0 is the largest
+    block = rank // round(1 / min(shares))                        # shuffled within blocks, or the seed would not move
+    order = np.lexsort((rng.random(len(sizes)), block))           # the largest groups
+    ties = rng.random((len(sizes), len(want))) * 1e-9             # ties are decided by the seed
     for g in order:
         s = sizes[g]
-        lack = ((want - have - s / 2) / want * (s / total)).sum(1)              # weighted by class, so that a rare class counts as much
-        part[g] = p = np.argmax(lack + luck[g])
-        have[p] += s
-    return part
+        lack = ((want - have - s / 2) / want * (s / total)).sum(1)
+        split[g] = k = np.argmax(lack + ties[g])
+        have[k] += s
+    return split
 
-def _fill_empty(sizes, part, n_parts):
-    "Give every part an image of every class, where the groups allow it: move the smallest group that leaves none empty"
-    for _ in range(n_parts * sizes.shape[1]):
-        have = np.stack([sizes[part == p].sum(0) for p in range(n_parts)])       # (p, c)
+def _fill_empty(sizes, split, n_splits):
+    "Give every split an image of every class, where the groups allow it: move the smallest group that leaves none empty"
+    for _ in range(n_splits * sizes.shape[1]):
+        have = np.stack([sizes[split == k].sum(0) for k in range(n_splits)])       # (s, c)
         if (have > 0).all(): break
-        p, c = np.argwhere(have == 0)[0]
-        can = [g for g in np.flatnonzero(sizes[:, c] > 0) if ((have[part[g]] - sizes[g])[have[part[g]] > 0] > 0).all()]
-        if not can: break
-        part[min(can, key=lambda g: (sizes[g].sum(), g))] = p
-    return part
+        k, c = np.argwhere(have == 0)[0]
+        def can_go(g):
+            old = have[split[g]]
+            return ((old - sizes[g])[old > 0] > 0).all()
+        movable = [g for g in np.flatnonzero(sizes[:, c] > 0) if can_go(g)]
+        if not movable: break
+        split[min(movable, key=lambda g: (sizes[g].sum(), g))] = k
+    return split
 
-def _deal_rows(rows, shares, seed, who):
-    "Used rows (from `_ready`) and {part: share} -> {image_id: part}, refusing a part that lacks a class"
-    shares = {k: v for k, v in shares.items() if v > 0}
+# %% ../nbs/table.ipynb #assign-rows
+def _assign_rows(rows, shares, seed, who):
+    "Used rows (from `_rows_to_split`) and {split: share} -> {image_id: split}, refusing a split that lacks a class"
+    shares = {name: share for name, share in shares.items() if share > 0}
     groups, g = np.unique(rows['group'].to_numpy(str), return_inverse=True)
     classes, c = np.unique(rows['label'].to_numpy(str), return_inverse=True)
     sizes = np.zeros((len(groups), len(classes)))
     np.add.at(sizes, (g, c), 1)
-    part = _fill_empty(sizes, _deal(sizes, list(shares.values()), np.random.default_rng(seed)), len(shares))
-    for i, name in enumerate(shares):
-        for k, cls in enumerate(classes):
-            if not sizes[part == i, k].sum():
-                raise TableError(f"{who}: the {name} part would get no image of the class '{cls}', which has {int(sizes[:, k].sum())} images "
-                                 f'in {int((sizes[:, k] > 0).sum())} groups; add images, or ask for fewer parts.')
-    return dict(zip(rows['image_id'], np.array(list(shares), object)[part[g]]))
+    split = _assign_groups(sizes, list(shares.values()), np.random.default_rng(seed))
+    split = _fill_empty(sizes, split, len(shares))
+    for k, name in enumerate(shares):
+        lacks = np.flatnonzero(sizes[split == k].sum(0) == 0)
+        if len(lacks):
+            images, holders = int(sizes[:, lacks[0]].sum()), int((sizes[:, lacks[0]] > 0).sum())
+            raise TableError(f"{who}: the {name} split would get no image of the class '{classes[lacks[0]]}', which has {images} images "
+                             f'in {holders} groups; add images, or ask for fewer splits.')
+    return dict(zip(rows['image_id'], np.array(list(shares), object)[split[g]]))
 
 # %% ../nbs/table.ipynb #split-by-group
-def split_by_group(table: pd.DataFrame,
-                   valid_pct: float = .2,  # share of the used images for validation, above 0
-                   test_pct: float = .2,   # share of the used images for the test; 0 for none
-                   seed: int = 0,
-                  ) -> pd.DataFrame:       # `split` filled in for used rows
-    "Train, valid and test parts that no group crosses, each with its share of every class"
-    _check_share('valid_pct', valid_pct); _check_share('test_pct', test_pct, low_ok=True)
-    if valid_pct + test_pct >= 1: raise TableError(f'valid_pct={valid_pct} and test_pct={test_pct} leave nothing to train on; their sum must be below 1.')
-    rows = _ready(table, 'split_by_group', seed)
-    return _put_split(table, _deal_rows(rows, dict(train=1 - valid_pct - test_pct, valid=valid_pct, test=test_pct), seed, 'split_by_group'))
+def _check_shares(valid_pct, test_pct):
+    _check_share('valid_pct', valid_pct)
+    _check_share('test_pct', test_pct, low_ok=True)
+    if valid_pct + test_pct >= 1:
+        raise TableError(f'valid_pct={valid_pct} and test_pct={test_pct} leave nothing to train on; their sum must be below 1.')
+    return dict(train=1 - valid_pct - test_pct, valid=valid_pct, test=test_pct)
+
+def split_by_group(
+    table: pd.DataFrame,
+    valid_pct: float = .2, # share of the used images for validation, above 0
+    test_pct: float = .2,  # share of the used images for the test; 0 for none
+    seed: int = 0,
+) -> pd.DataFrame:         # `split` filled in for used rows
+    "Train, valid and test splits that no group crosses, each with its share of every class"
+    shares = _check_shares(valid_pct, test_pct)
+    rows = _rows_to_split(table, 'split_by_group', seed)
+    return _with_split(table, _assign_rows(rows, shares, seed, 'split_by_group'))
 
 # %% ../nbs/table.ipynb #check-helpers
-def _parts_of_key(rows, key):
-    "Rows of a crossing value of `key`: {name of their group, or the value itself: 'train 2, test 1'}"
-    value, part = pd.factorize(rows[key])[0], pd.Categorical(rows['split'], SPLITS).codes    # -1 is NaN in both
-    known = (value >= 0) & (part >= 0)
-    n = np.zeros((value.max(initial=-1) + 1, len(SPLITS)), int)
-    np.add.at(n, (value[known], part[known]), 1)                                  # (values, parts) images: one pass over the rows
-    hit = known & ((n > 0).sum(1) > 1)[value] if len(n) else known
-    name, names = pd.factorize(rows['group'].where(rows['group'].notna(), rows[key])[hit])
-    n = np.zeros((len(names), len(SPLITS)), int)
-    np.add.at(n, (name, part[hit]), 1)
-    return {x: ', '.join(f'{s} {k}' for s, k in zip(SPLITS, row) if k) for x, row in zip(names, n)}
+def _crossing_values(rows, column):
+    "Rows whose value of `column` stands in several splits: {name of their group, or the value itself: 'train 2, test 1'}"
+    value, split = pd.factorize(rows[column])[0], pd.Categorical(rows['split'], SPLITS).codes    # -1 is NaN in both
+    known = (value >= 0) & (split >= 0)
+    images = np.zeros((value.max(initial=-1) + 1, len(SPLITS)), int)                             # (values, splits)
+    np.add.at(images, (value[known], split[known]), 1)
+    crosses = known & ((images > 0).sum(1) > 1)[value] if len(images) else known
+    name, names = pd.factorize(rows['group'].where(rows['group'].notna(), rows[column])[crosses])
+    images = np.zeros((len(names), len(SPLITS)), int)
+    np.add.at(images, (name, split[crosses]), 1)
+    return {x: ', '.join(f'{s} {k}' for s, k in zip(SPLITS, counts) if k) for x, counts in zip(names, images)}
 
 def _crossing(rows):
-    "Groups (or patients, or files) of used rows that stand in more than one part -> {name: 'train 2, test 1'}"
+    "Groups (or patients, or files) of used rows that stand in more than one split -> {name: 'train 2, test 1'}"
     out = {}
-    for key in ('path', 'patient', 'group'): out.update(_parts_of_key(rows, key))            # what the whole group says is kept
+    for column in ('path', 'patient', 'group'): out.update(_crossing_values(rows, column))   # counts of groups stay
     return dict(sorted(out.items()))
 
 # %% ../nbs/table.ipynb #crossing-groups
-def crossing_groups(table: pd.DataFrame
-                   ) -> pd.DataFrame: # columns group, where ('train 2, test 1'); empty when all is well or no split is made
-    "Groups of used rows that stand in more than one part, those of a crossing patient or file included, with their images in each"
+def crossing_groups(
+    table: pd.DataFrame,
+) -> pd.DataFrame: # columns group, where ('train 2, test 1'); empty when all is well or no split is made
+    "Groups of used rows in more than one split, those of a crossing patient or file included, with their images in each"
     require_columns(table, ['group', 'patient', 'path', 'split', 'excluded'], 'crossing_groups')
     rows = used(table)
     out = _crossing(rows[rows['split'].notna()])
     return pd.DataFrame(dict(group=list(out), where=list(out.values())), columns=['group', 'where'], dtype=object)
 
 # %% ../nbs/table.ipynb #check-split
-def check_split(table: pd.DataFrame,
-                allow_leak: bool = False,  # True: return what crosses instead of refusing it
-               ) -> list:                  # names of the groups that stand in more than one part; empty when all is well
-    "Refuse a split that a group, a patient or a file crosses, naming the first and the cure"
-    require_columns(table, ['group', 'patient', 'path', 'split', 'excluded'], 'check_split')
-    rows = used(table)
+def _check_split_filled(rows, allow_leak):
     odd = sorted({str(s) for s in rows['split'].dropna().unique()} - set(SPLITS))
     if odd: raise TableError(f"unknown split '{odd[0]}'{nearest(odd[0], SPLITS)} (known: {', '.join(SPLITS)})")
     if rows['split'].isna().any() or not len(rows):
-        raise TableError(f'{rows["split"].isna().sum()} of {len(rows)} used rows have no split; call split_by_group(table) or another splitter of covid_cxr.table.')
+        raise TableError(f'{rows["split"].isna().sum()} of {len(rows)} used rows have no split; '
+                         'call split_by_group(table) or another splitter of covid_cxr.table.')
     if rows['group'].isna().any() and not allow_leak:
-        raise TableError(f'{rows["group"].isna().sum()} used rows have no group, so nobody can say whether the split leaks; call group_leaksafe(table) first.')
+        raise TableError(f'{rows["group"].isna().sum()} used rows have no group, so it is unknown whether the split leaks; '
+                         'call group_leaksafe(table) first.')
+
+def check_split(
+    table: pd.DataFrame,
+    allow_leak: bool = False, # True: return what crosses instead of refusing it
+) -> list[str]:               # names of the groups that stand in more than one split; empty when all is well
+    "Refuse a split that a group, a patient or a file crosses, naming the first and the cure"
+    require_columns(table, ['group', 'patient', 'path', 'split', 'excluded'], 'check_split')
+    rows = used(table)
+    _check_split_filled(rows, allow_leak)
     crossing = _crossing(rows)
     if crossing and not allow_leak:
-        listed = _some([f"'{g}' ({where})" for g, where in crossing.items()])
-        raise LeakError(f'{len(crossing)} groups stand in more than one part of the split: {listed}; split with split_by_group(table), '
-                        f'or pass allow_leak=True to go on with numbers that are too good.')
+        listed = join_words([f"'{g}' ({where})" for g, where in crossing.items()], most=3)
+        raise LeakError(f'{len(crossing)} groups stand in more than one split: {listed}; split by groups (split.kind = "group", '
+                        'split_by_group), or allow the leak (split.allow_leak, allow_leak) and get numbers that are too good.')
     return list(crossing)
 
 # %% ../nbs/table.ipynb #split-random
-def split_random(table: pd.DataFrame,
-                 valid_pct: float = .2,  # share of the used images, above 0
-                 test_pct: float = .2,   # share of the used images; 0 for none
-                 seed: int = 0,
-                ) -> pd.DataFrame:       # `split` filled in for used rows; `check_split` will refuse it where patients have several images
-    "The leaky split of published protocols: images are drawn at random within each class, patients are cut"
-    _check_share('valid_pct', valid_pct); _check_share('test_pct', test_pct, low_ok=True)
-    if valid_pct + test_pct >= 1: raise TableError(f'valid_pct={valid_pct} and test_pct={test_pct} leave nothing to train on; their sum must be below 1.')
-    rows = _ready(table.assign(group=table['image_id']), 'split_random', seed)
-    return _put_split(table, _deal_rows(rows, dict(train=1 - valid_pct - test_pct, valid=valid_pct, test=test_pct), seed, 'split_random'))
+def split_random(
+    table: pd.DataFrame,
+    valid_pct: float = .2, # share of the used images, above 0
+    test_pct: float = .2,  # share of the used images; 0 for none
+    seed: int = 0,
+) -> pd.DataFrame:         # `split` filled in for used rows; `check_split` refuses it where it cuts a patient
+    "The leaking split of published protocols: images are drawn at random within each class, patients are cut"
+    shares = _check_shares(valid_pct, test_pct)
+    rows = _rows_to_split(table.assign(group=table['image_id']), 'split_random', seed)
+    return _with_split(table, _assign_rows(rows, shares, seed, 'split_random'))
 
-# %% ../nbs/table.ipynb #split-official
-def split_official(table: pd.DataFrame,
-                   valid_pct: float = .1,           # share of the images outside the official test, above 0
-                   seed: int = 0,
-                   column: str = 'official_split',  # extra column with 'train', 'valid' (or 'val') and 'test'
-                   crossing: str = 'raise',         # a group on both sides of the official test: 'raise', or 'exclude' its training side
-                  ) -> pd.DataFrame:                # `split` filled in for used rows
-    "Keep the publisher's test part, carve the validation part out of the rest by group"
-    _check_share('valid_pct', valid_pct)
-    require_columns(table, [column], 'split_official')
-    rows = _ready(table, 'split_official', seed)
-    said = rows[column].astype(object).replace('val', 'valid')
-    if (~said.isin(SPLITS)).any():
-        raise TableError(f"split_official: {(~said.isin(SPLITS)).sum()} used rows have no official part (sources: {', '.join(sorted(set(rows['source'][~said.isin(SPLITS)])))}); "
-                         f'exclude them, or use split_by_group.')
-    test = set(rows['image_id'][said == 'test'])
-    return _split_off(table, rows, test, 'the official test part', valid_pct, seed, crossing, 'split_official')
-
-# %% ../nbs/table.ipynb #split-off
-def _split_off(table, rows, test, what, valid_pct, seed, crossing, who):
-    "Test = the named images; groups that reach into it from outside are refused or lose their outside rows; the rest is dealt"
-    if crossing not in ('raise', 'exclude'): raise TableError(f"{who}: crossing='{crossing}' is not known; use 'raise' or 'exclude'.")
+# %% ../nbs/table.ipynb #hold-out
+def _hold_out(table, rows, test, what, valid_pct, seed, crossing, who):
+    "Test = the named images; groups that reach into it from outside are refused or lose their outside rows; the rest is split"
     in_test = rows['image_id'].isin(test)
-    if not in_test.any() or in_test.all(): raise TableError(f'{who}: {what} holds {in_test.sum()} of {len(rows)} used rows; there must be some on both sides.')
+    if not in_test.any() or in_test.all():
+        raise TableError(f'{who}: {what} holds {in_test.sum()} of {len(rows)} used rows; there must be some on both sides.')
     cut = rows['group'].isin(rows['group'][in_test]) & ~in_test
     if cut.any() and crossing == 'raise':
-        raise LeakError(f"{who}: {rows['group'][cut].nunique()} groups stand in {what} and outside it: {_some(sorted(rows['group'][cut].unique()))}; "
-                        f"crossing='exclude' leaves their {cut.sum()} images outside it unused.")
-    table = exclude(table, table['image_id'].isin(rows['image_id'][cut]), f'group also in {what}')
+        groups = sorted(rows['group'][cut].unique())
+        raise LeakError(f"{who}: {len(groups)} groups stand in {what} and outside it: {join_words(groups, most=3)}; "
+                        f"split by groups instead (split.kind = 'group'), or, in Python, crossing='exclude' leaves their {cut.sum()} "
+                        'images outside it unused.')
+    table = exclude(table, table['image_id'].isin(rows['image_id'][cut]), Reason('split', f'group also in {what}'))
     rest = rows[~in_test & ~cut]
     if not len(rest): raise TableError(f'{who}: no image is left to train on, every group reaches into {what}.')
-    parts = _deal_rows(rest, dict(train=1 - valid_pct, valid=valid_pct), seed, who)
-    return _put_split(table, {**parts, **dict.fromkeys(test, 'test')})
+    splits = _assign_rows(rest, dict(train=1 - valid_pct, valid=valid_pct), seed, who)
+    return _with_split(table, {**splits, **dict.fromkeys(test, 'test')})
+
+# %% ../nbs/table.ipynb #split-official
+Crossing = Literal['raise', 'exclude']   # a group on both sides of a test split: refuse, or exclude its images outside
+
+def split_official(
+    table: pd.DataFrame,
+    valid_pct: float = .1,          # share of the images outside the official test, above 0
+    seed: int = 0,
+    column: str = 'official_split', # extra column with 'train', 'valid' (or 'val') and 'test'
+    crossing: Crossing = 'raise',   # a group on both sides of the official test
+) -> pd.DataFrame:                  # `split` filled in for used rows
+    "Keep the publisher's test split, make the validation split from the rest by group"
+    _check_share('valid_pct', valid_pct)
+    check_choice('crossing', crossing, Crossing, TableError)
+    require_columns(table, [column], 'split_official')
+    rows = _rows_to_split(table, 'split_official', seed)
+    official = rows[column].astype(object).replace('val', 'valid')
+    none = ~official.isin(SPLITS)
+    if none.any():
+        sources = ', '.join(sorted(set(rows['source'][none])))
+        raise TableError(f'split_official: {none.sum()} used rows have no official split (sources: {sources}); '
+                         'exclude them, or use split_by_group.')
+    test = set(rows['image_id'][official == 'test'])
+    return _hold_out(table, rows, test, 'the official test split', valid_pct, seed, crossing, 'split_official')
+
+# %% ../nbs/table.ipynb #split-published
+def split_published(
+    table: pd.DataFrame,
+    column: str = 'official_split', # extra column with 'train', 'valid' (or 'val') and 'test'
+) -> pd.DataFrame:                  # `split` filled in for used rows
+    "All three splits as the publisher made them"
+    require_columns(table, ['split', 'excluded'], 'split_published')
+    published = used(table.reindex(columns=[column, 'excluded']))[column].astype(object).replace('val', 'valid')
+    none = ~published.isin(SPLITS)
+    if none.any():
+        raise TableError(f"split 'published': {none.sum()} used rows have no published split; "
+                         "use split.kind='official' or 'group'.")
+    table = table.copy()
+    table['split'] = published.reindex(table.index).astype(object)
+    return table
 
 # %% ../nbs/table.ipynb #folds
-def fold_by_group(table: pd.DataFrame,
-                  k: int = 5,      # number of folds, 2 or more
-                  seed: int = 0,
-                 ) -> pd.DataFrame: # column `fold` 0..k-1 for used rows, <NA> for excluded ones
+def fold_by_group(
+    table: pd.DataFrame,
+    k: int = 5,    # number of folds, 2 or more
+    seed: int = 0,
+) -> pd.DataFrame: # column `fold` 0..k-1 for used rows, <NA> for excluded ones
     "Cut the groups into k folds of equal class shares; every used image is in exactly one"
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 2: raise TableError(f'k={k!r} is not a number of folds; give a whole number from 2.')
-    rows = _ready(table, 'fold_by_group', seed)
-    parts = _deal_rows(rows, {f'fold {i}': 1 / k for i in range(k)}, seed, 'fold_by_group')
-    number = table['image_id'].map(parts).where(table['excluded'].isna())
-    return table.assign(fold=number.str.slice(5).astype('Int64') if number.notna().any() else number)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 2:
+        raise TableError(f'k={k!r} is not a number of folds; give a whole number from 2.')
+    rows = _rows_to_split(table, 'fold_by_group', seed)
+    number = {f'fold {i}': i for i in range(k)}
+    folds = _assign_rows(rows, {name: 1 / k for name in number}, seed, 'fold_by_group')
+    fold = table['image_id'].map(folds).map(number).where(table['excluded'].isna())
+    return table.assign(fold=fold.astype('Int64'))
 
-def use_fold(table: pd.DataFrame,
-             i: int,                 # the fold that becomes the test part
-             valid_pct: float = .1,  # share of the images outside that fold, above 0
-             seed: int = 0,
-            ) -> pd.DataFrame:       # `split` filled in for used rows
-    "One fold as test part, the others as train and valid"
+def use_fold(
+    table: pd.DataFrame,
+    i: int,                # the fold that becomes the test split
+    valid_pct: float = .1, # share of the images outside that fold, above 0
+    seed: int = 0,
+) -> pd.DataFrame:         # `split` filled in for used rows
+    "One fold as test split, the others as train and valid"
     _check_share('valid_pct', valid_pct)
     require_columns(table, ['fold'], 'use_fold')
-    rows = _ready(table, 'use_fold', seed)
+    rows = _rows_to_split(table, 'use_fold', seed)
     folds = sorted(rows['fold'].dropna().unique())
-    if i not in folds: raise TableError(f"fold {i!r} is not one of {_some(folds, 20) or 'none'}; call fold_by_group(table, k) first.")
-    if rows['fold'].isna().any(): raise TableError(f"use_fold: {rows['fold'].isna().sum()} used rows have no fold; call fold_by_group(table, k) on this table.")
-    return _split_off(table, rows, set(rows['image_id'][rows['fold'] == i]), f'fold {i}', valid_pct, seed, 'raise', 'use_fold')
+    if i not in folds:
+        raise TableError(f"fold {i!r} is not one of {', '.join(map(str, folds)) or 'none'}; call fold_by_group(table, k) first.")
+    if rows['fold'].isna().any():
+        raise TableError(f"use_fold: {rows['fold'].isna().sum()} used rows have no fold; call fold_by_group(table, k) on this table.")
+    test = set(rows['image_id'][rows['fold'] == i])
+    return _hold_out(table, rows, test, f'fold {i}', valid_pct, seed, 'raise', 'use_fold')
 
 # %% ../nbs/table.ipynb #split-by-source
-def split_by_source(table: pd.DataFrame,
-                    test_source,              # value of `column`, or several, that become the test part
-                    valid_pct: float = .1,    # share of the images outside it, above 0
-                    seed: int = 0,
-                    column: str = 'source',   # any column: source, host, view, ...
-                   ) -> pd.DataFrame:         # `split` filled in for used rows
-    "Leave one source out: it is the test part, whole; train and valid come from the others"
+def split_by_source(
+    table: pd.DataFrame,
+    test_source: object,    # value of `column`, or several, that become the test split
+    valid_pct: float = .1,  # share of the images outside it, above 0
+    seed: int = 0,
+    column: str = 'source', # any column: source, host, view, ...
+) -> pd.DataFrame:          # `split` filled in for used rows
+    "Leave one source out: it is the test split, whole; train and valid come from the others"
     _check_share('valid_pct', valid_pct)
     require_columns(table, [column], 'split_by_source')
-    wanted = [test_source] if isinstance(test_source, str) or not np.iterable(test_source) else list(test_source)
+    one = isinstance(test_source, str) or not isinstance(test_source, Iterable)
+    wanted = [test_source] if one else list(test_source)  # type: ignore[call-overload]  # mypy does not narrow by `one`
     known = sorted(used(table)[column].dropna().unique(), key=str)
     for w in wanted:
-        if w not in known: raise TableError(f"no used row has {column}='{w}'{nearest(w, known)} (known: {_some(known, 8)})")
-    table = exclude(table, table[column].isna(), f'{column} not recorded')
-    rows = _ready(table, 'split_by_source', seed)
-    return _split_off(table, rows, set(rows['image_id'][rows[column].isin(wanted)]), f"{column} {_some(wanted)}", valid_pct, seed, 'exclude', 'split_by_source')
+        if w not in known:
+            raise TableError(f"no used row has {column}='{w}'{nearest(w, known)} (known: {join_words(known, most=8)})")
+    table = exclude(table, table[column].isna(), Reason('split', f'{column} not recorded'))
+    rows = _rows_to_split(table, 'split_by_source', seed)
+    test = set(rows['image_id'][rows[column].isin(wanted)])
+    what = f'{column} {join_words(wanted, most=3)}'
+    return _hold_out(table, rows, test, what, valid_pct, seed, 'exclude', 'split_by_source')
 
 # %% ../nbs/table.ipynb #split-by-time
-def split_by_time(table: pd.DataFrame,
-                  column: str = 'date',     # a column of dates, or of numbers such as 'offset_days'
-                  test_pct: float = .2,     # about this share of the dated used images, the latest ones; ignored when test_from is given
-                  test_from=None,           # first date (or number) of the test part
-                  valid_pct: float = .1,    # share of the images before it, above 0
-                  seed: int = 0,
-                 ) -> pd.DataFrame:         # `split` filled in for used rows
-    "The latest images are the test part; nobody is trained on who is filmed again after the cut"
-    _check_share('valid_pct', valid_pct); _check_share('test_pct', test_pct)
-    require_columns(table, [column], 'split_by_time')
-    when = _moments(table[column])
-    table = exclude(table, when.isna(), f'{column} not recorded')
-    rows = _ready(table, 'split_by_time', seed)
-    moment = when.loc[rows.index]
-    cut = moment.sort_values().iloc[int(round(len(rows) * (1 - test_pct))) - 1:].iloc[-1 if len(rows) < 2 else 1] if test_from is None else _moments(pd.Series([test_from]))[0]
-    if pd.isna(cut): raise TableError(f'split_by_time: test_from={test_from!r} is no date or number; give one like those in the column {column}.')
-    name = f'{cut:%Y-%m-%d}' if hasattr(cut, 'year') else f'{cut:g}'
-    return _split_off(table, rows, set(rows['image_id'][(moment >= cut).to_numpy()]), f'the time from {column} {name} on', valid_pct, seed, 'exclude', 'split_by_time')
-
-# %% ../nbs/table.ipynb #moments
 def _moments(values):
     "A column of numbers, or of dates as people write them -> comparable moments, NaN/NaT where not readable"
     if pd.api.types.is_numeric_dtype(values): return values.astype(float)
     return pd.to_datetime(values.astype(object), errors='coerce', format='mixed')
 
+def _first_test_moment(moments, test_pct, test_from):
+    if test_from is None:
+        in_order, before = moments.sort_values(), int(round(len(moments) * (1 - test_pct)))
+        return in_order.iloc[min(before, len(in_order) - 1)]
+    first = _moments(pd.Series([test_from]))[0]
+    if pd.isna(first):
+        raise TableError(f'split_by_time: test_from={test_from!r} is no date or number; give one like those in the column.')
+    return first
+
+def split_by_time(
+    table: pd.DataFrame,
+    column: str = 'date',     # a column of dates, or of numbers such as 'offset_days'
+    test_pct: float = .2,     # about this share of the dated used images, the latest ones
+    test_from: object = None, # first date (or number) of the test split; test_pct is then ignored
+    valid_pct: float = .1,    # share of the images before it, above 0
+    seed: int = 0,
+) -> pd.DataFrame:            # `split` filled in for used rows
+    "The latest images are the test split; no patient of it is trained on"
+    for name, share in dict(valid_pct=valid_pct, test_pct=test_pct).items(): _check_share(name, share)
+    require_columns(table, [column], 'split_by_time')
+    when = _moments(table[column])
+    table = exclude(table, when.isna(), Reason('split', f'{column} not recorded'))
+    rows = _rows_to_split(table, 'split_by_time', seed)
+    moments = when.loc[rows.index]
+    first = _first_test_moment(moments, test_pct, test_from)
+    name = f'{first:%Y-%m-%d}' if hasattr(first, 'year') else f'{first:g}'
+    test = set(rows['image_id'][(moments >= first).to_numpy()])
+    what = f'the time from {column} {name} on'
+    return _hold_out(table, rows, test, what, valid_pct, seed, 'exclude', 'split_by_time')
+
 # %% ../nbs/table.ipynb #drop-repeats
-def drop_repeats(table: pd.DataFrame,
-                 pairs=None,       # pairs of image_ids that are one picture; None: same file, or same pixels as `find_exact` sees them
-                 cache_file=None,  # keeps the fingerprints of pictures between calls
-                 workers: int = 1, # processes that read pictures
-                ) -> pd.DataFrame:
+def _repeat_reasons(rows):
+    "Rows that show one picture, in order of image_id -> {image_id: why it is not used}"
+    first, reasons = rows['image_id'].iloc[0], {}
+    for i, label in zip(rows['image_id'], rows['label']):
+        other = rows['image_id'][rows['label'] != label]
+        if len(other): reasons[i] = Reason('repeats', 'label conflict with another', other.iloc[0])
+        elif i != first: reasons[i] = Reason('repeats', 'same picture as another', first)
+    return reasons
+
+def drop_repeats(
+    table: pd.DataFrame,
+    pairs: Pairs | None = None,           # of one picture; None: same file, or same pixels (`find_exact`)
+    cache_file: str | Path | None = None, # keeps the fingerprints of pictures between calls
+    workers: int = 1,                     # processes that read pictures
+) -> pd.DataFrame:
     "Use every picture once, and not at all when it stands under two labels"
     require_columns(table, ['image_id', 'path', 'label', 'excluded'], 'drop_repeats')
     _check_ids(table, 'drop_repeats')
-    if used(table)['label'].isna().any(): raise TableError(f"drop_repeats: {used(table)['label'].isna().sum()} used rows have no label; call label_for(table, task) first.")
-    files = pd.Series(_absolute(table['path']), dtype=object).where(table['excluded'].isna().to_numpy())
-    edges = [link_equal_keys(files), tuple(_pair_rows(table, pairs)) if pairs is not None else _picture_edges(table, 'exact', cache_file, workers)]
-    rows = table.assign(_same=connected_groups(len(table), edges))
-    rows = used(rows).sort_values('image_id')
+    no_label = used(table)['label'].isna().sum()
+    if no_label: raise TableError(f'drop_repeats: {no_label} used rows have no label; call label_for(table, task) first.')
+    files = pd.Series(absolute_paths(table['path']), dtype=object).where(table['excluded'].isna().to_numpy())
+    if pairs is not None: pictures = _pair_links(table, pairs)
+    else: pictures = _picture_links(table, 'exact', cache_file, workers, 'drop_repeats')
+    same_picture = connected_groups(len(table), [link_equal_values(files), pictures])
+    rows = used(table.assign(_same=same_picture)).sort_values('image_id')
     several = rows[rows.groupby('_same')['image_id'].transform('size') > 1]
-    reason = {}
-    for _, r in several.groupby('_same'):
-        for i, label in zip(r['image_id'], r['label']):
-            other = r['image_id'][r['label'] != label]
-            if len(other): reason[i] = f'label conflict with {other.iloc[0]}'
-            elif i != r['image_id'].iloc[0]: reason[i] = f"same picture as {r['image_id'].iloc[0]}"
-    return exclude(table, table['image_id'].isin(reason), [reason.get(i, '') for i in table['image_id']])
+    reasons = {}
+    for _, same in several.groupby('_same'): reasons.update(_repeat_reasons(same))
+    return exclude(table, table['image_id'].isin(reasons), [reasons.get(i) for i in table['image_id']])
 
-# %% ../nbs/table.ipynb #reconcile-rules
-_STEPS = (('same image as', 'joining'), ('view not', 'views'), ('licence', 'licences'), ('finding', 'task'), ('label conflict', 'repeats'), ('same picture as', 'repeats'))
-_ONE_EACH = re.compile(r'^(same image as|same picture as|label conflict with) .*')
-_MANY = 12          # a rule with more different details than this is printed as one line
+# %% ../nbs/table.ipynb #rules
+_NAMES_AN_IMAGE = ('joining', 'repeats')   # steps whose detail is another image_id, which is not counted one by one
+_MANY = 12                                 # a rule with more different details than this is printed as one line
 
-def _step_of(rule):
-    if rule.startswith('group also in') or rule.endswith(' not recorded') and not rule.startswith('view'): return 'split'
-    return next((step for start, step in _STEPS if rule.startswith(start)), 'reading')
+def _with_detail(rule, detail): return rule.astype(str) + ': ' + detail.astype(str)
 
-def _rules(excluded):
-    "Reasons -> rules: ids dropped, and details dropped where there are too many to print"
-    rule = excluded.astype(object).str.replace(_ONE_EACH, r'\1 another', regex=True)
-    head = rule.str.split(':', n=1).str[0]
-    crowded = rule.groupby(head).transform('nunique') > _MANY
-    return rule.where(~crowded, head)
+def _reasons(table):
+    "step, rule and detail of every excluded row; a text that is not the table's own record gets the step 'unknown'"
+    columns = ['excluded', 'excluded_step', 'excluded_rule', 'excluded_detail']
+    r = table.reindex(columns=columns)[table['excluded'].notna()].astype(object)
+    text, step, rule, detail = (r[c] for c in columns)
+    recorded = step.notna() & (text == rule.where(detail.isna(), _with_detail(rule, detail)))
+    return pd.DataFrame(dict(step=step.where(recorded, 'unknown'), rule=rule.where(recorded, text),
+                             detail=detail.where(recorded)))
+
+def _steps_and_rules(table):
+    "step and rule of every excluded row; the detail stands behind the rule where a rule has few of them"
+    r = _reasons(table)
+    detail = r['detail'].where(~r['step'].isin(_NAMES_AN_IMAGE))
+    few = detail.notna() & (detail.groupby([r['step'], r['rule']]).transform('nunique') <= _MANY)
+    return pd.DataFrame(dict(step=r['step'], rule=r['rule'].where(~few, _with_detail(r['rule'], detail))))
 
 # %% ../nbs/table.ipynb #flow
-def flow(table: pd.DataFrame
-        ) -> pd.DataFrame: # columns step, rule, excluded, left: one line per rule, in the order of the steps
-    "The counts of a flow diagram: what each rule took out and what was left"
+def flow(
+    table: pd.DataFrame,
+) -> pd.DataFrame: # step (a word of `core.Step`), rule, excluded, left: one line per rule, in the order of the steps
+    "The counts of a flow diagram: what each rule excluded and what was left"
     require_columns(table, ['excluded'], 'flow')
-    order = ['reading', *dict.fromkeys(s for _, s in _STEPS), 'split']
-    counts = _rules(table['excluded'].dropna()).value_counts()
-    rows = sorted(((order.index(_step_of(r)), -n, r) for r, n in counts.items()))
-    out = pd.DataFrame([dict(step=order[i], rule=r, excluded=-n) for i, n, r in rows], columns=['step', 'rule', 'excluded'])
-    return out.assign(left=len(table) - out['excluded'].cumsum().astype(int))
+    out = _steps_and_rules(table).value_counts(sort=False).rename('excluded').reset_index()
+    out['order'] = [choices(Step).index(s) for s in out['step']]
+    out = out.sort_values(['order', 'excluded', 'rule'], ascending=[True, False, True], ignore_index=True)
+    return out.drop(columns='order').assign(left=len(table) - out['excluded'].cumsum().astype(int))
 
-# %% ../nbs/table.ipynb #reconcile-class
+# %% ../nbs/table.ipynb #account-notes
+ACCOUNT_NOTES = {   # what needs care: the noun that is counted, and how the sentence goes on
+    'view_not_recorded':  ('used image', 'without a recorded view (kept as published)'),
+    'patient_unknown':    ('used image', 'of an unknown patient (each is a patient of its own unless a picture links it)'),
+    'file_used_twice':    ('used image', 'of a file that is used more than once'),
+    'several_patients':   ('group', 'with several patient ids of the source'),
+    'several_classes':    ('group', 'with images of more than one class'),
+    'two_labels':         ('image', 'excluded because the same picture has two labels'),
+    'finding_not_stated': ('image', 'excluded because no finding was stated'),
+    'licence_not_given':  ('used image', 'without a licence'),
+    'split_missing':      ('used image', 'without a split'),
+}
+
+def describe_account_note(
+    name: str,  # of `ACCOUNT_NOTES`
+    count: int,
+) -> str:
+    "What needs care, with its count"
+    noun, rest = ACCOUNT_NOTES[name]
+    return f'{format_count(count, noun)} {rest}'
+
+# %% ../nbs/table.ipynb #reconciliation
+def _plain_records(frame):
+    return [{k: v if isinstance(v, str) else int(v) for k, v in r.items()} for r in frame.to_dict('records')]
+
 @dataclass(repr=False)
 class Reconciliation:
-    "What came in, what was left out and why, what is used where: prints as text, `to_dict()` for JSON"
-    counts: pd.DataFrame # rule x source, with 'rows in' first, 'used' last and a column 'all'
-    flow: pd.DataFrame   # `flow(table)`
-    parts: pd.DataFrame  # split, label, source -> images, patients, groups
-    notes: dict          # sentence -> count, only what is not zero
-    leaks: list          # groups that stand in more than one part; empty when all is well or no split is made
-
-    def __str__(self):
-        n = self.counts['all']
-        text = [f"{n['rows in']:,} rows in = {n['used']:,} used + {n['rows in'] - n['used']:,} excluded", '', self.counts.to_string()]
-        if len(self.parts): text += ['', 'Used images', self.parts.to_string(index=False)]
-        if self.leaks: text += ['', f'LEAK: {len(self.leaks)} groups stand in more than one part of the split: {_some(self.leaks)}']
-        if self.notes: text += ['', 'Read with care', *(f'  {v:>7,}  {k}' for k, v in self.notes.items())]
-        return '\n'.join(text)
-    __repr__ = __str__
+    "What came in, what was excluded and why, what is used where: prints as text, `to_dict()` for JSON"
+    counts: pd.DataFrame   # rule x source, with 'rows in' first, 'used' last and a column 'all'
+    flow: pd.DataFrame     # `flow(table)`
+    splits: pd.DataFrame   # split, label, source -> images, patients, groups
+    notes: dict[str, int]  # name of `ACCOUNT_NOTES` -> count, only what is not zero
+    leaks: list[str]       # groups that stand in more than one split; empty when all is well or no split is made
 
     def text(self) -> str:
         "The account as plain text"
-        return str(self)
+        n = self.counts['all']
+        lines = [f"{n['rows in']:,} rows in = {n['used']:,} used + {n['rows in'] - n['used']:,} excluded", '', self.counts.to_string()]
+        if len(self.splits): lines += ['', 'Used images', self.splits.to_string(index=False)]
+        groups = format_count(len(self.leaks), 'group')
+        if self.leaks: lines += ['', f'LEAK: {groups} in more than one split: {join_words(self.leaks, most=3)}']
+        if self.notes: lines += ['', 'Read with care']
+        lines += [f'  {describe_account_note(name, count)}' for name, count in self.notes.items()]
+        return '\n'.join(lines)
 
     def to_dict(self) -> dict:
         "Plain dicts, lists, texts and ints, ready for JSON"
         n = self.counts['all']
-        return dict(rows_in=int(n['rows in']), used=int(n['used']), excluded=int(n['rows in'] - n['used']),
-                    counts={r: {c: int(v) for c, v in row.items()} for r, row in self.counts.iterrows()},
-                    flow=[{k: v if isinstance(v, str) else int(v) for k, v in r.items()} for r in self.flow.to_dict('records')],
-                    parts=[{k: v if isinstance(v, str) else int(v) for k, v in r.items()} for r in self.parts.to_dict('records')],
-                    notes=dict(self.notes), leaks=list(self.leaks))
+        counts = {rule: {source: int(v) for source, v in row.items()} for rule, row in self.counts.iterrows()}
+        rows_in, in_use = int(n['rows in']), int(n['used'])
+        return dict(rows_in=rows_in, used=in_use, excluded=rows_in - in_use, counts=counts,
+                    flow=_plain_records(self.flow), splits=_plain_records(self.splits), notes=dict(self.notes),
+                    leaks=list(self.leaks))
+
+    def __str__(self) -> str: return self.text()
+    __repr__ = __str__
 
 # %% ../nbs/table.ipynb #reconcile-helpers
 def _count_rules(table):
     "Rule x source, with 'rows in' first and 'used' last"
     source = table['source'].fillna('(no source)')
-    rule = _rules(table['excluded'])
-    lines = pd.crosstab(rule.fillna('used'), source).reindex([*flow(table)['rule'], 'used'], fill_value=0)
-    counts = pd.concat([pd.DataFrame([source.value_counts().reindex(lines.columns)], index=['rows in']), lines]).fillna(0).astype(int)
-    counts = counts.rename_axis(index=None, columns=None)
+    rule = _steps_and_rules(table)['rule'].reindex(table.index).fillna('used')
+    lines = pd.crosstab(rule, source).reindex([*flow(table)['rule'].unique(), 'used'], fill_value=0)
+    rows_in = pd.DataFrame([source.value_counts().reindex(lines.columns)], index=['rows in'])
+    counts = pd.concat([rows_in, lines]).fillna(0).astype(int).rename_axis(index=None, columns=None)
     counts['all'] = counts.sum(axis=1)
-    assert (counts.loc['rows in'] == counts.iloc[1:].sum()).all(), 'rows in = used + excluded does not hold; this is a fault of reconcile'
+    assert (counts.loc['rows in'] == counts.iloc[1:].sum()).all(), 'a fault of reconcile: rows in = used + excluded does not hold'
     return counts
 
-def _count_parts(rows):
-    "split, label, source -> images, patients, groups; columns that nobody filled yet are left out"
-    keys = [k for k in ('split', 'label', 'source') if rows[k].notna().any()]
-    if not keys or not len(rows): return pd.DataFrame()
-    r = rows.assign(**{k: rows[k].fillna('(none)') for k in keys})
-    if 'split' in keys: r['split'] = pd.Categorical(r['split'], [*SPLITS, *sorted(set(r['split']) - set(SPLITS))], ordered=True)
-    out = r.groupby(keys, observed=True).agg(images=('image_id', 'size'), patients=('patient', 'nunique'), groups=('group', 'nunique')).reset_index()
-    if 'split' in keys: out['split'] = out['split'].astype(object)
+def _count_splits(rows):
+    "split, label, source -> images, patients, groups; columns that are still blank are left out"
+    by = [k for k in ('split', 'label', 'source') if rows[k].notna().any()]
+    if not by or not len(rows): return pd.DataFrame()
+    r = rows.assign(**{k: rows[k].fillna('(none)') for k in by})
+    if 'split' in by:
+        others = sorted(set(r['split']) - set(SPLITS))
+        r['split'] = pd.Categorical(r['split'], [*SPLITS, *others], ordered=True)
+    counted = dict(images=('image_id', 'size'), patients=('patient', 'nunique'), groups=('group', 'nunique'))
+    out = r.groupby(by, observed=True).agg(**counted).reset_index()
+    if 'split' in by: out['split'] = out['split'].astype(object)
     return out if rows['group'].notna().any() else out.drop(columns='groups')
 
 def _count_notes(table, rows):
-    "What a reader has to know before believing the numbers"
-    def groups_with(several): return int((rows[rows['group'].notna()].groupby('group')[several].nunique() > 1).sum())
-    reason = table['excluded'].astype(object)
-    notes = {
-        'used images without a recorded view (kept as published)': rows['view'].isna().sum(),
-        'used images whose patient is unknown (each counts as a patient of its own unless a picture links it)': rows['patient'].isna().sum(),
-        'used images of a file that is used more than once': rows['path'][rows['path'].notna()].duplicated(keep=False).sum(),
-        'groups that join several patient keys of the source': groups_with('patient'),
-        'groups with images of more than one class': groups_with('label'),
-        'images excluded because the same picture has two labels': reason.str.startswith('label conflict', na=False).sum(),
-        'images excluded because nobody stated a finding': (reason == 'finding not stated').sum(),
-        'used images without a licence': rows['licence'].isna().sum(),
-        'used images without a split': rows['split'].isna().sum() if rows['split'].notna().any() else 0,
-    }
-    return {k: int(v) for k, v in notes.items() if v}
+    "What needs care: name of `ACCOUNT_NOTES` -> count"
+    by_group = rows[rows['group'].notna()].groupby('group')
+    reasons = _reasons(table)['rule']
+    notes = dict(
+        view_not_recorded=rows['view'].isna().sum(), patient_unknown=rows['patient'].isna().sum(),
+        file_used_twice=rows['path'][rows['path'].notna()].duplicated(keep=False).sum(),
+        several_patients=(by_group['patient'].nunique() > 1).sum(),
+        several_classes=(by_group['label'].nunique() > 1).sum(),
+        two_labels=(reasons == 'label conflict with another').sum(),
+        finding_not_stated=(reasons == 'finding not stated').sum(),
+        licence_not_given=rows['licence'].isna().sum(),
+        split_missing=rows['split'].isna().sum() if rows['split'].notna().any() else 0)
+    return {name: int(count) for name, count in notes.items() if count}
 
 # %% ../nbs/table.ipynb #reconcile
 def reconcile(table: pd.DataFrame) -> Reconciliation:
-    "The account of every row: rows in = used + excluded, by rule and source; used images by part, label and source; what to be careful with"
+    "The account of every row: rows in = used + excluded by rule and source, what is used where, and what needs care"
     require_columns(table, COLUMNS, 'reconcile')
     rows = used(table)
     leaks = list(_crossing(rows[rows['split'].notna()]))
-    return Reconciliation(_count_rules(table), flow(table), _count_parts(rows), _count_notes(table, rows), leaks)
+    return Reconciliation(_count_rules(table), flow(table), _count_splits(rows), _count_notes(table, rows), leaks)

@@ -9,7 +9,7 @@ from typing import Iterable
 
 # %% auto #0
 __all__ = ['as_number', 'format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p', 'format_count',
-           'join_words', 'sentence']
+           'join_words', 'sentence', 'format_bytes', 'printable', 'safe_cell', 'safe_path']
 
 # %% ../nbs/words.ipynb #as-number
 def as_number(
@@ -66,11 +66,11 @@ def format_p(p: object) -> str: # 'p = 0.032', 'p < 0.001'
 # %% ../nbs/words.ipynb #count
 def format_count(
     n: int,
-    one: str,                # 'image'
+    one: str = '',           # 'image'; '': the number alone
     many: str | None = None, # None: one + 's'
 ) -> str:                    # '1 image', '1,200 images'
     "A count with its noun"
-    return f'{n:,} {one if n == 1 else many or one + "s"}'
+    return f'{n:,} {one if n == 1 else many or one + "s"}' if one else f'{n:,}'
 
 def join_words(
     names: Iterable,         # anything that prints
@@ -86,3 +86,30 @@ def sentence(text: str) -> str:
     "The text with a capital letter and a full stop"
     text = text[:1].upper() + text[1:]
     return text if not text or text[-1] in '.!?' else text + '.'
+
+# %% ../nbs/words.ipynb #bytes
+def format_bytes(
+    n: float,
+) -> str:      # '999 bytes', '1.2 GB'
+    "The size of a file, in steps of a thousand"
+    for unit in ('bytes', 'kB', 'MB', 'GB'):
+        if n < 1000: return f'{n:.0f} bytes' if unit == 'bytes' else f'{n:.1f} {unit}'
+        n /= 1000
+    return f'{n:.1f} TB'
+
+# %% ../nbs/words.ipynb #untrusted
+_FORMULA = ('=', '+', '-', '@', '\t', '\r')
+
+def printable(text: object) -> str:
+    "The text with every control character and every byte that is no text shown by its code, safe for a terminal"
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+def safe_cell(value: object) -> object: # anything that is no text stays as it is
+    "A cell of a CSV that no spreadsheet runs as a formula: an apostrophe stands before = + - @"
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+def safe_path(
+    path: str | None,
+) -> str | None:      # the same file
+    "A path that no spreadsheet runs as a formula: a relative one gets './' in front"
+    return f'./{path}' if isinstance(path, str) and path.startswith(_FORMULA) else path

@@ -2,18 +2,21 @@
 import os, subprocess, sys
 from pathlib import Path
 import pytest
+from covid_cxr.core import data_folder
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / 'shared' / 'data'
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='real radiographs not present at ../shared/data')
+DATA = data_folder()
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='real radiographs not present at ../shared/data (or where CXR_DATA points)')
 MAIN = 'from covid_cxr.cli import main; raise SystemExit(main())'
-SMALL = ['--set', 'data.phantom_patients=40', '--set', 'training.bs=8', '--set', 'training.lr_find_it=40', '--set', 'evaluation.n_boot=200', '--size', '64', '--device', 'cpu']
+SMALL = ['--set', 'data.phantom_patients=40', '--set', 'training.bs=8', '--set', 'training.num_it=40', '--set', 'evaluation.n_boot=200',
+         '--size', '64', '--device', 'cpu']
 
 
 def cli(*args, **kw):
     "covid-cxr in a fresh process; returns the finished process with its text"
-    return subprocess.run([sys.executable, '-c', MAIN, *map(str, args)], capture_output=True, text=True, cwd=kw.pop('cwd', ROOT), timeout=kw.pop('timeout', 300), **kw)
+    kw = dict(dict(cwd=ROOT, timeout=300), **kw)
+    return subprocess.run([sys.executable, '-c', MAIN, *map(str, args)], capture_output=True, text=True, **kw)
 
 
 def python(code, *args):
@@ -25,9 +28,9 @@ def python(code, *args):
 
 @pytest.fixture(scope='session')
 def phantom_run(tmp_path_factory):
-    "One finished run of the demo recipe, small: three rounds in all, with lr_find"
+    "One finished run of the demo recipe, small: two stages, three epochs in all, with lr_find"
     out = tmp_path_factory.mktemp('run') / 'demo'
-    p = cli('demo', '--out', out, *SMALL, '--set', 'training.rounds=[{epochs = 1, lr = 0.001}, {epochs = 2}]')
+    p = cli('demo', '--out', out, *SMALL, '--set', 'training.stages=[{epochs = 1, lr = 0.001}, {epochs = 2}]')
     assert p.returncode == 0, p.stderr[-2000:]
     (out / 'stdout.txt').write_text(p.stdout)
     return out

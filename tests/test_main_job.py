@@ -1,20 +1,25 @@
 """The main job across processes: train, kill, resume, export, predict, refuse."""
-import json, os, random, re, resource, shutil, signal, subprocess, sys, time
+import json, math, os, random, re, resource, shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
+from PIL import Image
 from conftest import MAIN, ROOT, SMALL, cli, python
+from covid_cxr.core import RunError, used, write_json
+from covid_cxr.runs.folder import RunFolder
 
-ROUNDS = ['--set', 'training.rounds=[{epochs = 1, lr = 0.001}, {epochs = 2}]']
+STAGES = ['--set', 'training.stages=[{epochs = 1, lr = 0.001}, {epochs = 2}]']
 
 
 def test_the_demo_says_where_everything_is(phantom_run):
     text = (phantom_run / 'stdout.txt').read_text()
-    for what in ('export.pkl', 'predictions.csv', 'plots', 'bundle', 'SYNTHETIC', 'prediction: ', 'source only'): assert what in text, what
-    assert re.search(r'auc [01]\.\d{3}  \[[01]\.\d{3}, [01]\.\d{3}\]', text), 'a metric with its interval'
-    for name in ('recipe.toml', 'run.json', 'table.csv', 'reconciliation.txt', 'history.csv', 'lr_find.csv', 'predictions.csv', 'evaluation.json', 'summary.txt', 'export.pkl',
-                 'bundle/bundle.json', 'bundle/weights.safetensors', 'plots/confusion.png', 'plots/roc.png', 'plots/history.png'): assert (phantom_run / name).stat().st_size > 0, name
+    for what in ('export.pkl', 'predictions.csv', 'plots', 'bundle', 'SYNTHETIC', 'prediction: ', 'source baseline'):
+        assert what in text, what
+    assert re.search(r'auc [01]\.\d{3} \[[01]\.\d{3}, [01]\.\d{3}\]', text), 'a metric with its interval'
+    for name in ('recipe.toml', 'run.json', 'table.csv', 'reconciliation.txt', 'history.csv', 'lr_find.csv', 'predictions.csv',
+                 'evaluation.json', 'summary.txt', 'export.pkl', 'bundle/bundle.json', 'bundle/weights.safetensors', 'plots/confusion.png',
+                 'plots/roc.png', 'plots/history.png', 'test_log.jsonl'): assert (phantom_run / name).stat().st_size > 0, name
 
 
-def test_nobody_is_on_two_sides(phantom_run):
+def test_no_patient_is_on_two_sides(phantom_run):
     t = pd.read_csv(phantom_run / 'table.csv', low_memory=False)
     used = t[t.excluded.isna()]
     assert (used.groupby('group').split.nunique() == 1).all() and (used.groupby('patient').split.nunique() == 1).all()
@@ -40,7 +45,7 @@ def test_evaluation_json_follows_from_predictions_csv(phantom_run):
 def test_fresh_processes_predict_what_the_learner_did(phantom_run, tmp_path):
     "The bundle through the command line, and the pickle through fastai, both in processes of their own"
     pred = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"').reset_index(drop=True)
-    p = cli('predict', phantom_run, *pred.path, '--csv', tmp_path / 'out.csv', '--gate', 'off')
+    p = cli('predict', phantom_run, *pred.path, '--out', tmp_path / 'out.csv', '--ood', 'off')
     assert p.returncode == 0, p.stderr
     got = pd.read_csv(tmp_path / 'out.csv')
     assert list(got.path) == list(pred.path) and list(got.predicted) == list(pred.predicted)
@@ -49,7 +54,8 @@ def test_fresh_processes_predict_what_the_learner_did(phantom_run, tmp_path):
     python('import json, sys, warnings\nwarnings.simplefilter("ignore")\nimport numpy as np\nfrom fastai.learner import load_learner\n'
            'learn = load_learner(sys.argv[1])\npaths = json.load(open(sys.argv[2]))\n'
            'with learn.no_bar(): probs, _ = learn.get_preds(dl=learn.dls.test_dl(paths))\nnp.save(sys.argv[3], probs.numpy())\n'
-           'with learn.no_bar(): label, _, one = learn.predict(paths[0])\nassert str(label) in learn.dls.vocab and abs(float(one[1] - probs[0][1])) < 1e-5',
+           'with learn.no_bar(): label, _, one = learn.predict(paths[0])\n'
+           'assert str(label) in learn.dls.vocab and abs(float(one[1] - probs[0][1])) < 1e-5',
            phantom_run / 'export.pkl', tmp_path / 'paths.json', tmp_path / 'probs.npy')
     assert np.abs(np.load(tmp_path / 'probs.npy') - pred[['prob_other', 'prob_covid']].to_numpy()).max() < 1e-5
 
@@ -64,19 +70,24 @@ def test_one_file_many_files_and_a_folder_agree(phantom_run, tmp_path):
     for one, p in zip(files, folder): assert predictor.predict(one).probabilities == pytest.approx(p.probabilities, abs=1e-6)
 
 
-def _start(out): return subprocess.Popen([sys.executable, '-c', MAIN, 'train', 'demo', '--out', out, *SMALL, *ROUNDS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+def _start(out):
+    command = [sys.executable, '-c', MAIN, 'train', 'demo', '--out', out, *SMALL, *STAGES]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(phantom_run, tmp_path):
     "SIGKILL while preparing, after the first epoch, at a random moment, and at the end; then let it finish"
     out, chance, kills = tmp_path / 'run', random.Random(5), 0
-    moments = [lambda: (out / 'run.json').exists(), lambda: (out / 'checkpoints/last.pt').exists(), lambda: (out / 'checkpoints/history.csv').exists() and len(pd.read_csv(out / 'checkpoints/history.csv')) >= 2,
-               lambda: (out / 'predictions.csv').exists()]
+    kept = out / 'checkpoints/history.csv'
+    moments = [lambda: (out / 'run.json').exists(), lambda: (out / 'checkpoints/last.pt').exists(),
+               lambda: kept.exists() and len(pd.read_csv(kept)) >= 2, lambda: (out / 'predictions.csv').exists()]
     for reached in moments:
         p, end = _start(out), time.time() + 120
         while p.poll() is None and not reached() and time.time() < end: time.sleep(.02)
         time.sleep(chance.random() * .5)
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        if p.poll() is None:
+            p.send_signal(signal.SIGKILL)
+            kills += 1
         p.wait()
     assert kills >= 3
     p = _start(out)
@@ -93,9 +104,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     try:
         while not (tmp_path / 'run' / '.lock').exists() and time.time() < end: time.sleep(.05)
         time.sleep(.3)
-        second = cli('train', 'demo', '--out', tmp_path / 'run', *SMALL, *ROUNDS)
+        second = cli('train', 'demo', '--out', tmp_path / 'run', *SMALL, *STAGES)
         assert second.returncode == 1 and 'another process is working' in second.stderr
-    finally: first.kill(); first.wait()
+    finally:
+        first.kill()
+        first.wait()
 
 
 HEADER = 'patientid,finding,view,modality,filename,folder\n'
@@ -111,7 +124,8 @@ def _tree(tmp_path, text, **files):
 
 def _recipe(tmp_path, extra=''):
     f = tmp_path / 'mine.toml'
-    f.write_text('name = "mine"\ntask = "covid_vs_other"\n[data]\nduplicates = "none"\n[[data.sources]]\nname = "covid_chestxray"\nroot = "covid-chestxray-dataset"\n'
+    f.write_text('name = "mine"\ntask = "covid_vs_other"\n[data]\nduplicates = "none"\n'
+                 '[[data.sources]]\nname = "covid_chestxray"\nroot = "covid-chestxray-dataset"\n'
                  '[image]\nsize = 64\n[model]\narch = "resnet18"\nweights = "none"\n[training]\nbs = 2\n' + extra)
     return f
 
@@ -158,7 +172,8 @@ def test_refusals_before_training_leave_nothing_behind(tmp_path, here):
     _refused(run('covid-2020', tmp_path / 'nowhere', '--weights', 'none'), 'nowhere', out=out)
     _refused(run(good, _tree(tmp_path / 'a', 'patientid,wrong\n1,2\n')), 'finding', out=out)
     _refused(run(good, _tree(tmp_path / 'b', HEADER + '1,Covd,PA,X-ray,a.png,images\n', a_png=_png())), "'Covd' (1)", out=out)
-    _refused(run(good, _tree(tmp_path / 'c', HEADER + '1,COVID-19,PA,X-ray,a.png,images\n2,COVID-19,PA,X-ray,b.png,images\n', a_png=_png(), b_png=_png(1))), 'other', out=out)
+    alike = HEADER + '1,COVID-19,PA,X-ray,a.png,images\n2,COVID-19,PA,X-ray,b.png,images\n'
+    _refused(run(good, _tree(tmp_path / 'c', alike, a_png=_png(), b_png=_png(1))), 'other', out=out)
     text, files = _many(bad=_png()[:200])
     _refused(run(good, _tree(tmp_path / 'd', text, **files)), 'f3.png', out=out)
     bad = tmp_path / 'bad.toml'
@@ -189,8 +204,10 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, here):
 def test_a_disk_that_fills_up(tmp_path):
     "No file may grow beyond 2 MB: the first checkpoint cannot be written; what is there stays whole"
     text, files = _many()
-    data, recipe, out = _tree(tmp_path, text, **files), _recipe(tmp_path, 'rounds = [{epochs = 1, lr = 0.001}]\n'), tmp_path / 'out'
-    def limit(): signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    data, recipe, out = _tree(tmp_path, text, **files), _recipe(tmp_path, 'stages = [{epochs = 1, lr = 0.001}]\n'), tmp_path / 'out'
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
     _refused(cli('train', recipe, '--data', data, '--out', out, preexec_fn=limit), 'cannot write')
     assert not list(out.rglob('*.pt')) and not (out / 'predictions.csv').exists() and not (out / 'bundle').exists()
     p = cli('train', recipe, '--data', data, '--out', out)                # with room again, the same command goes on
@@ -200,23 +217,80 @@ def test_a_disk_that_fills_up(tmp_path):
 def test_predict_refuses_by_name(phantom_run, tmp_path, here):
     (tmp_path / 'bad.png').write_bytes(b'no picture')
     good = phantom_run / 'new-image.png'
-    _refused(here('predict', phantom_run, good, tmp_path / 'bad.png', '--csv', tmp_path / 'o.csv'), 'bad.png', out=tmp_path / 'o.csv')
+    _refused(here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv'), 'bad.png', out=tmp_path / 'o.csv')
     _refused(here('predict', tmp_path, good), 'no bundle')
     _refused(here('predict', phantom_run, tmp_path / 'missing.png'), 'missing.png')
-    _refused(here('predict', phantom_run, good, '--csv', tmp_path / 'bad.png' / 'o.csv'), 'cannot write')
-    p = here('predict', phantom_run, good, tmp_path / 'bad.png', '--csv', tmp_path / 'o.csv', '--on-bad', 'decline')
+    _refused(here('predict', phantom_run, good, '--out', tmp_path / 'bad.png' / 'o.csv'), 'cannot write')
+    p = here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv', '--on-bad', 'decline')
     assert p.returncode == 0 and pd.read_csv(tmp_path / 'o.csv').declined.notna().tolist() == [False, True]
 
 
 def test_an_exported_bundle_stands_alone(phantom_run, tmp_path, here):
-    assert here('export', phantom_run, '--to', tmp_path / 'model').returncode == 0
-    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'weights.safetensors']
+    assert here('export', phantom_run, '--out', tmp_path / 'model').returncode == 0
+    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'manifest.json', 'weights.safetensors']
     p = here('predict', tmp_path / 'model', phantom_run / 'new-image.png')
     assert p.returncode == 0 and 'covid' in p.stdout and 'SYNTHETIC' in p.stderr and 'Not a medical device' in p.stderr
-    _refused(here('export', phantom_run, '--to', tmp_path / 'model'), 'exists already')
+    _refused(here('export', phantom_run, '--out', tmp_path / 'model'), 'exists already')
+
+
+def test_a_light_predict_needs_no_pandas(phantom_run, tmp_path):
+    "Importing, opening a bundle and predicting; pandas comes with the first CSV"
+    python('import sys, covid_cxr.predict\nassert not {"pandas", "torch", "fastai", "matplotlib"} & set(sys.modules)')
+    python('import sys\nfrom covid_cxr.predict import load_predictor, save_predictions\n'
+           'p = load_predictor(sys.argv[1]).predict(sys.argv[2])\n'
+           'assert p.probabilities and "pandas" not in sys.modules and "fastai" not in sys.modules\n'
+           'save_predictions([p], sys.argv[3])\nassert "pandas" in sys.modules',
+           phantom_run, phantom_run / 'new-image.png', tmp_path / 'out.csv')
 
 
 def test_version_and_usage():
     import covid_cxr
     assert cli('--version').stdout.strip() == f'covid-cxr {covid_cxr.__version__}'
     assert cli('trane').returncode == 2
+
+
+@pytest.mark.parametrize('name, damage, word', [
+    ('best.pt', lambda raw: raw[:len(raw) // 2], 'best.pt is not the file that was written'), ('best.pt', None, 'best.pt.* is missing'),
+    ('best.pt', lambda raw: raw[:4000] + bytes([raw[4000] ^ 255]) + raw[4001:], 'best.pt is not the file that was written'),
+    ('last.pt', lambda raw: raw[:len(raw) // 2], 'last.pt is damaged'), ('last.pt', lambda raw: b'', 'last.pt is damaged')])
+def test_damaged_checkpoints_are_named(phantom_run, tmp_path, name, damage, word):
+    from covid_cxr.runs.train import train
+    run = shutil.copytree(phantom_run, tmp_path / 'run', ignore=shutil.ignore_patterns('cache', 'data', 'plots'))
+    state = json.loads((run / 'run.json').read_text())
+    write_json(run / 'run.json', dict(state, status='training'))
+    file = run / 'checkpoints' / name
+    if damage is None: file.unlink()
+    else: file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RunError, match=word): train(str(run / 'recipe.toml'), out=run, device='cpu', log=len)
+
+
+def test_weights_that_blow_up_in_the_last_step(tmp_path):
+    "The training loss was still a number, the validation loss is not: the sentence that a NaN training loss gets"
+    import torch
+    from covid_cxr.learner import auc_score
+    assert math.isnan(auc_score(torch.tensor([[float('nan'), 1.], [.5, .5]]), torch.tensor([0, 1])))
+    for c in ('COVID', 'Normal'):
+        folder = tmp_path / 'data/images' / c
+        folder.mkdir(parents=True)
+        for i in range(24):
+            pixels = np.random.default_rng(i + 99 * (c == 'COVID')).integers(0, 255, (48, 48), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f'{i}.png')
+    (tmp_path / 'r.toml').write_text('''name = "tiny"
+data = {duplicates = "none", sources = [{name = "folder", root = ["images"]}]}
+image = {size = 32}
+split = {valid_pct = 0.25, test_pct = 0.25}
+model = {arch = "cnn3", weights = "none"}
+training = {bs = 8, opt = "sgd", stages = [{epochs = 1, lr = 9.9}]}
+evaluation = {n_boot = 100}
+''')
+    _refused(cli('train', tmp_path / 'r.toml', '--data', tmp_path / 'data', '--out', tmp_path / 'run', '--device', 'cpu'), 'no longer a number')
+
+
+def test_a_run_on_phantoms_is_found_from_any_folder(phantom_run, tmp_path):
+    paths = RunFolder.open(phantom_run).table['path'].dropna()
+    assert all(map(os.path.isabs, paths))
+    p = cli('demo', '--out', 'demo', *SMALL[:2], '--set', 'data.phantom_patients=40', '--size', 32, '--arch', 'cnn3', '--device', 'cpu',
+            '--set', 'training.stages=[{epochs = 1, lr = 0.001}]', '--set', 'evaluation.n_boot=100', cwd=tmp_path)
+    assert p.returncode == 0, p.stderr[-2000:]
+    found = RunFolder.open(tmp_path / 'demo')
+    assert used(found.table)['path'].map(os.path.isfile).all() and found.integrity.status == 'verified'

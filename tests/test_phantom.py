@@ -11,8 +11,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from conftest import ROOT
 from covid_cxr.core import CxrError, RunError
-from covid_cxr.phantom import (FAMILY, FAULTS, PATTERNS, SCHEMAS, make_other_view, make_phantom, phantom_family, plant_faults, write_covid_tree,
-                               write_kaggle_tree, write_phantom_folder, write_phantom_trees)
+from covid_cxr.phantom import (FAMILY, FAULTS, PATTERNS, SCHEMAS, make_other_view, make_phantom, phantom_family, plant_faults,
+                               write_covid_tree, write_kaggle_tree, write_phantom_folder, write_phantom_trees)
 
 
 def _unit(x):
@@ -54,10 +54,11 @@ def _grouped_auc(features, y, groups):
     return roc_auc_score(y, cross_val_predict(_logistic(), features, y, groups=groups, cv=GroupKFold(5), method='predict_proba')[:, 1])
 
 
-# ---------------------------------------------------------------- one film
+# ---------------------------------------------------------------- one image
 
 def test_the_same_arguments_give_the_same_bytes_in_any_process_and_order():
-    code = 'import sys, zlib\nfrom covid_cxr.phantom import make_phantom\nfor p in (2, 0, 1): print(p, zlib.crc32(make_phantom(7, p, 1, 96, lesion=.5).image.tobytes()))'
+    code = ('import sys, zlib\nfrom covid_cxr.phantom import make_phantom\n'
+            'for p in (2, 0, 1): print(p, zlib.crc32(make_phantom(7, p, 1, 96, lesion=.5).image.tobytes()))')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert out.returncode == 0, out.stderr
     there = dict(line.split() for line in out.stdout.splitlines())
@@ -87,14 +88,14 @@ def test_masks_say_where_the_opacity_is(size, pattern):
         assert change[ill.lesion_mask].mean() > 8 and change[~ill.lung_mask].mean() < .1 * change[ill.lesion_mask].mean()
 
 
-def test_films_of_a_patient_are_more_alike_than_films_of_two():
+def test_images_of_a_patient_are_more_alike_than_images_of_two():
     x = np.stack([make_phantom(0, p, k, 64, lesion=.5 * (p % 2)).image[:58] for p in range(40) for k in range(2)])
     c, who = _unit(x) @ _unit(x).T, np.repeat(np.arange(40), 2)
     same = who[:, None] == who
     pairs = np.triu(np.ones_like(same), 1).astype(bool)
     within, between = c[pairs & same], c[pairs & ~same]
     assert roc_auc_score(np.r_[np.ones(len(within)), np.zeros(len(between))], np.r_[within, between]) > .75
-    assert between.max() < .97 and within.max() < .995, 'two films are never near-duplicates by accident'
+    assert between.max() < .97 and within.max() < .995, 'two images are never near-duplicates by accident'
 
 
 def test_exposure_and_anatomy_say_nothing_about_the_disease():
@@ -103,7 +104,7 @@ def test_exposure_and_anatomy_say_nothing_about_the_disease():
     assert .35 < _grouped_auc(outside, t.label.to_numpy(), t.patient) < .65
 
 
-def test_other_views_are_deterministic_and_unlike_a_frontal_film():
+def test_other_views_are_deterministic_and_unlike_a_frontal_image():
     frontal = np.stack([make_phantom(2, p, 0, 64).image[:58] for p in range(8)])
     for kind in ('lateral', 'ct'):
         other = make_other_view(kind, 2, 1, size=64)
@@ -111,8 +112,9 @@ def test_other_views_are_deterministic_and_unlike_a_frontal_film():
         assert (_unit(frontal) @ _unit(other[None, :58])[0]).max() < .7
 
 
-@pytest.mark.parametrize('bad', [dict(size=16), dict(size=64.5), dict(lesion=-.1), dict(lesion=float('nan')), dict(pattern='apical'), dict(aspect=9), dict(patient=-1), dict(image='second'), dict(wobble=2)])
-def test_a_film_that_cannot_be_is_refused_by_name(bad):
+@pytest.mark.parametrize('bad', [dict(size=16), dict(size=64.5), dict(lesion=-.1), dict(lesion=float('nan')), dict(pattern='apical'),
+                                 dict(aspect=9), dict(patient=-1), dict(image='second'), dict(wobble=2)])
+def test_an_image_that_cannot_be_is_refused_by_name(bad):
     with pytest.raises(CxrError, match=str(list(bad.values())[0])): make_phantom(0, **bad)
 
 
@@ -137,10 +139,11 @@ def test_metadata_has_the_words_and_columns_of_its_era(covid):
     assert ('modality' in head and 'folder' in head and head[-1] == '') == (schema != '2020-03')
     assert ('RT_PCR_positive' in head) == (schema == 'final')
     m = pd.read_csv(root / 'metadata.csv', encoding=encoding, dtype=str)
-    assert len(m) == len(truth['rows'])
+    assert len(m) == len(truth.rows)
     covid_word = 'Pneumonia/Viral/COVID-19' if schema == 'final' else 'COVID-19'
     assert {covid_word, 'No Finding', 'No finding ', 'todo'} <= set(m.finding.dropna()) and m.finding.isna().any()
-    assert ('COVID-19, ARDS' in set(m.finding)) <= (schema != 'final') and ('Pneumonia/Viral/Herpes ' in set(m.finding)) == (schema == 'final')
+    assert ('COVID-19, ARDS' in set(m.finding)) <= (schema != 'final')
+    assert ('Pneumonia/Viral/Herpes ' in set(m.finding)) == (schema == 'final')
     assert {'PA', '?', 'Axial', 'Coronal', 'AP erect', 'AP semi erect'} <= set(m['view'].dropna()) and m['view'].isna().any()
     assert m.license.isna().any() and m.age.isna().any() and m.iloc[:, 0].str.fullmatch(r'\d+b?').all()
     assert any('\n' in n for n in m['clinical notes' if schema == '2020-03' else 'clinical_notes'].dropna())
@@ -151,7 +154,7 @@ def test_metadata_has_the_words_and_columns_of_its_era(covid):
 def test_files_of_the_covid_tree_are_as_mixed_as_the_real_ones(covid):
     schema, encoding, root, truth = covid
     m = pd.read_csv(root / 'metadata.csv', encoding=encoding, dtype=str)
-    on_disk, named, q = {p.name for p in (root / 'images').iterdir()}, m.filename, truth['quirks']
+    on_disk, named, q = {p.name for p in (root / 'images').iterdir()}, m.filename, truth.quirks
     assert set(named) - on_disk == set(q['missing_file'] + q['volumes']) and len(q['missing_file']) == 1
     assert on_disk - set(named) == set(q['unreferenced']) and len(q['unreferenced']) == 1
     assert sorted(named[named.duplicated()]) == q['listed_twice'] and m.iloc[:, 0][named == q['listed_twice'][0]].nunique() == 2
@@ -166,9 +169,10 @@ def test_files_of_the_covid_tree_are_as_mixed_as_the_real_ones(covid):
     assert sorted(wrong) == sorted(q['png_named_jpg']) and wrong
     assert {n.rsplit('.', 1)[1] for n in on_disk} >= {'jpg', 'png', 'jpeg', 'PNG', 'JPG'}
     for mask in (root / 'annotations/lungVAE-masks').iterdir():
-        film = [n for n in on_disk if n.rsplit('.', 1)[0] == mask.name[:-len('_mask.png')]]
-        with Image.open(mask) as a, Image.open(root / 'images' / film[0]) as b: assert a.mode == '1' and a.size == b.size and a.getextrema() == (0, 255)
-    assert (m.iloc[:, 0].value_counts() > 1).sum() >= 3, 'several films of one patient'
+        image = [n for n in on_disk if n.rsplit('.', 1)[0] == mask.name[:-len('_mask.png')]]
+        with Image.open(mask) as a, Image.open(root / 'images' / image[0]) as b:
+            assert a.mode == '1' and a.size == b.size and a.getextrema() == (0, 255)
+    assert (m.iloc[:, 0].value_counts() > 1).sum() >= 3, 'several images of one patient'
     assert (root / 'SYNTHETIC.txt').is_file()
 
 
@@ -181,21 +185,21 @@ def test_a_tree_is_the_same_for_the_same_seed_and_replaces_only_its_like(tmp_pat
     assert files() == first
     write_covid_tree(tmp_path / 't', n_patients=4, seed=8, size=32)
     assert files() != first
-    (tmp_path / 'mine').mkdir(), (tmp_path / 'mine/film.png').write_bytes(b'mine')
+    (tmp_path / 'mine').mkdir(), (tmp_path / 'mine/image.png').write_bytes(b'mine')
     for write in (write_covid_tree, write_kaggle_tree, write_phantom_trees, write_phantom_folder):
         with pytest.raises(RunError, match='are not phantoms'): write(tmp_path / 'mine', size=32)
     (tmp_path / 'mine/SYNTHETIC.txt').write_text('a note of mine')
     with pytest.raises(RunError, match='are not phantoms'): write_phantom_trees(tmp_path / 'mine', size=32)
-    assert (tmp_path / 'mine/film.png').read_bytes() == b'mine'
-    with pytest.raises(RunError, match='cannot write'): write_phantom_trees(tmp_path / 'mine/film.png/below', size=32)
+    assert (tmp_path / 'mine/image.png').read_bytes() == b'mine'
+    with pytest.raises(RunError, match='cannot write'): write_phantom_trees(tmp_path / 'mine/image.png/below', size=32)
 
 
 # ---------------------------------------------------------------- the paediatric tree
 
-def test_kaggle_names_parts_and_people(tmp_path):
+def test_kaggle_names_folders_and_people(tmp_path):
     truth = write_kaggle_tree(tmp_path / 'k', n_normal=30, n_pneumonia=45, seed=2, size=32)
     files = sorted(p.relative_to(tmp_path / 'k/chest_xray').as_posix() for p in (tmp_path / 'k').rglob('*.jpeg'))
-    assert files == sorted(r['file'] for r in truth['rows']) and len(files) == 75
+    assert files == sorted(r['file'] for r in truth.rows) and len(files) == 75
     normal = re.compile(r'(train|val|test)/NORMAL/(NORMAL2-)?(IM-\d{4})-0001(-\d{4})?\.jpeg')
     ill = re.compile(r'(train|val|test)/PNEUMONIA/person(\d+)_(bacteria|virus)_(\d+)\.jpeg')
     n = [m for m in map(normal.fullmatch, files) if m]
@@ -203,15 +207,16 @@ def test_kaggle_names_parts_and_people(tmp_path):
     assert len(n) == 30 and len(p) == 45 and {m[2] for m in n} == {None, 'NORMAL2-'} and any(m[4] for m in n)
     parts = {}
     for key, part in [*((m[3], m[1]) for m in n), *(((m[2], m[3]), m[1]) for m in p)]: parts.setdefault(key, set()).add(part)
-    assert all(len(v) == 1 for v in parts.values()), 'nobody is in two parts by the right key'
-    assert max(sum(m[2] == k[0] and m[3] == k[1] for m in p) for k in parts if isinstance(k, tuple)) > 1, 'several films of one person'
+    assert all(len(v) == 1 for v in parts.values()), 'no person is in two folders by the right patient id'
+    assert max(sum(m[2] == k[0] and m[3] == k[1] for m in p) for k in parts if isinstance(k, tuple)) > 1, 'several images of one person'
     kinds = {k: {m[1] for m in p if m[2] == k} for k in {m[2] for m in p if m[3] == 'bacteria'} & {m[2] for m in p if m[3] == 'virus'}}
-    assert kinds and any({'train', 'test'} <= v for v in kinds.values()), 'the bare number collides across kinds and parts'
+    assert kinds and any({'train', 'test'} <= v for v in kinds.values()), 'the bare number collides across kinds and folders'
 
 
 def test_a_nested_archive_brings_its_junk(tmp_path):
     write_kaggle_tree(tmp_path / 'k', n_normal=4, n_pneumonia=6, size=32, nested=True)
-    assert (tmp_path / 'k/chest_xray/chest_xray/train/NORMAL').is_dir() and list((tmp_path / 'k/__MACOSX').rglob('._*.jpeg')) and list((tmp_path / 'k').rglob('.DS_Store'))
+    assert (tmp_path / 'k/chest_xray/chest_xray/train/NORMAL').is_dir() and list((tmp_path / 'k/__MACOSX').rglob('._*.jpeg'))
+    assert list((tmp_path / 'k').rglob('.DS_Store'))
     for junk in (tmp_path / 'k').rglob('._*.jpeg'):
         with pytest.raises(OSError): Image.open(junk)
 
@@ -222,8 +227,8 @@ def test_a_nested_archive_brings_its_junk(tmp_path):
 def planted(tmp_path_factory):
     root = tmp_path_factory.mktemp('faults') / 'both'
     truth = write_phantom_trees(root, seed=3, size=96, n_patients=24, n_normal=12, n_pneumonia=12, faults=True)
-    m = pd.read_csv(root / 'covid-chestxray-dataset/metadata.csv', dtype=str, keep_default_na=False).drop_duplicates('filename').set_index('filename')
-    return root, truth['faults'], m
+    m = pd.read_csv(root / 'covid-chestxray-dataset/metadata.csv', dtype=str, keep_default_na=False)
+    return root, truth.faults, m.drop_duplicates('filename').set_index('filename')
 
 
 def test_every_fault_is_written_down_with_its_files(planted):
@@ -234,7 +239,7 @@ def test_every_fault_is_written_down_with_its_files(planted):
         rows = [f.split('/')[-1] for f in fault['files'] if f.startswith('covid')]
         assert set(rows) <= set(m.index), 'every file in the COVID tree has a row'
     pairs = [f for k, v in faults.items() for f in v['files']]
-    assert len(pairs) == len(set(pairs)), 'no film serves two faults'
+    assert len(pairs) == len(set(pairs)), 'no image serves two faults'
 
 
 def test_copies_are_copies_and_what_was_done_to_them_was_done(planted):
@@ -250,7 +255,8 @@ def test_copies_are_copies_and_what_was_done_to_them_was_done(planted):
     assert m.finding[a.name] == m.finding[b.name]
     for a, b in faults['shared_patient']['pairs']: assert _alike(_read(root / a), _read(root / b)) > .99
     assert len(faults['shared_patient']['pairs']) > 1 and len(set(patients('shared_patient'))) == 2
-    for name in ('exact_copy', 'recompressed', 'small_crop', 'border_added', 'mirrored', 'label_conflict'): assert len(set(patients(name))) == 2, name
+    for name in ('exact_copy', 'recompressed', 'small_crop', 'border_added', 'mirrored', 'label_conflict'):
+        assert len(set(patients(name))) == 2, name
     a, b = map(_read, pair('recompressed'))
     assert b.width < a.width and np.asarray(b).mean() > np.asarray(a).mean() and _alike(a, b) > .99
     a, b = map(_read, pair('mirrored'))
@@ -265,10 +271,10 @@ def test_copies_are_copies_and_what_was_done_to_them_was_done(planted):
     with pytest.raises(OSError): _read(pair('truncated_file')[0])
 
 
-def test_wrong_key_is_a_trap_and_split_patient_a_leak(planted):
+def test_wrong_patient_id_is_a_trap_and_split_patient_a_leak(planted):
     root, faults, _ = planted
     parse = lambda f: re.search(r'(train|test)/PNEUMONIA/person(\d+)_(bacteria|virus)', f).groups()
-    (p1, n1, k1), (p2, n2, k2) = map(parse, faults['wrong_key']['files'])
+    (p1, n1, k1), (p2, n2, k2) = map(parse, faults['wrong_patient_id']['files'])
     assert n1 == n2 and k1 != k2 and p1 != p2
     (p1, n1, k1), (p2, n2, k2) = map(parse, faults['split_patient']['files'])
     assert (n1, k1) == (n2, k2) and p1 != p2
@@ -312,10 +318,12 @@ EXPECTED = dict(P0=dict(corner=(.3, .7, .3, .7), sides=(.3, .7, .3, .7), lungs=(
 
 @pytest.mark.parametrize('name', EXPECTED)
 def test_the_family_carries_what_it_says_and_nothing_else(name):
-    see = dict(corner=lambda x, m: x[:, :20, :16].reshape(len(x), -1) / 255., sides=lambda x, m: x[:, 20:50, :4].mean((1, 2))[:, None] / 255., lungs=_zones)
+    see = dict(corner=lambda x, m: x[:, :20, :16].reshape(len(x), -1) / 255.,
+               sides=lambda x, m: x[:, 20:50, :4].mean((1, 2))[:, None] / 255., lungs=_zones)
     x, t, m = phantom_family(name, n_patients=90, images_per_patient=(2, 2), seed=1)
     xo, to, mo = phantom_family(name, n_patients=90, images_per_patient=(2, 2), seed=1, broken=True)
-    assert len(x) == len(t) == len(m) == 180 and set(t.columns) >= {'label', 'patient', 'site', 'marker'} and not set(t.patient) & set(to.patient)
+    assert len(x) == len(t) == len(m) == 180 and set(t.columns) >= {'label', 'patient', 'site', 'marker'}
+    assert not set(t.patient) & set(to.patient)
     for what, (lo, hi, out_lo, out_hi) in EXPECTED[name].items():
         f = see[what](x, m)
         inside = _grouped_auc(f, t.label.to_numpy(), t.patient)
@@ -329,11 +337,13 @@ def test_p4b_goes_through_the_lungs():
     assert _grouped_auc(dark, t.label.to_numpy(), t.patient) > .7, 'masking the lungs out does not remove an exposure shortcut'
 
 
-def test_p5_rewards_memory_when_films_are_split_and_nothing_when_patients_are():
+def test_p5_rewards_memory_when_images_are_split_and_nothing_when_patients_are():
     x, t, _ = phantom_family('P5', n_patients=60, size=48, seed=1)
     assert (t.groupby('patient').label.nunique() == 1).all() and (t.groupby('patient').size() == 4).all()
     y, f = t.label.to_numpy(), _unit(x[:, :44])
-    score = lambda cv, g: roc_auc_score(y, cross_val_predict(KNeighborsClassifier(3, weights='distance'), f, y, groups=g, cv=cv, method='predict_proba')[:, 1])
+    def score(cv, groups):
+        near = KNeighborsClassifier(3, weights='distance')
+        return roc_auc_score(y, cross_val_predict(near, f, y, groups=groups, cv=cv, method='predict_proba')[:, 1])
     assert score(StratifiedKFold(5, shuffle=True, random_state=0), None) > .95
     assert .3 < score(GroupKFold(5), t.patient) < .7
 
@@ -343,7 +353,8 @@ def test_a_folder_gives_its_class_away_by_file_only_when_asked(tmp_path):
         t = write_phantom_folder(tmp_path / str(quality[0]), n_patients=24, size=64, lesion=0, quality=quality)
         bits = []
         for f in t.file:
-            with Image.open(tmp_path / str(quality[0]) / f) as im: bits.append(-(tmp_path / str(quality[0]) / f).stat().st_size / im.width / im.height)
+            with Image.open(tmp_path / str(quality[0]) / f) as im:
+                bits.append(-(tmp_path / str(quality[0]) / f).stat().st_size / im.width / im.height)
         assert lo <= roc_auc_score(t.label == 'PNEUMONIA', bits) <= hi, (quality, bits)
         assert (t.lesion == 0).all() and set(t.label) == {'NORMAL', 'PNEUMONIA'}
 

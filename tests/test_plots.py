@@ -18,8 +18,9 @@ def scores(n=80, seed=0):
 
 Y, P, G = scores()
 NAMES = ('other', 'covid')
-HISTORY = pd.DataFrame(dict(round=[1, 1, 2], epoch=[1, 2, 3], frozen=[True, True, False], lr=[1e-3, 1e-3, 1e-4], train_loss=[.7, .5, .3], valid_loss=[.6, .5, .55],
-                            accuracy=[.6, .7, .8], auc=[.7, .8, .9], images=[9, 9, 9], seconds=[1., 1., 1.]))
+HISTORY = pd.DataFrame(dict(stage=[1, 1, 2], epoch=[1, 2, 3], frozen=[True, True, False], lr=[1e-3, 1e-3, 1e-4],
+                            train_loss=[.7, .5, .3], valid_loss=[.6, .5, .55], accuracy=[.6, .7, .8], auc=[.7, .8, .9],
+                            images=[9, 9, 9], seconds=[1., 1., 1.]))
 
 def draw(synthetic=False):
     "Every figure of the module by name"
@@ -67,15 +68,20 @@ def test_phantoms_say_so_in_every_figure(figures):
 
 
 def test_counts_stand_in_the_titles(figures):
-    for name in ('plot_confusion', 'plot_roc', 'plot_pr', 'plot_reliability'): assert '160 images' in words(figures[name]) and '80 patient groups' in words(figures[name]), name
-    for name in ('plot_roc', 'plot_pr', 'plot_reliability', 'plot_decision_curve'): assert '80 other, 80 covid' in words(figures[name]), name
-    assert '3 epochs in 2 rounds' in words(figures['plot_history']) and '5 images, 1 called wrongly' in words(figures['plot_prediction_grid'])
+    for name in ('plot_confusion', 'plot_roc', 'plot_pr', 'plot_reliability'):
+        assert '160 images' in words(figures[name]) and '80 patient groups' in words(figures[name]), name
+    for name in ('plot_roc', 'plot_pr', 'plot_reliability', 'plot_decision_curve'):
+        assert '80 other, 80 covid' in words(figures[name]), name
+    assert '3 epochs in 2 stages' in words(figures['plot_history'])
+    assert '3 epochs in 2 stages' in words(plots.plot_history(HISTORY.rename(columns=dict(stage='round'))))      # a file from before
+    assert '5 images, 1 predicted wrongly' in words(figures['plot_prediction_grid'])
     assert 'covid: 80 images' in words(figures['plot_scores'])
 
 
 def test_a_band_over_images_does_not_claim_patients():
     e = evaluate(Y, P, classes=NAMES, n_boot=100)
-    for fig in (plots.plot_roc(e), plots.plot_pr(e), plots.plot_decision_curve(Y, P, n_boot=100)): assert 'over images' in words(fig) and 'patient' not in words(fig)
+    for fig in (plots.plot_roc(e), plots.plot_pr(e), plots.plot_decision_curve(Y, P, n_boot=100)):
+        assert 'over images' in words(fig) and 'patient' not in words(fig)
 
 
 def test_what_is_drawn_is_what_was_measured(figures):

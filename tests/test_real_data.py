@@ -22,7 +22,9 @@ def test_the_june_2020_state_has_its_known_counts():
 def test_both_states_of_the_set_build(state, pa, covid):
     from covid_cxr.recipe import build_table, load_recipe, override
     from covid_cxr.core import used
-    recipe = override(load_recipe('covid-2020'), {'data.duplicates': 'none', 'data.sources.covid_chestxray.metadata': f'"covid-chestxray-metadata-history/{state}.csv"', 'image.size': 32})
+    metadata = f'"covid-chestxray-metadata-history/{state}.csv"'
+    recipe = override(load_recipe('covid-2020'), {
+        'data.duplicates': 'none', 'data.sources.covid_chestxray.metadata': metadata, 'image.size': 32})
     t = build_table(recipe, DATA)
     u = used(t)
     mine = t[(t['source'] == 'covid_chestxray') & t['excluded'].isna() | (t['excluded'] == 'finding not stated')]
@@ -32,14 +34,15 @@ def test_both_states_of_the_set_build(state, pa, covid):
 
 
 def test_the_main_job_on_real_radiographs_small(tmp_path):
-    "Train for one epoch at 64 px, and predict held-out real films in a fresh process; no claim is made about the number"
-    p = cli('train', 'covid-2020', '--data', DATA, '--out', tmp_path / 'run', '--weights', 'none', '--arch', 'resnet18', '--size', '64', '--device', 'cpu',
-            '--set', 'training.rounds=[{epochs = 1, lr = 0.001}]', '--set', 'evaluation.n_boot=200', '--set', 'data.sources.kaggle_pneumonia.sample=60')
+    "Train for one epoch at 64 px, and predict held-out real images in a fresh process; nothing is said about the number"
+    p = cli('train', 'covid-2020', '--data', DATA, '--out', tmp_path / 'run', '--weights', 'none', '--arch', 'resnet18', '--size', '64',
+            '--device', 'cpu', '--set', 'training.stages=[{epochs = 1, lr = 0.001}]', '--set', 'evaluation.n_boot=200',
+            '--set', 'data.sources.kaggle_pneumonia.sample=60')
     assert p.returncode == 0, p.stderr[-2000:]
-    assert 'rows in' in p.stdout and 'SYNTHETIC' not in p.stdout and 'source only' in p.stdout
+    assert 'rows in' in p.stdout and 'SYNTHETIC' not in p.stdout and 'source baseline' in p.stdout
     pred = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
     test = pred[pred.split == 'test'].head(12)
-    q = cli('predict', tmp_path / 'run', *test.path, '--csv', tmp_path / 'out.csv')
+    q = cli('predict', tmp_path / 'run', *test.path, '--out', tmp_path / 'out.csv')
     assert q.returncode == 0, q.stderr[-2000:]
     assert np.allclose(pd.read_csv(tmp_path / 'out.csv').prob_covid, test.prob_covid, atol=1e-5)
     t = pd.read_csv(tmp_path / 'run' / 'table.csv', low_memory=False)

@@ -1,12 +1,17 @@
-"""Every shipped recipe runs from end to end on phantoms; those of the articles say what their protocol leaks; on the real data they give the articles' counts."""
+"""Every shipped recipe runs from end to end on phantoms; those of the articles say what their protocol leaks; on the real data
+they give the articles' counts; and the recipes of kept runs have the hash that they were run with."""
 import importlib.resources, json, re, shutil
 import pandas as pd, pytest
-from conftest import DATA, ROOT, cli, needs_data
-from covid_cxr.recipe import build_table, list_recipes, load_recipe, override
+from conftest import DATA, ROOT, cli, needs_data, python
+from covid_cxr.core import LeakError, RecipeError
+from covid_cxr.recipe import (build_table, dump_recipe, field_choices, list_recipes, load_recipe, override, parse_recipe,
+                              recipe_fields, recipe_hash)
+from covid_cxr.runs.folder import read_external_json
 
 NAMES = sorted(list_recipes().name)
 LEAKY = {'pneumonia-cnn', 'pneumonia-explained', 'covid-2020-article', 'covid-2020-asides', 'effusion-resnet'}
-SMALL = {'image.size': 32, 'model.arch': 'cnn3', 'model.weights': 'none', 'training.bs': 4, 'training.rounds': '[{epochs = 1, lr = 0.001}]', 'evaluation.n_boot': 100}
+SMALL = {'image.size': 32, 'model.arch': 'cnn3', 'model.weights': 'none', 'training.bs': 4,
+         'training.stages': '[{epochs = 1, lr = 0.001}]', 'evaluation.n_boot': 100}
 
 
 @pytest.fixture(scope='session')
@@ -35,7 +40,8 @@ def test_a_recipe_runs_to_its_report(name, trees, tmp_path):
     assert any('LEAK' in line for line in said) == (state['leaking_groups'] > 0)
     pred = pd.read_csv(out / 'predictions.csv')
     probs = [c for c in pred if c.startswith('prob_')]
-    assert (abs(pred[probs].sum(axis=1) - 1) < 1e-5).all() and e['part'] == ('valid' if name in ('covid-2020-article', 'covid-2020-asides') else 'test')
+    assert (abs(pred[probs].sum(axis=1) - 1) < 1e-5).all()
+    assert e['split'] == ('valid' if name in ('covid-2020-article', 'covid-2020-asides') else 'test')
     assert 'SYNTHETIC' in (out / 'summary.txt').read_text() and (out / 'bundle' / 'bundle.json').is_file()
     from covid_cxr.report.page import write_report
     page = write_report(out, thumbnails=False).read_text()
@@ -45,25 +51,32 @@ def test_a_recipe_runs_to_its_report(name, trees, tmp_path):
 def test_leaks_of_an_article_are_found_on_phantoms(trees):
     t = build_table(override(load_recipe('pneumonia-cnn'), SMALL), trees)
     crossing = t[t.excluded.isna()].groupby('group').split.nunique()
-    assert (crossing > 1).any(), 'an image split of children with several films must cut some of them'
-    with pytest.raises(Exception, match='groups stand in more than one part'): build_table(override(load_recipe('pneumonia-cnn'), {**SMALL, 'split.allow_leak': False}), trees)
+    assert (crossing > 1).any(), 'an image split of children with several images must cut some of them'
+    strict = override(load_recipe('pneumonia-cnn'), {**SMALL, 'split.allow_leak': False})
+    with pytest.raises(LeakError, match='groups stand in more than one split'): build_table(strict, trees)
 
 
 def test_a_recipe_runs_from_the_command_line(trees, tmp_path):
-    p = cli('train', 'effusion-resnet', '--data', trees, '--out', tmp_path / 'run', '--size', '32', '--epochs', '1', '--arch', 'cnn3', '--device', 'cpu', '--set', 'evaluation.n_boot=100')
+    p = cli('train', 'effusion-resnet', '--data', trees, '--out', tmp_path / 'run', '--size', '32', '--epochs', '1', '--arch', 'cnn3',
+            '--device', 'cpu', '--set', 'evaluation.n_boot=100')
     assert p.returncode == 0, p.stderr[-2000:]
     assert re.search(r'auc 0\.\d+|auc 1\.000', p.stdout) and 'LEAK' in p.stdout and (tmp_path / 'run' / 'report.html').is_file()
 
 
 def test_all_is_reproduced_from_the_command_line(trees, tmp_path):
     "In its quick form: an article with its folds, the in-domain weights, and the arms that start from them; a second call trains nothing"
-    args = ('reproduce', '--data', trees, '--out', tmp_path / 'all', '--quick', '--only', 'effusion-resnet', 'pretrain', '--device', 'cpu', '--cache', trees.parent / 'cache')
+    from covid_cxr.articles.tables import TITLES
+    args = ('reproduce', '--data', trees, '--out', tmp_path / 'all', '--quick', '--only', 'effusion-resnet', 'pretrain',
+            '--device', 'cpu', '--cache', trees.parent / 'cache')
     p = cli(*args)
     assert p.returncode == 0, p.stderr[-2000:]
     runs = {r.name for r in (tmp_path / 'all' / 'runs').iterdir()}
-    assert {'effusion-resnet', 'effusion-resnet-honest-fold1', 'pretrain', 'covid-2020-within-in-domain-fold0'} <= runs and len(runs) == 10
+    assert {'effusion-resnet', 'effusion-resnet-honest-fold1', 'pretrain', 'covid-2020-within-in-domain-fold0'} <= runs
+    assert len(runs) == 10
     md = (tmp_path / 'all' / 'reproduce.md').read_text()
-    for words in ('Synthetic phantoms', 'Quick', 'Starting weights', 'in-domain', 'from scratch', 'Above the best rival that saw no lung', 'fold 1', 'together'): assert words in md and words in p.stdout, words
+    titles = TITLES['arms'], TITLES['gains']
+    for words in ('Synthetic phantoms', 'Quick', *titles, 'in-domain', 'from scratch', 'fold 1', 'together'):
+        assert words in md and words in p.stdout, words
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / 'all' / 'runs').glob('*/predictions.csv')}
     assert cli(*args).returncode == 0 and before == {f: f.stat().st_mtime_ns for f in before}
     assert 'lacks' in cli('reproduce', '--data', tmp_path, '--out', tmp_path / 'none').stderr and not (tmp_path / 'none').exists()
@@ -79,12 +92,13 @@ def test_a_recipe_says_where_it_comes_from(name):
 
 
 def test_pairs_differ_in_the_data_and_the_choice_alone():
-    "An article's protocol and its leak-safe twin have the same network, picture and schedule"
-    for a in ('pneumonia-cnn', 'pneumonia-explained', 'coronahack-vgg', 'effusion-resnet'):
-        one, two = load_recipe(a), load_recipe(f'{a}-honest')
+    "An article's protocol and its leak-safe twin have the same network, image rule and schedule"
+    for name in ('pneumonia-cnn', 'pneumonia-explained', 'coronahack-vgg', 'effusion-resnet'):
+        one, two = load_recipe(name), load_recipe(f'{name}-honest')
         assert (one.task, one.image, one.model, one.seed) == (two.task, two.image, two.model, two.seed)
         skip = ('keep', 'patience', 'monitor')
-        assert {k: v for k, v in vars(one.training).items() if k not in skip} == {k: v for k, v in vars(two.training).items() if k not in skip}
+        a, b = ({k: v for k, v in vars(r.training).items() if k not in skip} for r in (one, two))
+        assert a == b
         assert not two.split.allow_leak and two.data.repeats == 'drop'
 
 
@@ -92,15 +106,16 @@ def test_pairs_differ_in_the_data_and_the_choice_alone():
 def test_the_articles_counts_on_the_real_tables():
     "Splits and samples without opening an image"
     from covid_cxr.core import used
-    from covid_cxr.recipe import _split, read_one_source
+    from covid_cxr.recipe import apply_split, read_one_source
     from covid_cxr.table import join_tables, filter_views, label_for
     def table(name):
         r = load_recipe(name)
         t = join_tables([read_one_source(s, DATA, r.seed) for s in r.data.sources])
         t = label_for(filter_views(t, r.data.views) if r.data.views else t, r.task)
-        return used(_split(t.assign(group=t['patient'].where(t['patient'].notna(), t['image_id'])), r.split, r.seed))
-    counts = table('pneumonia-cnn').groupby('split').size()
-    assert counts.to_dict() == {'train': 4099, 'valid': 1171, 'test': 586} or counts.to_dict() == {'train': 4099, 'valid': 1172, 'test': 585}
+        t = t.assign(group=t['patient'].where(t['patient'].notna(), t['image_id']))
+        return used(apply_split(t, r.split, r.seed))
+    counts = table('pneumonia-cnn').groupby('split').size().to_dict()
+    assert counts in ({'train': 4099, 'valid': 1171, 'test': 586}, {'train': 4099, 'valid': 1172, 'test': 585})
     assert table('pneumonia-explained').groupby('split').size().to_dict() == {'train': 5216, 'valid': 16, 'test': 624}
     march = table('covid-2020-article')
     assert (march.label == 'covid').sum() == 35 and (march.source == 'covid_chestxray').sum() == 58
@@ -110,37 +125,253 @@ def test_the_articles_counts_on_the_real_tables():
 
 
 RESULTS = ROOT / 'benchmarks' / 'results'
-LADDERS = sorted(p for p in RESULTS.glob('*/ladder.json'))
+KEPT = sorted(p.parent for p in RESULTS.glob('*/recipe.toml'))
+# run before some fields existed (suppress, repeats, n_folds, momentum ...): read today, their recipes have the defaults and another hash
+OLDER = {'covid-2020-article-resnet18-64', 'covid-2020-resnet18-128', 'covid-2020-resnet50-512', 'effusion-resnet-64', 'pneumonia-cnn-64',
+         'pneumonia-cnn-honest-64', 'pneumonia-explained-64', 'pneumonia-explained-honest-64', 'pretrain-64'}
 
 
-@pytest.mark.parametrize('file', LADDERS, ids=lambda p: p.parent.name)
-def test_kept_rungs_follow_from_their_predictions(file):
-    classes = ['normal', 'pneumonia'] if 'pneumonia' in file.parent.name or 'coronahack' in file.parent.name else ['other', 'covid']
-    for rung in json.loads(file.read_text())['rungs']:
-        p = pd.read_csv(file.parent / rung['predictions'])
-        assert len(p) == rung['n_images'] and p.group.nunique() == rung['n_groups'] and 'path' not in p
-        called = p[f'prob_{classes[1]}'] >= rung['threshold']
-        for metric, right in (('false_positive_rate', called[p.label == classes[0]]), ('recall', called[p.label == classes[1]])):
-            if metric in rung['estimates']: assert right.mean() == pytest.approx(rung['estimates'][metric]['value']), (rung['name'], metric)
+def test_kept_recipes_have_the_hash_that_they_were_run_with():
+    "Although four fields of the training have other names today"
+    same = set()
+    for folder in KEPT:
+        recipe = parse_recipe((folder / 'recipe.toml').read_text(encoding='utf-8'))
+        if recipe_hash(recipe) == json.loads((folder / 'run.json').read_text())['recipe_hash']: same.add(folder.name)
+        assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert len(KEPT) >= 50 and {f.name for f in KEPT} - same == OLDER
 
 
-def test_the_ledger_of_claims_follows_from_the_files():
+def _early(recipe):
+    "The same recipe as an early file wrote it"
+    text = dump_recipe(recipe)
+    for new, old in dict(stages='rounds', num_it='lr_find_it', opt='optimiser', cost_matrix='costs').items():
+        text = re.sub(rf'^{new} = ', f'{old} = ', text.replace(f'[[training.{new}]]', f'[[training.{old}]]'), flags=re.M)
+    return text
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_early_file_is_the_same_recipe(name):
+    "Old names in a file and on the command line give the same recipe and the same hash"
+    recipe = load_recipe(name)
+    early = parse_recipe(_early(recipe))
+    assert early == recipe and recipe_hash(early) == recipe_hash(recipe)
+    old = {'training.rounds': '[{epochs = 2}]', 'training.lr_find_it': '50', 'training.optimiser': 'sgd',
+           'training.rounds.0.lr': '0.01'}
+    new = {'training.stages': '[{epochs = 2}]', 'training.num_it': '50', 'training.opt': 'sgd', 'training.stages.0.lr': '0.01'}
+    assert override(recipe, old) == override(recipe, new)
+
+
+def test_a_hash_is_of_the_early_text():
+    "By hand: SHA-256 of the text that early versions wrote"
+    import hashlib
+    recipe = load_recipe('demo')
+    early, today = (hashlib.sha256(text.encode()).hexdigest() for text in (_early(recipe), dump_recipe(recipe)))
+    assert recipe_hash(recipe) == early != today
+
+
+def test_every_closed_choice_is_refused_by_its_field():
+    "A word that a field does not know is an error that names the field, whatever the field"
+    closed = [n for n in recipe_fields()['field'] if field_choices(n)]
+    assert len(closed) >= 14 and {'image.how', 'split.kind', 'training.opt', 'data.on_bad', 'model.arch'} <= set(closed)
+    for name in closed:
+        refusal = re.escape(f"{name}='no such word'")
+        with pytest.raises(RecipeError, match=refusal): override(load_recipe('demo'), {name: 'no such word'})
+        for word in field_choices(name):
+            if (name, word) != ('split.kind', 'source'): override(load_recipe('demo'), {name: word})
+    with pytest.raises(RecipeError, match='split.source'): override(load_recipe('demo'), {'split.kind': 'source'})
+
+
+def test_every_field_of_a_recipe_is_explained():
+    t = recipe_fields()
+    assert t['meaning'].map(lambda m: isinstance(m, str) and len(m) > 5).all(), t[t['meaning'].isna()]
+    assert t['field'].is_unique and len(t) >= 53 and (t['value'].str.len() > 0).all()
+
+
+def test_settings_are_light():
+    python('import sys, covid_cxr.settings\nassert not {"torch", "pandas", "fastai"} & set(sys.modules)')
+
+
+EXTERNAL = [f for f in KEPT if read_external_json(f)]
+
+
+def test_there_are_kept_external_tests(): assert len(EXTERNAL) >= 8
+
+
+@pytest.mark.parametrize('folder', EXTERNAL, ids=lambda f: f.name)
+def test_kept_external_tests_follow_from_their_predictions(folder):
+    classes = ['normal', 'pneumonia'] if 'pneumonia' in folder.name or 'coronahack' in folder.name else ['other', 'covid']
+    for test in read_external_json(folder)['tests']:
+        p = pd.read_csv(folder / test['predictions'])
+        assert len(p) == test['n_images'] and p.group.nunique() == test['n_groups'] and 'path' not in p
+        positive = p[f'prob_{classes[1]}'] >= test['threshold']
+        by_hand = dict(false_positive_rate=positive[p.label == classes[0]], recall=positive[p.label == classes[1]])
+        for metric, right in by_hand.items():
+            if metric in test['estimates']: assert right.mean() == pytest.approx(test['estimates'][metric]['value']), (test['name'], metric)
+
+
+def test_the_table_of_reported_results_follows_from_the_files():
     "Accuracy under an article's protocol, by hand from predictions.csv"
-    from covid_cxr.articles.reproduce import ABSENT, REPORTED_RESULTS, find_results, reproduce_table
+    from covid_cxr.articles.reported import ARTICLES
+    from covid_cxr.articles.tables import ABSENT, reproduce_table
+    from covid_cxr.runs.crossval import find_results
     table, found = reproduce_table(RESULTS, n_boot=100).set_index(['article', 'metric']), find_results(RESULTS)
     seen = 0
-    for key, a in REPORTED_RESULTS.items():
-        for column, name in (('protocol', a.protocol), ('leak_safe', a.honest)):
-            if name not in found: assert (table.loc[key][column] == ABSENT).all(); continue
-            metric, parts = ('accuracy' if (key, 'accuracy') in table.index else 'recall'), []
-            for r in found[name]:
-                pred = pd.read_csv(r['folder'] / 'predictions.csv')
-                pred = pred[pred.split == r['evaluation']['part']]
-                positive = [c for c in pred if c.startswith('prob_')][1]
-                called = pred[positive] >= (.5 if column == 'protocol' else r['evaluation']['operating_point']['threshold'])
-                parts.append(pd.DataFrame(dict(right=called == (pred.label == positive[5:]), sick=pred.label == positive[5:])))
-            all_ = pd.concat(parts)
-            value = (all_ if metric == 'accuracy' else all_[all_.sick]).right.mean()
+    for key, article in ARTICLES.items():
+        for column, name in (('protocol', article.protocol), ('leak_safe', article.leak_safe)):
+            if name not in found:
+                assert (table.loc[key][column] == ABSENT).all()
+                continue
+            metric = 'accuracy' if (key, 'accuracy') in table.index else 'recall'
+            every = pd.concat([_right_by_hand(run.path, column) for run in found[name]])
+            value = (every if metric == 'accuracy' else every[every.ill]).right.mean()
             assert table.loc[(key, metric), column].startswith(f'{value:.3f}'), (key, column)
             seen += 1
     assert seen, 'no kept run belongs to an article'
+
+
+def _right_by_hand(folder, column):
+    "Is each evaluated image predicted rightly, and is it ill?"
+    e, p = json.loads((folder / 'evaluation.json').read_text()), pd.read_csv(folder / 'predictions.csv')
+    p = p[p.split == e.get('split', e.get('part'))]
+    probability = [c for c in p if c.startswith('prob_')][1]
+    positive = p[probability] >= (.5 if column == 'protocol' else e['operating_point']['threshold'])
+    ill = p.label == probability.removeprefix('prob_')
+    return pd.DataFrame(dict(right=positive == ill, ill=ill))
+
+
+# --- options of a source, and patients of one's own images ------------------------------------------------------------------
+
+OWN = '''name = "own"
+task = "pneumonia_vs_normal"
+[data]
+duplicates = "exact"
+[image]
+size = 32
+[model]
+arch = "cnn3"
+weights = "none"
+[training]
+stages = [{epochs = 1, lr = 0.001}]
+[evaluation]
+n_boot = 100
+[[data.sources]]
+'''
+FOLDER = 'name = "folder"\nroot = ["own"]\n'
+
+
+@pytest.fixture(scope='module')
+def own_images(tmp_path_factory):
+    "Three images of each of 16 people, as a folder per class and as a table; the picture does not give the person away"
+    import numpy as np
+    from PIL import Image
+    from covid_cxr.phantom import make_phantom
+    root, rows = tmp_path_factory.mktemp('own'), ['file,pid,dx']
+    for p, k in ((p, k) for p in range(16) for k in range(3)):
+        file = f"{'PNEUMONIA' if p % 2 else 'NORMAL'}/p{p:03d}_{k}.png"
+        (root / 'own' / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(make_phantom(1, p, k, 64, .6 * (p % 2), wobble=1).image).save(root / 'own' / file)
+        rows.append(f"{file},{p}{'.0' if k == 1 else ''},{2 - p % 2}.0")
+    (root / 'own.csv').write_text('\n'.join(rows) + '\n')
+    return root
+
+
+CSV = '''name = "csv"
+root = ["own"]
+metadata = "own.csv"
+options = {columns = {path = "file", patient = "pid", finding = "dx"}, findings = {1 = "Pneumonia", 2 = "No Finding"}}
+'''
+
+
+@pytest.mark.parametrize('source', [FOLDER + "options = {patient = '(p\\d+)_'}\n", CSV], ids=['folder', 'csv'])
+def test_patients_of_own_images_are_named_in_a_recipe(source, own_images):
+    recipe = parse_recipe(OWN + source)
+    assert parse_recipe(dump_recipe(recipe)) == recipe and recipe_hash(recipe) != recipe_hash(parse_recipe(OWN + FOLDER))
+    t = build_table(recipe, own_images)
+    assert t['patient'].nunique() == 16 and t['excluded'].isna().all()
+    person = t['path'].str.extract(r'(p\d+)_')[0]
+    assert (t.groupby(person)['split'].nunique() == 1).all() and (t.groupby(person)['group'].nunique() == 1).all()
+
+
+def test_without_named_patients_the_table_says_so(own_images):
+    from covid_cxr.table import count_unknown_patients, reconcile
+    t = build_table(parse_recipe(OWN + FOLDER), own_images)
+    assert count_unknown_patients(t) == 48 and '48 used images of an unknown patient' in str(reconcile(t))
+
+
+@pytest.mark.parametrize('source, words', [
+    (FOLDER + "patient = '(p)'\n", "is an option of the source 'folder'; write options = {patient = ...}"),
+    (FOLDER + "options = {patiens = '(p)'}\n", "no option 'patiens', did you mean 'patient'"),
+    (FOLDER + "options = 'patient'\n", 'must be names with values'), (FOLDER + 'options = {patient = 2020-03-05}\n', 'must be text'),
+    ('name = "csv"\ncolumns = {}\n', "is an option of the source 'csv'"),
+    ('name = "nih"\noptions = {headers = true}\n', "no option 'headers'")])
+def test_options_that_no_reader_has_are_refused(source, words):
+    with pytest.raises(RecipeError) as e: parse_recipe(OWN + source)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize('source, words', [
+    (FOLDER + "options = {patient = '(p'}\n", 'no regular expression'), (FOLDER + "options = {patient = 'p'}\n", 'has no group'),
+    (FOLDER + 'options = {patient = 5}\n', 'no regular expression'), (FOLDER + 'options = {findings = "x"}\n', 'must name your words'),
+    ('name = "csv"\nroot = ["own"]\n', 'name it with metadata in a recipe'),
+    ('name = "csv"\nroot = ["own"]\nmetadata = "own.csv"\n', "in a recipe columns stands in the source's options"),
+    (CSV.replace('"file"', '"fiel"'), 'own.csv has no column fiel'), (CSV.replace('"pid"', '"file", sex = "pid"'), 'own.csv: unknown sex')])
+def test_options_that_do_not_fit_are_sentences(source, words, own_images):
+    from covid_cxr.core import CxrError
+    with pytest.raises(CxrError) as e: build_table(parse_recipe(OWN + source), own_images)
+    assert words in str(e.value)
+
+
+def test_options_are_set_on_the_command_line(own_images):
+    plain = parse_recipe(OWN + FOLDER)
+    one = override(plain, {'data.sources.folder.options.patient': r'(p\d+)_'})
+    assert one == override(plain, {'data.sources.folder.options': r"{patient = '(p\d+)_'}"}) and plain.data.sources[0].options == {}
+    two = override(one, {'data.sources.folder.options.findings.healthy': 'No Finding'})
+    assert two.data.sources[0].options == {'patient': r'(p\d+)_', 'findings': {'healthy': 'No Finding'}}
+
+
+def test_an_empty_option_changes_no_hash():
+    for name in NAMES: assert 'options' not in dump_recipe(load_recipe(name))
+
+
+# --- several findings -------------------------------------------------------------------------------------------------------
+
+SEVERAL = ['Pneumonia', 'Atelectasis|Pneumonia', 'Pneumonia|Atelectasis', 'No Finding', 'Mass|Effusion|Nodule', 'Mass',
+           'No Finding|Effusion']
+
+
+@pytest.mark.parametrize('findings, task, kept', [
+    (['Pneumonia'], 'pneumonia_vs_normal', [0, 1, 2]), (['pneumonia', 'normal'], 'pneumonia_vs_normal', [0, 1, 2, 3]),
+    (['Effusion'], 'effusion_vs_no_finding', [4]), (['Mass', 'Effusion'], 'covid_vs_other', [4, 5]),
+    ([], 'covid_vs_other', [0, 1, 2, 3, 4, 5])])
+def test_any_wanted_finding_keeps_an_image(findings, task, kept, tmp_path):
+    "In whatever order the source lists them; a contradiction is excluded by its own reason"
+    from covid_cxr.core import used
+    from covid_cxr.recipe import SourceSpec, read_one_source
+    from covid_cxr.table import label_for
+    rows = ''.join(f'{i:08d}_000.png,{f},0,{i},60,M,PA\n' for i, f in enumerate(SEVERAL))
+    head = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n'
+    (tmp_path / 'Data_Entry_2017.csv').write_text(head + rows)
+    spec = SourceSpec('nih', findings=findings, options={'files': 'ignore'})
+    t = label_for(read_one_source(spec, tmp_path, 0), task, every_class=False)
+    assert used(t).index.tolist() == kept
+    if 'Effusion' in findings: assert t['excluded_rule'][6] == 'findings contradict each other'
+
+
+@needs_data
+@pytest.mark.parametrize('finding, n', [('Effusion', 65), ('No Finding', 393)])
+def test_all_wanted_images_of_the_shared_nih_set(finding, n):
+    from covid_cxr.core import used
+    from covid_cxr.recipe import SourceSpec, read_one_source
+    t = read_one_source(SourceSpec('nih', root=['nih-chest-xrays'], findings=[finding]), DATA, 0)
+    assert len(used(t)) == n == t['findings'].str.split('|').map(lambda f: finding in f).sum()
+
+
+def test_a_table_of_a_relative_data_folder_is_understood_elsewhere(own_images, tmp_path, monkeypatch):
+    "The pictures are found, and their copies too, after the working folder has changed"
+    from covid_cxr.table import group_leaksafe
+    recipe = parse_recipe(OWN + FOLDER + "options = {patient = '(p\\d+)_'}\n")
+    monkeypatch.chdir(own_images)
+    t = build_table(recipe, '.')
+    monkeypatch.chdir(tmp_path)
+    pd.testing.assert_frame_equal(t, build_table(recipe, own_images))
+    assert (group_leaksafe(t, duplicates='exact')['group'] == t['group']).all()

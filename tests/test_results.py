@@ -1,155 +1,257 @@
 """Every committed result is derived again from its predictions: no number in prose without a file, no file without its predictions."""
-import json, sys
-import pandas as pd, pytest
+import json, re, sys
+import numpy as np, pandas as pd, pytest
 from conftest import ROOT
+from covid_cxr.articles.reported import ABLATION
+from covid_cxr.articles.tables import ABSENT, TABLES, make_tables, markdown_table, read_measurement, read_tables, select_rows
+from covid_cxr.audit.case import read_audit
+from covid_cxr.core import choices
+from covid_cxr.evaluate import choose_threshold, evaluate
+from covid_cxr.runs.crossval import find_arms, find_results
+from covid_cxr.runs.external import read_external_tests
+from covid_cxr.runs.folder import BaselineKind, RunFolder
+from covid_cxr.words import format_number, format_percent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
-RUNS = sorted(p.parent for p in (ROOT / 'benchmarks' / 'results').glob('*/predictions.csv'))
+KEPT = ROOT / 'benchmarks' / 'results'
+RUNS = [RunFolder.open(p.parent) for p in sorted(KEPT.glob('*/predictions.csv'))]
+AUDITED = [r for r in RUNS if r.audit_json is not None]
+TESTED_OUTSIDE = [r for r in RUNS if r.external_json is not None]
+WITH_BASELINES = [r for r in RUNS if r.baseline_scores is not None]
+
+
+def name_of(run): return run.name
+
+
+def load(name): return json.loads((KEPT / name).read_text(encoding='utf-8'))
 
 
 def test_there_are_results(): assert RUNS, 'no run is kept under benchmarks/results'
 
 
-@pytest.mark.parametrize('run', RUNS, ids=lambda p: p.name)
+def test_there_are_audits_external_tests_and_baselines(): assert AUDITED and TESTED_OUTSIDE and WITH_BASELINES
+
+
+def test_no_kept_file_names_a_place():
+    files = [f for kind in ('*.json', '*.toml', '*.txt', '*.csv') for f in KEPT.rglob(kind)]
+    for f in files: assert not re.search(r'/(home|work|tmp|root|Users)/', f.read_text(encoding='utf-8')), f
+
+
+# ---- a run
+def frozen_threshold(run):
+    "Chosen again on the validation split"
+    v, positive = run.predictions[run.predictions['split'] == 'valid'], run.classes[1]
+    goal = run.recipe.evaluation.goal
+    return choose_threshold(v['label'].to_numpy(), v[f'prob_{positive}'].to_numpy(), goal=goal, classes=list(run.classes)).threshold
+
+
+def evaluated_again(run, threshold):
+    "The metrics of the evaluated split as evaluation.json has them"
+    t, classes = run.evaluated_predictions, list(run.classes)
+    probs = t[[f'prob_{c}' for c in classes]].to_numpy()
+    return evaluate(t['label'].to_numpy(), probs[:, 1] if len(classes) == 2 else probs, groups=t['group'].to_numpy(), threshold=threshold,
+                    classes=classes, n_boot=run.recipe.evaluation.n_boot, seed=run.recipe.seed).to_dict()['estimates']
+
+
+@pytest.mark.parametrize('run', RUNS, ids=name_of)
 def test_a_kept_run_follows_from_its_predictions(run):
-    from covid_cxr.evaluate import choose_threshold, evaluate
-    from covid_cxr.recipe import parse_recipe
-    from covid_cxr.table import as_task
-    recipe, e = parse_recipe((run / 'recipe.toml').read_text()), json.loads((run / 'evaluation.json').read_text())
-    classes = list(as_task(recipe.task).classes)
-    pred = pd.read_csv(run / 'predictions.csv')
-    assert 'path' not in pred and not pred.image_id.str.contains('/').any()
-    assert (pred.groupby('group').split.nunique() == 1).all() or e['leaking_groups'], 'a group on two sides'
-    v, t = pred[pred.split == 'valid'], pred[pred.split == e['part']]
-    probs, threshold = t[[f'prob_{c}' for c in classes]].to_numpy(), .5
-    if len(classes) == 2:
-        point = choose_threshold(v.label.to_numpy(), v[f'prob_{classes[1]}'].to_numpy(), goal=recipe.evaluation.goal, classes=classes)
-        assert point.threshold == pytest.approx(e['operating_point']['threshold'])
-        probs, threshold = probs[:, 1], point.threshold
-    again = evaluate(t.label.to_numpy(), probs, groups=t.group.to_numpy(), threshold=threshold, classes=classes,
-                     n_boot=recipe.evaluation.n_boot, seed=recipe.seed).to_dict()['estimates']
-    for m, kept in e[e['part']]['estimates'].items():
-        for k in ('value', 'low', 'high'): assert (again[m][k] is None) == (kept[k] is None) and (kept[k] is None or again[m][k] == pytest.approx(kept[k], abs=1e-9)), (m, k)
-    summary = (run / 'summary.txt').read_text()
-    auc = e[e['part']]['estimates'].get('auc', {}).get('value') if len(classes) == 2 else None
-    if auc is not None: assert f'auc {auc:.3f}' in summary          # a collection of one class that was left out has none
+    p, e = run.predictions, run.evaluation
+    assert 'path' not in p and not p['image_id'].str.contains('/').any()
+    assert (p.groupby('group')['split'].nunique() == 1).all() or e['leaking_groups'], 'a group on two sides'
+    threshold = .5
+    if len(run.classes) == 2:
+        threshold = frozen_threshold(run)
+        assert threshold == pytest.approx(run.threshold)
+    again = evaluated_again(run, threshold)
+    for m, kept in e[run.split]['estimates'].items():
+        for k in ('value', 'low', 'high'):
+            assert (again[m][k] is None) == (kept[k] is None), (m, k)
+            assert kept[k] is None or again[m][k] == pytest.approx(kept[k], abs=1e-9), (m, k)
+    auc = e[run.split]['estimates'].get('auc', {}).get('value') if len(run.classes) == 2 else None
+    if auc is None: return                                   # a collection of one class that was left out has none
+    assert f'auc {auc:.3f}' in run.file('summary.txt').read_text()
 
 
-AUDITED = [r for r in RUNS if (r / 'audit.json').exists()]
-LADDERS = [r for r in RUNS if (r / 'ladder.json').exists()]
-
-
-def test_there_are_audits_and_ladders(): assert AUDITED and LADDERS
-
-
-@pytest.mark.parametrize('run', AUDITED, ids=lambda p: p.name)
+# ---- audits
+@pytest.mark.parametrize('run', AUDITED, ids=name_of)
 def test_a_kept_audit_speaks_of_this_run(run):
-    a, e = json.loads((run / 'audit.json').read_text()), json.loads((run / 'evaluation.json').read_text())
-    h = a['headline']
-    assert h['model_auc']['value'] == pytest.approx(e[a['part']]['estimates']['auc']['value'], abs=1e-9)
-    for kind, floor, gap in (('pixels', 'pixel_floor', 'floor_adjusted_auc'), ('provenance', 'provenance_floor', 'above_provenance')):
-        best = max(f['auc']['value'] for f in a['floors'] if f['kind'] == kind)
-        assert h[floor]['auc']['value'] == best and h[gap]['value'] == pytest.approx(h['model_auc']['value'] - best, abs=1e-9)
-    assert h['reads_lungs'] == (h['floor_adjusted_auc']['low'] > 0 and h['model_auc']['low'] > .5)
-    assert sum(a['verdicts'].values()) == len(a['rows']) and all(a['verdicts'][v] == sum(r['verdict'] == v for r in a['rows']) for v in a['verdicts'])
-    text = (run / 'audit.txt').read_text()
-    assert h['sentence'] in text and all(r['words'][:60] in text for r in a['rows'])
+    a = read_audit(run)
+    h = a.headline
+    assert a.split == run.split and h.model_auc.value == pytest.approx(run.evaluation[a.split]['estimates']['auc']['value'], abs=1e-9)
+    for kind, baseline, gain in (('image_without_lungs', h.best_baseline, h.auc_gain),
+                                 ('metadata', h.metadata_baseline, h.auc_gain_over_metadata)):
+        best = max(b.auc.value for b in a.baselines if b.kind == kind)
+        assert baseline.auc.value == best and gain.value == pytest.approx(h.model_auc.value - best, abs=1e-9)
+    assert h.reads_lungs == (h.auc_gain.low > 0 and h.model_auc.low > .5)
+    assert sum(a.counts.values()) == len(a.verdicts)
+    for word, n in a.counts.items(): assert n == sum(v.verdict == word for v in a.verdicts), word
 
 
-@pytest.mark.parametrize('run', LADDERS, ids=lambda p: p.name)
-def test_a_kept_rung_follows_from_its_predictions(run):
-    for rung in json.loads((run / 'ladder.json').read_text())['rungs']:
-        p = pd.read_csv(run / rung['predictions'])
+@pytest.mark.parametrize('run', AUDITED, ids=name_of)
+def test_the_text_of_a_kept_audit_is_that_of_its_data(run):
+    raw, text = run.audit_json, run.file('audit.txt').read_text()
+    if raw['version'] > 1:
+        from covid_cxr.audit.sentences import describe_headline, describe_verdict
+        a, one_line = read_audit(run), ' '.join(text.split())
+        assert describe_headline(a.headline) in one_line
+        for v in a.verdicts: assert describe_verdict(v)[:60] in one_line, v
+        return
+    assert raw['verdicts'] == {k: n for k, n in read_audit(run).counts.items() if k in raw['verdicts']}
+    assert raw['headline']['sentence'] in text and all(r['words'][:60] in text for r in raw['rows'])
+
+
+# ---- external tests
+@pytest.mark.parametrize('run', TESTED_OUTSIDE, ids=name_of)
+def test_a_kept_external_test_follows_from_its_predictions(run):
+    tests = read_external_tests(run.path)
+    assert tests
+    for test in tests:
+        p = pd.read_csv(run.path / test.predictions)
         prob = [c for c in p if c.startswith('prob_')][-1]
-        assert len(p) == rung['n_images'] and 'path' not in p
-        if rung['one_class']:
-            threshold = json.loads((run / 'evaluation.json').read_text())['operating_point']['threshold']
-            rate = rung.get('false_call_rate') or rung['sensitivity']
-            assert (p[prob] >= threshold).mean() == pytest.approx(rate['value'], abs=1e-9)
+        assert len(p) == test.n_images and 'path' not in p
+        if not test.one_class: continue
+        rate = test.false_positive_rate or test.sensitivity
+        assert (p[prob] >= run.threshold).mean() == pytest.approx(rate.value, abs=1e-9)
 
 
-def test_the_facts_page_prints_what_was_measured():
-    facts = json.loads((ROOT / 'benchmarks/results/facts.json').read_text())['facts']
-    page = (ROOT / 'nbs/articles/shortcuts.ipynb').read_text()
-    value = lambda f, start: next(r['value'] for r in facts[f] if r['what'].startswith(start))
-    assert value('F1', 'person numbers') == 170 and value('F1', 'patients (number and kind)') == 0 and value('F3', 'sets of identical') == 30
+# ---- benchmarks and the pages that print them
+def test_the_page_of_shortcuts_prints_what_was_measured():
+    facts, page = load('facts.json')['facts'], (ROOT / 'nbs/articles/shortcuts.ipynb').read_text()
+    def value(fact, start): return next(r['value'] for r in facts[fact] if r['what'].startswith(start))
+    assert value('F1', 'person numbers') == 170 and value('F1', 'patients (number and kind)') == 0
+    assert value('F3', 'sets of identical') == 30
     assert value('F6', 'small network, cross-validated') - value('F6', 'small network, official test') > 0, 'the fall to the official test'
     for f in ('F6', 'F7', 'F8', 'F9'):
-        for r in facts[f]: assert f"{r['value']:.3f}" in page, (f, r['what'])
+        for r in facts[f]: assert format_number(r['value']) in page, (f, r['what'])
 
 
 def test_the_verdict_matrix_in_the_docs_is_the_one_expected():
     from test_audit import EXPECTED
-    m = json.loads((ROOT / 'benchmarks/results/audit_matrix.json').read_text())
+    m = load('audit_matrix.json')
     for name, row in m['verdicts'].items():
-        for audit, right in EXPECTED[name.split()[0]].items(): assert row[audit] in right, (name, audit, row[audit])
+        for check, right in EXPECTED[name.split()[0]].items(): assert row[check] in right, (name, check, row[check])
     assert {n.split()[0] for n in m['verdicts']} == set(EXPECTED)
 
 
 def test_the_articles_numbers():
     "Kermany's headline is flagged, the numbers of the small CNN fit exactly one matrix, the published CSVs say what the article says"
-    a = json.loads((ROOT / 'benchmarks/results/article_numbers.json').read_text())
-    fits = {c['article'].split(',')[0].split(' (')[0]: c['matrices'] for c in a['claims']}
+    a = read_measurement(KEPT, 'article_numbers')
+    fits = {r['article'].split(',')[0].split(' (')[0]: r['matrices'] for r in a['reported']}
     assert fits['Kermany et al. 2018'] == 0 and fits['pneumonia-cnn'] == 1
-    assert all(f['agrees'] for f in a['files'].values())
+    assert a['files'] and all(f['agrees'] for f in a['files'].values())
 
 
 def test_the_lung_box_covers_what_the_notebooks_say():
     from lung_box import measure, phantom_masks
-    kept = json.loads((ROOT / 'benchmarks/results/lung_box.json').read_text())
-    again = measure(phantom_masks())
+    kept, again = load('lung_box.json'), measure(phantom_masks())
     for k in ('box', 'box_without_corners'): assert again[k] == pytest.approx(kept['phantoms'][k], abs=1e-9)
-    floors, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('audit/baselines.ipynb', 'audit/perturb.ipynb'))
-    assert f"{kept['real']['box']:.1%}".replace('%', ' %') in perturb and f"{kept['real']['box_without_corners']:.1%}".replace('%', ' %') in perturb
-    assert f"covers {100 * kept['real']['box']:.1f} and {100 * kept['phantoms']['box']:.1f} %" in floors and f"{100 * kept['visible']:.0f} % of the picture" in floors
+    regions, perturb = ((ROOT / 'nbs' / n).read_text() for n in ('audit/regions.ipynb', 'audit/perturb.ipynb'))
+    for k in ('box', 'box_without_corners'): assert format_percent(kept['real'][k], 1) in perturb, k
+    assert f"covers {100 * kept['real']['box']:.1f} and {100 * kept['phantoms']['box']:.1f} %" in regions
+    assert f"{100 * kept['visible']:.0f} % of the picture" in regions
 
 
-FLOORS = sorted(p.parent for p in (ROOT / 'benchmarks' / 'results').glob('*/floors.csv'))
+# ---- folds, baselines, arms
+@pytest.mark.parametrize('run', WITH_BASELINES, ids=name_of)
+def test_kept_baselines_scored_the_evaluated_images_of_this_run(run):
+    evaluated, scores = set(run.evaluated_predictions['image_id']), run.baseline_scores
+    for name, t in scores.groupby('baseline'):
+        assert len(t) == len(evaluated) and set(t['image_id']) == evaluated and t['score'].between(0, 1).all(), name
+    assert {'image_without_lungs', 'file'} <= set(scores['kind']) <= set(choices(BaselineKind))
 
 
-@pytest.mark.parametrize('run', FLOORS, ids=lambda p: p.name)
-def test_kept_rivals_judged_the_films_of_this_run(run):
-    e, pred = json.loads((run / 'evaluation.json').read_text()), pd.read_csv(run / 'predictions.csv', dtype=dict(image_id=str))
-    judged, floors = set(pred[pred.split == e['part']].image_id), pd.read_csv(run / 'floors.csv', dtype=dict(image_id=str))
-    for name, t in floors.groupby('floor'): assert len(t) == len(judged) and set(t.image_id) == judged and t.score.between(0, 1).all(), name
-    assert {'pixels', 'file'} <= set(floors.kind)
-
-
-def test_cross_validations_are_whole_and_test_every_film_once():
-    from covid_cxr.runs.crossval import find_results
-    found = find_results(ROOT / 'benchmarks' / 'results')
-    folded = {n: rs for n, rs in found.items() if rs[0]['recipe'].split.kind == 'fold'}
+def test_cross_validations_are_whole_and_test_every_image_once():
+    folded = {n: runs for n, runs in find_results(KEPT).items() if runs[0].recipe.split.kind == 'fold'}
     assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= set(folded)
-    for name, rs in folded.items():
-        assert [r['recipe'].split.fold for r in rs] == list(range(rs[0]['recipe'].split.n_folds)), name
-        every = [pd.read_csv(r['folder'] / 'predictions.csv', dtype=dict(group=str)) for r in rs]
-        tested = pd.concat([p[p.split == 'test'] for p in every])
-        assert tested.image_id.is_unique and set(tested.image_id) == set(every[0].image_id), name
-        for p in every: assert not set(p[p.split == 'test'].group) & set(p[p.split != 'test'].group), name
+    for name, runs in folded.items():
+        assert [r.recipe.split.fold for r in runs] == list(range(runs[0].recipe.split.n_folds)), name
+        every = [r.predictions for r in runs]
+        tested = pd.concat([p[p['split'] == 'test'] for p in every])
+        assert tested['image_id'].is_unique and set(tested['image_id']) == set(every[0]['image_id']), name
+        for p in every: assert not set(p[p['split'] == 'test']['group']) & set(p[p['split'] != 'test']['group']), name
 
 
-def test_no_arm_is_judged_on_what_its_weights_have_seen():
-    "The in-domain arms start from the kept `pretrain`; none of its films, patients or groups is in any part of theirs; both arms judge the same films"
-    from covid_cxr.articles.reproduce import ABLATION
-    from covid_cxr.runs.crossval import find_arms
-    kept = ROOT / 'benchmarks' / 'results'
-    seen = pd.read_csv(next(p for p in kept.glob('pretrain*/predictions.csv')), dtype=str)
+def test_no_arm_is_evaluated_on_what_its_weights_have_seen():
+    "The in-domain arms start from the kept `pretrain`; none of its images or groups is in any split of theirs; the arms share images"
+    seen = find_results(KEPT)['pretrain'][0].predictions
     for name in ABLATION:
-        arms = find_arms(kept, name)
-        assert {'from scratch', 'in-domain'} <= set(arms) and len({len(rs) for rs in arms.values()}) == 1, name
+        arms = find_arms(KEPT, name)
+        assert {'from scratch', 'in-domain'} <= set(arms) and len({len(runs) for runs in arms.values()}) == 1, name
         for r in arms['in-domain']:
-            assert r['recipe'].model.weights.endswith('pretrain/bundle/weights.safetensors')
-            p = pd.read_csv(r['folder'] / 'predictions.csv', dtype=str)
-            for key in ('image_id', 'group'): assert not set(p[key].dropna()) & set(seen[key].dropna()), (name, key)
-        films = [{(r['recipe'].split.fold, i) for r in rs for i in pd.read_csv(r['folder'] / 'predictions.csv').query('split == "test"').image_id} for rs in arms.values()]
-        assert all(f == films[0] for f in films)
+            assert r.recipe.model.weights.endswith('pretrain/bundle/weights.safetensors')
+            for column in ('image_id', 'group'):
+                assert not set(r.predictions[column].dropna()) & set(seen[column].dropna()), (name, column)
+        images = [{(r.recipe.split.fold, i) for r in runs for i in r.evaluated_predictions['image_id']} for runs in arms.values()]
+        assert all(i == images[0] for i in images)
 
 
-def test_the_readme_prints_what_the_files_say():
-    from covid_cxr.articles.reproduce import more_tables, reproduce_table
-    readme, kept = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks' / 'results'
-    more = more_tables(kept, 500)
-    for t in (reproduce_table(kept), *(more[k] for k in ('Aims', 'Starting weights', 'A collection left out', 'Above the best rival that saw no lung'))):
-        for row in t.astype(str).to_numpy():
-            line = '| ' + ' | '.join(v.replace('|', '\\|') for v in row) + ' |'
-            assert line in readme, line
+# ---- the tables of the documentation
+@pytest.fixture(scope='module')
+def tables(): return read_tables(KEPT)
+
+
+def cell(v):
+    "A cell as the file holds it: numbers to nine digits, NaN and None alike"
+    if v is None or (isinstance(v, float) and np.isnan(v)): return None
+    return round(float(v), 9) if isinstance(v, (float, np.floating)) else str(v)
+
+
+def test_the_tables_are_those_of_the_kept_results(tables):
+    "Made again from the predictions, 2,000 resamples for every interval, and compared cell by cell"
+    n_boot = load(TABLES)['n_boot']
+    again = make_tables(KEPT, n_boot=n_boot)
+    assert n_boot == 2000 and list(again) == list(tables) and len(tables) == 11
+    for name, t in again.items():
+        kept = tables[name]
+        assert list(t.columns) == list(kept.columns) and len(t) == len(kept) > 0, name
+        for column in t:
+            for i, (a, b) in enumerate(zip(t[column], kept[column])): assert cell(a) == cell(b), (name, column, i)
+    assert not (again['articles'][['protocol', 'leak_safe']] == ABSENT).any().any()
+
+
+def printed(path):
+    "What a reader of a page sees of its tables"
+    if path.suffix == '.md': return path.read_text(encoding='utf-8')
+    outputs = [o for c in json.loads(path.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
+    return '\n'.join(''.join(o.get('data', {}).get('text/markdown', o.get('text', ''))) for o in outputs)
+
+
+def assert_rows(t, text):
+    for line in markdown_table(t).splitlines(): assert line in text, line
+
+
+@pytest.mark.parametrize('name', ['articles', 'gains', 'leaks', 'arms', 'left_out', 'published_test', 'aims'])
+def test_the_page_of_results_prints_the_tables(tables, name): assert_rows(tables[name], printed(ROOT / 'nbs/results.ipynb'))
+
+
+def test_the_page_of_results_prints_folds_and_runs(tables):
+    text, folds, runs = printed(ROOT / 'nbs/results.ipynb'), tables['crossval'], tables['runs']
+    assert_rows(folds[folds['fold'] == 'together'].drop(columns='fold'), text)
+    shown = ['recipe', 'size', 'arch', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes']
+    for line in markdown_table(runs[shown]).splitlines()[2:]: assert line.removesuffix('|').strip() in text, line
+
+
+def test_the_readme_prints_the_first_row_of_every_article(tables):
+    first = tables['articles'].groupby('article', sort=False).head(1)
+    assert len(first) == 5
+    assert_rows(first[['article', 'metric', 'reported', 'protocol', 'leak_safe']], (ROOT / 'README.md').read_text())
+
+
+STORIES = (   # notebook, table of tables.json, the rows that it prints
+    ('pneumonia_cnn', 'articles', dict(article='pneumonia-cnn')), ('pneumonia_explained', 'articles', dict(article='pneumonia-explained')),
+    ('covid_2020', 'articles', dict(article='covid-2020')), ('coronahack_vgg', 'articles', dict(article='coronahack-vgg')),
+    ('effusion_resnet', 'articles', dict(article='effusion-resnet')), ('pneumonia_cnn', 'leaks', dict(run='pneumonia-cnn-64')),
+    ('covid_2020', 'asides', {}), ('covid_2020', 'left_out', {}), ('covid_2020', 'crossval', dict(recipe='covid-2020-adults')),
+    ('covid_2020', 'crossval', dict(recipe='covid-2020-within')), ('covid_2020', 'gains', dict(recipe='covid-2020-adults')),
+    ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', {}),
+    ('effusion_resnet', 'crossval', dict(recipe='effusion-resnet-honest')), ('effusion_resnet', 'leaks', dict(run='effusion-resnet-64')),
+    ('effusion_resnet', 'gains', dict(recipe='effusion-resnet-honest')))
+
+
+@pytest.mark.parametrize('story,name,rows', STORIES, ids=lambda v: v if isinstance(v, str) else '-'.join(v.values()))
+def test_the_stories_print_the_tables(tables, story, name, rows):
+    cells = json.loads((ROOT / f'nbs/articles/{story}.ipynb').read_text(encoding='utf-8'))['cells']
+    page = '\n'.join(''.join(o.get('data', {}).get('text/html', '')) for c in cells for o in c.get('outputs', []))
+    t = select_rows(tables[name], **rows)
+    texts = [v for c in t if not pd.api.types.is_numeric_dtype(t[c]) for v in t[c] if v]
+    for v in texts: assert f'<td>{v}</td>' in page, v

@@ -52,12 +52,18 @@ def long_bodies(source):
     return [(f.name, n) for f in _functions(tree) if (n := _body_lines(f, lines)) > BODY]
 
 
+def _public_functions(node):
+    "A public function, or the public methods of a public class"
+    if isinstance(node, ast.FunctionDef): found = [node]
+    elif isinstance(node, ast.ClassDef) and not node.name.startswith('_'): found = [f for f in node.body if isinstance(f, ast.FunctionDef)]
+    else: found = []
+    return [f for f in found if not f.name.startswith('_')]
+
+
 def bare_parameters(source):
     "'function(parameter)' of public functions and methods that lack an annotation; 'function ->' for a missing return type"
     for node in ast.parse(source).body:
-        owners = [node] if isinstance(node, ast.FunctionDef) else getattr(node, 'body', []) if isinstance(node, ast.ClassDef) and node.name[0] != '_' else []
-        for f in owners:
-            if not isinstance(f, ast.FunctionDef) or f.name.startswith('_'): continue
+        for f in _public_functions(node):
             a = f.args
             every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
             for arg in every:
@@ -65,7 +71,9 @@ def bare_parameters(source):
             if f.returns is None: yield f'{f.name} ->'
 
 
-def _cells(path): return [(c, ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+def _cells(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [(c, ''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
 
 
 def _is_exported(source): return bool(re.search(r'^#\|\s*exporti?s?\b(?!_)', source, re.M))
@@ -107,7 +115,8 @@ def script_places(path):
 
 
 def library_notebooks():
-    return sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '#| default_exp' in p.read_text(encoding='utf-8') and '.ipynb_checkpoints' not in p.parts)
+    found = (p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    return sorted(p for p in found if '#| default_exp' in p.read_text(encoding='utf-8'))
 
 
 def scripts(): return sorted(p for d in ('tests', 'tools', 'benchmarks') for p in (ROOT / d).rglob('*.py'))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 BANNER = '<!-- Made from nbs/index.ipynb by tools/notebooks.py: edit the notebook, not this file. -->\n'
+DIRECTIVE = re.compile(r'^#\|.*\n', re.M)
 HEAVY = 150_000                                     # bytes of a notebook that can still be reviewed
 
 
@@ -90,11 +91,13 @@ def readme_text():
             out.append(src + '\n')
             continue
         if re.search(r'^#\|\s*hide\b', src, re.M): continue
-        if not re.search(r'^#\|\s*echo:\s*false', src, re.M): out.append('```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M) + '\n```\n')
+        if not re.search(r'^#\|\s*echo:\s*false', src, re.M): out.append(f'```python\n{re.sub(DIRECTIVE, "", src)}\n```\n')
         for o in c['outputs']:
             data = o.get('data', {})
             text = o.get('text') or data.get('text/markdown') or data.get('text/plain')
-            if text: out.append(''.join(text).strip() + '\n' if 'text/markdown' in data else '```text\n' + ''.join(text).rstrip() + '\n```\n')
+            if not text: continue
+            text = ''.join(text)
+            out.append(f'{text.strip()}\n' if 'text/markdown' in data else f'```text\n{text.rstrip()}\n```\n')
     return '\n'.join(out)
 
 
@@ -117,7 +120,7 @@ def _module_faults():
         for p in sorted(_modules(lib) | _modules(mine)):
             if not (lib / p).exists(): yield f'covid_cxr/{p} has no notebook: delete it or write one'
             elif not (mine / p).exists() or _code(lib / p) != _code(mine / p):
-                yield f'covid_cxr/{p} differs from its notebook: run tools/notebooks.py export (after nbdev_update, if the module was edited)'
+                yield f'covid_cxr/{p} differs from its notebook: tools/notebooks.py export (nbdev_update first, if the module was edited)'
 
 
 def _notebook_faults(p):
@@ -125,15 +128,18 @@ def _notebook_faults(p):
     ids = [c.get('id') for c in nb['cells']]
     if None in ids or len(set(ids)) < len(ids): yield f'{rel}: every cell needs an id of its own'
     if any(c.get('execution_count') for c in nb['cells']): yield f'{rel}: not clean: run nbdev_clean'
-    if any(o.get('output_type') == 'error' for c in nb['cells'] for o in c.get('outputs', [])): yield f'{rel}: holds a failed cell'
+    outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+    if any(o.get('output_type') == 'error' for o in outputs): yield f'{rel}: holds a failed cell'
     if p.stat().st_size > HEAVY: yield f'{rel}: {p.stat().st_size // 1000} KB, over {HEAVY // 1000}: too heavy to review'
 
 
 def check():
     bad = [*_module_faults(), *(fault for p in notebooks() for fault in _notebook_faults(p))]
     listed, there = [n for _, names in sidebar() for n in names], [str(p.relative_to(ROOT / 'nbs')) for p in notebooks()]
-    bad += [f'nbs/sidebar.yml does not list {n}' for n in there if n not in listed] + [f'nbs/sidebar.yml lists {n}, which is not there' for n in listed if n not in there]
-    if (ROOT / 'README.md').read_text(encoding='utf-8') != readme_text(): bad.append('README.md is not fresh: python tools/notebooks.py readme')
+    bad += [f'nbs/sidebar.yml does not list {n}' for n in there if n not in listed]
+    bad += [f'nbs/sidebar.yml lists {n}, which is not there' for n in listed if n not in there]
+    fresh = (ROOT / 'README.md').read_text(encoding='utf-8') == readme_text()
+    if not fresh: bad.append('README.md is not fresh: python tools/notebooks.py readme')
     print('\n'.join(bad) or 'notebooks, modules and README agree')
     return 1 if bad else 0
 

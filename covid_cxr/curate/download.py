@@ -4,20 +4,24 @@
 
 # %% ../../nbs/curate/download.ipynb #imports
 from __future__ import annotations
-import errno, gzip, hashlib, http.client, importlib.util, io, json, os, re, shutil, socket, ssl, stat, subprocess, sys
+import errno, gzip, hashlib, http.client, importlib.util, json, os, re, shutil, socket, ssl, stat, subprocess, sys
 import tarfile, time, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
+from typing import Any, Callable, IO, Iterable, Iterator, Literal, Mapping, NamedTuple
 from ..core import CxrError, nearest, sha256_file, sha256_text, write_json, write_text
+from ..words import format_bytes
 try: import fcntl
-except ImportError: fcntl = None      # Windows: two downloads into one place at a time are then not kept apart
+except ImportError: fcntl = None  # type: ignore[assignment]  # Windows: downloads into one place are not kept apart
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'DOWNLOADS', 'DownloadError', 'ArchiveError', 'fetch', 'hash_folder', 'unpack', 'manifest_text',
-           'content_id', 'check_folder', 'Download', 'kaggle_command', 'kaggle_credentials', 'download']
+__all__ = ['MAX_DOWNLOAD_BYTES', 'Route', 'DOWNLOADS', 'DownloadError', 'ArchiveError', 'fetch', 'hash_folder', 'unpack',
+           'manifest_text', 'content_id', 'check_folder', 'Download', 'kaggle_command', 'kaggle_credentials',
+           'download']
 
 # %% ../../nbs/curate/download.ipynb #errors
 class DownloadError(CxrError): "A file could not be fetched, or is not the file that was expected"
@@ -25,46 +29,53 @@ class ArchiveError(DownloadError): "An archive is damaged, or holds something th
 
 class _Again(Exception):
     "A fault that another try may cure; `wait` is what the server asks for, in seconds"
-    def __init__(self, words, wait=None):
+    def __init__(self, words: str, wait: float | None = None):
         super().__init__(words)
         self.wait = wait
 
 # %% ../../nbs/curate/download.ipynb #helpers
-def _size(n):
-    "Bytes for a person: 1.2 GB"
-    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
-        if n < 1000 or unit == 'TB': return f'{n} bytes' if unit == 'bytes' else f'{n:.1f} {unit}'
-        n /= 1000
+_Progress = Callable[[str], Any]      # takes one line of text, such as print
 
-def _shown(url):
+def _shown(url: str) -> str:
     "An address without what may be secret in it: no user, password or query"
     u = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((u.scheme, u.netloc.rpartition('@')[2], u.path, '', ''))
 
-def _line(text):
-    "Words of a stranger, fit for one line of ours: printable, no line breaks, not too long"
+def _line(text: object) -> str:
+    "Words of somewhere else, fit for one line of ours: printable, no line breaks, not too long"
     return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())[:200]
 
-def _check_room(folder, need, what):
+def _check_room(folder: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
-    if need > free: raise DownloadError(f'{what} needs {_size(need)} and {folder} has {_size(free)} left; free some space or choose another folder.')
+    if need > free:
+        raise DownloadError(f'{what} needs {format_bytes(need)} and {folder} has {format_bytes(free)} left; '
+                            'free some space or choose another folder.')
+
+# %% ../../nbs/curate/download.ipynb #locked
+def _open_locked(path: Path) -> IO[bytes]:
+    "The lock file, open and held by this process; BlockingIOError when another process holds it"
+    while True:
+        h = open(path, 'ab')
+        try:
+            if fcntl: fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            h.close()
+            raise
+        except OSError: pass                    # a file system without locks
+        if path.exists() and os.path.samestat(os.fstat(h.fileno()), path.stat()): return h
+        h.close()                               # its last holder removed the file between our open and our lock
 
 @contextmanager
-def _locked(path):
+def _locked(path: Path) -> Iterator[None]:
     "Hold a lock file: two downloads into one place would mix their bytes; the lock dies with its process, even a killed one"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            h = open(path, 'ab')
-            try: fcntl and fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if isinstance(e, BlockingIOError): raise          # any other fault: a file system without locks
-            if path.exists() and os.path.samestat(os.fstat(h.fileno()), path.stat()): break
-            h.close()                           # its last holder removed the file between our open and our lock
+        h = _open_locked(path)
     except BlockingIOError:
-        h.close()
-        raise DownloadError(f'another process is downloading into {path.parent} at this moment (it holds {path.name}); wait for it or stop it.') from None
-    except OSError as e: raise DownloadError(f'cannot write to {path.parent}: {e.strerror}; choose a folder that you can write to.') from e
+        raise DownloadError(f'another process is downloading into {path.parent} at this moment (it holds {path.name}); '
+                            'wait for it or stop it.') from None
+    except OSError as e:
+        raise DownloadError(f'cannot write to {path.parent}: {e.strerror}; choose a folder that you can write to.') from e
     try: yield
     finally:
         if not fcntl: h.close()                 # Windows does not remove an open file
@@ -73,54 +84,69 @@ def _locked(path):
 
 # %% ../../nbs/curate/download.ipynb #open-url
 _PATIENCE = (408, 425, 429, 500, 502, 503, 504)     # answers that another try may change
-_DISK = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, 'EDQUOT', errno.ENOSPC))
+_HANDLERS = ('HTTPHandler', 'HTTPSHandler', 'ProxyHandler', 'UnknownHandler', 'HTTPDefaultErrorHandler',
+             'HTTPErrorProcessor')
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         old, new = (urllib.parse.urlsplit(u).scheme.lower() for u in (req.full_url, newurl))
         if new not in ('http', 'https') or (old == 'https' and new == 'http'):
-            raise DownloadError(f'{_shown(req.full_url)} sends us on to {_line(_shown(newurl))}, from {old} to {new}, which is not safe; check the address.')
+            raise DownloadError(f'{_shown(req.full_url)} sends us on to {_line(_shown(newurl))}, from {old} to {new}, '
+                                'which is not safe; check the address.')
         return super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
-def _open(url, headers, timeout):
+def _open(url: str, headers: Mapping[str, str], timeout: float) -> Any:
     "The answer to one GET; only the handlers that we want, so that no ftp: or data: address is ever followed"
-    u = urllib.request
-    names = ('HTTPHandler', 'HTTPSHandler', 'ProxyHandler', 'UnknownHandler', 'HTTPDefaultErrorHandler', 'HTTPErrorProcessor')
-    opener = u.OpenerDirector()
-    for h in [*(getattr(u, n)() for n in names), u.FileHandler() if url.lower().startswith('file:') else _Redirects()]: opener.add_handler(h)
-    return opener.open(u.Request(url, headers={'User-Agent': 'covid_cxr', 'Accept-Encoding': 'identity', **headers}), timeout=timeout)
+    opener = urllib.request.OpenerDirector()
+    for name in _HANDLERS: opener.add_handler(getattr(urllib.request, name)())
+    opener.add_handler(urllib.request.FileHandler() if url.lower().startswith('file:') else _Redirects())
+    plain = {'User-Agent': 'covid_cxr', 'Accept-Encoding': 'identity'}
+    return opener.open(urllib.request.Request(url, headers={**plain, **headers}), timeout=timeout)
 
-def _retry_after(headers):
-    "Seconds that a server asks us to wait, or None"
+# %% ../../nbs/curate/download.ipynb #faults
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, 'EDQUOT', errno.ENOSPC))
+
+def _retry_after(headers: Any) -> float | None:
+    "Seconds that a server asks us to wait"
     v = (headers.get('Retry-After') or '').strip()
     if v.isdigit(): return float(v)
     try: return max(0., (parsedate_to_datetime(v) - datetime.now(timezone.utc)).total_seconds())
     except (TypeError, ValueError): return None
 
-def _http_fault(e, url):
+def _http_fault(e: Any, url: str) -> Exception:
     "An HTTP error as the exception to raise"
-    url, e_words = _shown(url), _line(f'{e.code} {e.reason}')
-    if e.code in _PATIENCE: return _Again(f'the server answers {e_words}', _retry_after(e.headers))
-    if e.code in (401, 403): return DownloadError(f'{url} is refused ({e_words}): an account or accepted terms may be needed; open the address in a browser.')
-    if e.code in (404, 410): return DownloadError(f'there is nothing at {url} ({e_words}); check the address, the commit and the spelling.')
-    if 300 <= e.code < 400: return DownloadError(f'{url} redirects in a way that is not followed ({e_words}); check the address.')
-    return DownloadError(f'{url} cannot be had ({e_words}); check the address.')
+    url, said = _shown(url), _line(f'{e.code} {e.reason}')
+    if e.code in _PATIENCE: return _Again(f'the server answers {said}', _retry_after(e.headers))
+    if e.code in (401, 403):
+        return DownloadError(f'{url} is refused ({said}): an account or accepted terms may be needed; '
+                             'open the address in a browser.')
+    if e.code in (404, 410):
+        return DownloadError(f'there is nothing at {url} ({said}); check the address, the commit and the spelling.')
+    if 300 <= e.code < 400:
+        return DownloadError(f'{url} redirects in a way that is not followed ({said}); check the address.')
+    return DownloadError(f'{url} cannot be had ({said}); check the address.')
 
-def _net_fault(reason, url):
+def _net_fault(reason: Any, url: str) -> Exception:
     "A fault below HTTP as the exception to raise"
     words = _line(getattr(reason, 'strerror', None) or str(reason) or type(reason).__name__)
-    ours = getattr(reason, 'filename', None) and not url.lower().startswith('file:')      # a fault of a file, not of a connection
-    if ours or getattr(reason, 'errno', None) in _DISK: return DownloadError(f'{_shown(url)} cannot be written to the disk: {words}; free some space or choose another folder, and call again.')
-    if url.lower().startswith('file:'): return DownloadError(f'{_shown(url)} cannot be read: {words}; check the path.')
+    local = url.lower().startswith('file:')
+    ours = getattr(reason, 'filename', None) and not local      # a fault of a file, not of a connection
+    if ours or getattr(reason, 'errno', None) in _DISK:
+        return DownloadError(f'{_shown(url)} cannot be written to the disk: {words}; '
+                             'free some space or choose another folder, and call again.')
+    if local: return DownloadError(f'{_shown(url)} cannot be read: {words}; check the path.')
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return DownloadError(f'{_shown(url)} has a certificate that cannot be trusted ({words}); check the address, the clock and the proxy.')
-    if isinstance(reason, socket.gaierror): return _Again(f'the name {urllib.parse.urlsplit(url).hostname} cannot be resolved ({words})')
+        return DownloadError(f'{_shown(url)} has a certificate that cannot be trusted ({words}); '
+                             'check the address, the clock and the proxy.')
+    if isinstance(reason, socket.gaierror):
+        return _Again(f'the name {urllib.parse.urlsplit(url).hostname} cannot be resolved ({words})')
     if isinstance(reason, TimeoutError): return _Again('the server was silent for too long')
     return _Again(f'the connection failed ({words})')
 
+# %% ../../nbs/curate/download.ipynb #faults-block
 @contextmanager
-def _faults(url):
+def _faults(url: str) -> Iterator[None]:
     "Every fault of the network as `DownloadError` (final) or `_Again` (worth another try)"
     try: yield
     except urllib.error.HTTPError as e:
@@ -130,49 +156,58 @@ def _faults(url):
     except (OSError, http.client.HTTPException) as e: raise _net_fault(e, url) from e
 
 # %% ../../nbs/curate/download.ipynb #part
-def _strong(headers):
+def _strong(headers: Any) -> str | None:
     "The ETag that promises equal bytes; a weak one does not"
     etag = headers.get('ETag')
     return etag if etag and not etag.startswith('W/') else None
 
 class _Part:
     "The bytes of one file that have come so far, and what the server said of the file that they belong to"
-    def __init__(self, dest, url, proof):
+    def __init__(self, dest: Path, url: str, proof: bool):
         self.path, self.note = (dest.with_name(dest.name + end) for end in ('.part', '.part.json'))
         self.key, self.proof = sha256_text(url), proof
         try: said = json.loads(self.note.read_text(encoding='utf-8'))
         except (OSError, ValueError): said = {}
-        self.said = said if isinstance(said, dict) and said.get('url') == self.key else {}
+        self.said: dict[str, Any] = said if isinstance(said, dict) and said.get('url') == self.key else {}
+
     @property
-    def size(self): return self.path.stat().st_size if self.path.is_file() else 0
+    def size(self) -> int: return self.path.stat().st_size if self.path.is_file() else 0
+
     @property
-    def tag(self): return self.said.get('etag') or self.said.get('modified')
+    def tag(self) -> str | None: return self.said.get('etag') or self.said.get('modified')
+
     @property
-    def useful(self): return self.size > 0 and bool(self.said) and bool(self.tag or self.proof)
-    def headers(self):
+    def useful(self) -> bool: return self.size > 0 and bool(self.said) and bool(self.tag or self.proof)
+
+    def headers(self) -> dict[str, str]:
         if not self.useful: return {}
         return {'Range': f'bytes={self.size}-', **({'If-Range': self.tag} if self.tag else {})}
-    def begin(self, headers, total):
+
+    def begin(self, headers: Any, total: int | None) -> None:
         "Start at byte 0 of the file that this answer is about"
         self.drop()
         self.said = dict(url=self.key, etag=_strong(headers), modified=headers.get('Last-Modified'), total=total)
         write_json(self.note, self.said)
-    def drop(self):
+
+    def drop(self) -> None:
         for p in (self.path, self.note):
             if not p.is_dir(): p.unlink(missing_ok=True)
         self.said = {}
 
 # %% ../../nbs/curate/download.ipynb #expected
-def _expected(r, part, url):
+def _expected(r: Any, part: _Part, url: str) -> int | None:
     "Bytes that the whole file should have according to this answer (None: it does not say); the part is made to fit it"
     coding = r.headers.get('Content-Encoding', 'identity')
-    if coding != 'identity': raise DownloadError(f'{_shown(url)} comes packed as {_line(coding)}, although it was asked for as it is; fetch it by hand.')
+    if coding != 'identity':
+        raise DownloadError(f'{_shown(url)} comes packed as {_line(coding)}, although it was asked for as it is; '
+                            'fetch it by hand.')
     length = r.length if isinstance(r, http.client.HTTPResponse) else int(r.headers['Content-Length'])
     if r.status != 206:                                   # the whole file, asked for or not
         part.begin(r.headers, length)
         return length
     piece = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', r.headers.get('Content-Range', '').strip())
-    total = (None if length is None else part.size + length) if not piece or piece[3] == '*' else int(piece[3])
+    total = None if length is None else part.size + length
+    if piece and piece[3] != '*': total = int(piece[3])
     now = dict(etag=_strong(r.headers), modified=r.headers.get('Last-Modified'), total=total)
     changed = any(now[k] != part.said[k] for k in now if None not in (now[k], part.said.get(k)))
     if not piece or int(piece[1]) != part.size or changed:
@@ -180,7 +215,7 @@ def _expected(r, part, url):
         raise _Again('the server sent another piece than the one that was asked for')
     return total
 
-def _nothing_left(e, part):
+def _nothing_left(e: Any, part: _Part) -> int:
     "A 416 answer: is the part already the whole file? If not, it is thrown away"
     whole = re.fullmatch(r'bytes \*/(\d+)', (e.headers.get('Content-Range') or '').strip())
     total = int(whole[1]) if whole else part.said.get('total')
@@ -189,219 +224,325 @@ def _nothing_left(e, part):
     raise _Again('the file at the server is shorter than what had come')
 
 # %% ../../nbs/curate/download.ipynb #copy
-def _copy(r, part, start, limit, timeout, tell):
-    "Append what comes to the part, up to `limit` bytes"
+@dataclass(frozen=True)
+class _Request:
+    "One file, as a person asked for it"
+    url: str
+    sha256: str | None
+    size: int | None        # bytes that it must have
+    max_bytes: int
+    timeout: float          # seconds of silence after which a connection counts as broken
+
+    @property
+    def shown(self) -> str: return _shown(self.url)
+
+    @property
+    def limit(self) -> int: return self.max_bytes if self.size is None else self.size
+
+def _copy(r: Any, part: _Part, start: int, req: _Request, tell: Callable[[int], None]) -> int:
+    "Append what comes to the part, up to the limit; bytes that are there now, or more than the limit"
     done, since, came = start, time.monotonic(), 0
     with open(part.path, 'ab') as h:
         while block := r.read1(1 << 16):
             done, came = done + len(block), came + len(block)
-            if done > limit: return done
+            if done > req.limit: return done
             h.write(block)
             tell(done)
-            if time.monotonic() - since > timeout:
-                if came < 1000: raise _Again(f'only {came} bytes came in {timeout:g} seconds')
+            if time.monotonic() - since > req.timeout:
+                if came < 1000: raise _Again(f'only {came} bytes came in {req.timeout:g} seconds')
                 since, came = time.monotonic(), 0
-        h.flush(); os.fsync(h.fileno())
+        h.flush()
+        os.fsync(h.fileno())
     return done
 
-def _transfer(url, part, size, max_bytes, timeout, teller):
-    "One try: ask for what is missing and append what comes"
-    shown = _shown(url)
-    with _faults(url):
-        try: r = _open(url, part.headers(), timeout)
+# %% ../../nbs/curate/download.ipynb #transfer
+def _check_total(total: int | None, req: _Request, part: _Part) -> None:
+    "Refuse an answer that is about a file of another size, or a larger one than allowed"
+    if total is None: return
+    if req.size not in (None, total):
+        part.drop()
+        raise DownloadError(f'{req.shown} has {total} bytes and {req.size} were expected; '
+                            'it is another file, or another state of it.')
+    if total > req.max_bytes:
+        raise DownloadError(f'{req.shown} has {format_bytes(total)}, more than the {format_bytes(req.max_bytes)} allowed; '
+                            'raise max_bytes if that is right.')
+
+def _transfer(req: _Request, part: _Part, teller: Callable) -> int | None:
+    "One try: ask for what is missing and append what comes; bytes of the whole file, None when the server does not say"
+    with _faults(req.url):
+        try: r = _open(req.url, part.headers(), req.timeout)
         except urllib.error.HTTPError as e:
             if e.code != 416 or not part.useful: raise
             with e: return _nothing_left(e, part)
         with r:
-            total, start = _expected(r, part, url), part.size
-            if total is not None and size not in (None, total):
-                part.drop()
-                raise DownloadError(f'{shown} has {total} bytes and {size} were expected; it is another file, or another state of it.')
-            if (total or 0) > max_bytes: raise DownloadError(f'{shown} has {_size(total)}, more than the {_size(max_bytes)} allowed; raise max_bytes if that is right.')
-            _check_room(part.path.parent, (total or 0) - start, shown)
-            limit = max_bytes if size is None else size
-            done = _copy(r, part, start, limit, timeout, lambda n: teller(n, total))
-    if done > limit:
+            total, start = _expected(r, part, req.url), part.size
+            _check_total(total, req, part)
+            _check_room(part.path.parent, (total or 0) - start, req.shown)
+            done = _copy(r, part, start, req, lambda n: teller(n, total))
+    if done > req.limit:
         part.drop()
-        raise DownloadError(f'{shown} goes on beyond the {_size(limit)} that were expected or allowed; what came was deleted (see size and max_bytes).')
-    whole = size if total is None else total
+        raise DownloadError(f'{req.shown} goes on beyond the {format_bytes(req.limit)} that were expected or allowed; '
+                            'what came was deleted (see size and max_bytes).')
+    whole = req.size if total is None else total
     if whole is not None and done < whole: raise _Again(f'the connection broke off after {done} of {whole} bytes')
     return total
 
 # %% ../../nbs/curate/download.ipynb #teller
-def _teller(progress, name):
+_STEP = 50_000_000     # bytes between two lines, where the length is not known
+
+def _teller(progress: _Progress | None, name: str) -> Callable[[int, int | None], None]:
     "A function of (bytes so far, bytes in all or None) that writes a line at every tenth, or every 50 MB"
     last = [0]
     def tell(done, total):
-        mark = 10 * done // total if total else done // 50_000_000
+        mark = 10 * done // total if total else done // _STEP
         if progress is None or mark == last[0]: return
         last[0] = mark
-        if mark: progress(f'{name}: {10 * mark} % of {_size(total)}' if total else f'{name}: {_size(50_000_000 * mark)}')
+        if not mark: return
+        if total: progress(f'{name}: {10 * mark} % of {format_bytes(total)}')
+        else: progress(f'{name}: {format_bytes(_STEP * mark)}')
     return tell
 
-def _check_request(url, sha256, size, max_bytes):
-    u = urllib.parse.urlsplit(str(url))
-    if u.scheme.lower() not in ('http', 'https', 'file') or (u.scheme.lower() != 'file' and not u.hostname) or re.search(r'[\s\x00-\x1f]', str(url)):
-        raise DownloadError(f"'{_line(url)}' is not an address that can be fetched; give one that begins with https://, http:// or file:// and holds no blanks.")
-    if sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(sha256)):
-        raise DownloadError(f"sha256='{_line(sha256)}' is not a SHA-256, which has 64 hex digits; copy it again or leave it out.")
-    if size is not None and size > max_bytes: raise DownloadError(f'size={size} is more than max_bytes={max_bytes}; raise max_bytes.')
+def _check_request(req: _Request) -> None:
+    "Refuse what cannot be asked for"
+    u = urllib.parse.urlsplit(str(req.url))
+    known = u.scheme.lower() == 'file' or (u.scheme.lower() in ('http', 'https') and u.hostname)
+    if not known or re.search(r'[\s\x00-\x1f]', str(req.url)):
+        raise DownloadError(f"'{_line(req.url)}' is not an address that can be fetched; "
+                            "give one that begins with https://, http:// or file:// and holds no blanks.")
+    if req.sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(req.sha256)):
+        raise DownloadError(f"sha256='{_line(req.sha256)}' is not a SHA-256, which has 64 hex digits; "
+                            "copy it again or leave it out.")
+    if req.size is not None and req.size > req.max_bytes:
+        raise DownloadError(f'size={req.size} is more than max_bytes={req.max_bytes}; raise max_bytes.')
 
-def _finish(part, dest, url, sha256, size):
+def _finish(part: _Part, dest: Path, req: _Request) -> Path:
     "The part becomes the file, when it is the file that was expected"
-    got, shown = part.size, _shown(url)
     if not part.path.exists(): part.path.touch()          # an empty file is a file
-    if size not in (None, got):
+    if req.size not in (None, part.size):
+        got = part.size
         part.drop()
-        raise DownloadError(f'{shown} sent {got} bytes and {size} were expected; what came was deleted.')
-    if sha256 is not None and (found := sha256_file(part.path)) != sha256.lower():
+        raise DownloadError(f'{req.shown} sent {got} bytes and {req.size} were expected; what came was deleted.')
+    if req.sha256 is not None and (found := sha256_file(part.path)) != req.sha256.lower():
         part.drop()
-        raise DownloadError(f'{shown} has SHA-256 {found} and {sha256.lower()} was expected: it is another file, or was altered on its way; what came was deleted.')
+        raise DownloadError(f'{req.shown} has SHA-256 {found} and {req.sha256.lower()} was expected: '
+                            'it is another file, or was altered on its way; what came was deleted.')
     os.replace(part.path, dest)
     part.drop()
     return dest
 
-# %% ../../nbs/curate/download.ipynb #fetch
-MAX_BYTES = 10_000_000_000      # ceiling of one transfer and of one unpacked archive, unless a larger one is asked for
+# %% ../../nbs/curate/download.ipynb #until-whole
+class _Patience(NamedTuple):
+    "How long a person is willing to wait"
+    retries: int       # tries without progress after which it gives up
+    backoff: float     # seconds before the second try; doubled each time, at most 60
+    max_wait: float    # seconds that a server may ask us to wait
 
-def fetch(url: str,              # http, https or file address
-          dest,                  # final place of the file
-          sha256: str = None,    # 64 hex digits that the file must have; None: not checked
-          size: int = None,      # bytes that the file must have; None: not checked
-          max_bytes: int = MAX_BYTES, # bytes beyond which the transfer is stopped, whatever the server says
-          progress=None,         # function of one line of text, such as print; None: silent
-          retries: int = 5,      # tries without progress after which it gives up
-          timeout: float = 30.,  # seconds of silence after which a connection counts as broken
-          backoff: float = 1.,   # seconds before the second try; doubled each time, at most 60
-          max_wait: float = 300. # seconds that a server may ask us to wait before we give up
-         ) -> Path:              # `dest`
-    "Fetch one file: continued after a break, checked, and under its final name only when it is whole and right"
-    _check_request(url, sha256, size, max_bytes)
-    dest = Path(dest)
-    with _locked(dest.with_name(f'.{dest.name}.lock')):
-        if dest.exists():
-            if sha256 is not None and dest.is_file() and sha256_file(dest) == sha256.lower(): return dest
-            raise DownloadError(f'{dest} is there already and is not known to be this file; delete it, give another name, or pass its sha256.')
-        part = _Part(dest, url, sha256 is not None)
-        try:
-            _until_whole(part, url, size, max_bytes, progress, retries, timeout, backoff, max_wait)
-            return _finish(part, dest, url, sha256, size)
-        except OSError as e: raise DownloadError(f'cannot write {dest}: {_line(e.strerror or e)}; choose a folder that you can write to.') from e
-        finally:
-            if not part.useful: part.drop()               # what cannot be continued is not kept
+    def wait(self, e: _Again, part: _Part, req: _Request, failures: int, progress: _Progress | None) -> None:
+        "Sleep before the next try, or give up"
+        kept = 'call again later'
+        if part.useful: kept = f'{format_bytes(part.size)} are kept in {part.path.name}, call again to go on'
+        if failures >= self.retries:
+            raise DownloadError(f'{req.shown} could not be fetched, {failures} tries failed: {e}; {kept}.') from e
+        if (e.wait or 0) > self.max_wait:
+            raise DownloadError(f'{req.shown}: {e} and asks for {e.wait:.0f} seconds of patience; {kept}.') from e
+        if progress: progress(f'{part.path.stem}: {e}; next try')
+        time.sleep(e.wait if e.wait is not None else min(60., self.backoff * 2 ** max(0, failures - 1)))
 
-def _until_whole(part, url, size, max_bytes, progress, retries, timeout, backoff, max_wait):
+def _until_whole(part: _Part, req: _Request, patience: _Patience, progress: _Progress | None) -> None:
     "Try after try until all bytes are there"
-    teller, best, failures = _teller(progress, part.path.stem), part.size, 0
-    if progress and part.useful: progress(f'{part.path.stem}: continues after {_size(part.size)}')
+    name, best, failures = part.path.stem, part.size, 0
+    teller, say = _teller(progress, name), progress or (lambda line: None)
+    if part.useful: say(f'{name}: continues after {format_bytes(part.size)}')
     while True:
-        try: total = _transfer(url, part, size, max_bytes, timeout, teller); break
+        try: total = _transfer(req, part, teller)
         except _Again as e:
             failures = 0 if part.size >= best + 1_000_000 else failures + 1
             best = max(best, part.size)
-            _wait_or_give_up(e, part, url, failures, retries, backoff, max_wait, progress)
-    if total is None and progress and size is None and not part.proof: progress(f'{part.path.stem}: the server did not say how long it is')
+            patience.wait(e, part, req, failures, progress)
+        else: break
+    if total is None and req.size is None and not part.proof: say(f'{name}: the server did not say how long it is')
 
-def _wait_or_give_up(e, part, url, failures, retries, backoff, max_wait, progress):
-    kept = f'{_size(part.size)} are kept in {part.path.name}, call again to go on' if part.useful else 'call again later'
-    if failures >= retries: raise DownloadError(f'{_shown(url)} could not be fetched, {failures} tries failed: {e}; {kept}.') from e
-    if (e.wait or 0) > max_wait: raise DownloadError(f'{_shown(url)}: {e} and asks for {e.wait:.0f} seconds of patience; {kept}.') from e
-    if progress: progress(f'{part.path.stem}: {e}; next try')
-    time.sleep(e.wait if e.wait is not None else min(60., backoff * 2 ** max(0, failures - 1)))
+# %% ../../nbs/curate/download.ipynb #fetch
+MAX_DOWNLOAD_BYTES = 10_000_000_000   # of one transfer and of one unpacked archive, unless more is asked for
+
+def fetch(
+    url: str,                              # http, https or file address
+    dest: str | Path,                      # final place of the file
+    sha256: str | None = None,             # 64 hex digits that the file must have; None: not checked
+    size: int | None = None,               # bytes that the file must have; None: not checked
+    max_bytes: int = MAX_DOWNLOAD_BYTES,   # bytes beyond which the transfer is stopped, whatever the server says
+    progress: _Progress | None = None,      # function of one line of text, such as print; None: silent
+    retries: int = 5,                      # tries without progress after which it gives up
+    timeout: float = 30.,                  # seconds of silence after which a connection counts as broken
+    backoff: float = 1.,                   # seconds before the second try; doubled each time, at most 60
+    max_wait: float = 300.,                # seconds that a server may ask us to wait before we give up
+) -> Path:                                 # `dest`
+    "Fetch one file: continued after a break, checked, and under its final name only when it is whole and right"
+    req, dest = _Request(url, sha256, size, max_bytes, timeout), Path(dest)
+    _check_request(req)
+    with _locked(dest.with_name(f'.{dest.name}.lock')):
+        if dest.exists():
+            if sha256 is not None and dest.is_file() and sha256_file(dest) == sha256.lower(): return dest
+            raise DownloadError(f'{dest} is there already and is not known to be this file; '
+                                'delete it, give another name, or pass its sha256.')
+        part = _Part(dest, url, sha256 is not None)
+        try:
+            _until_whole(part, req, _Patience(retries, backoff, max_wait), progress)
+            return _finish(part, dest, req)
+        except OSError as e:
+            raise DownloadError(f'cannot write {dest}: {_line(e.strerror or e)}; '
+                                'choose a folder that you can write to.') from e
+        finally:
+            if not part.useful: part.drop()               # what cannot be continued is not kept
 
 # %% ../../nbs/curate/download.ipynb #safe-parts
-def _safe_parts(name, archive):
+def _unsafe(name: str, parts: list[str]) -> str | None:
+    "What is wrong with the path of a member"
+    if any(unicodedata.category(c) in ('Cc', 'Cs') for c in name): return 'holds a control character or is not text'
+    if name.startswith('/'): return 'is an absolute path'
+    if '..' in parts: return 'leads out of the folder'
+    if '\\' in name: return 'holds a backslash'
+    if re.match('[A-Za-z]:', name): return 'begins with a drive letter'
+    return 'is too long' if len(parts) > 50 or any(len(p.encode()) > 255 for p in parts) else None
+
+def _safe_parts(name: str, archive: str) -> tuple[str, ...]:
     "The parts of a member's path, or a refusal that names the member and what is wrong with it"
     parts = [p for p in name.split('/') if p not in ('', '.')]
-    wrong = ('holds a control character or is not text' if any(unicodedata.category(c) in ('Cc', 'Cs') for c in name) else
-             'is an absolute path' if name.startswith('/') else
-             'leads out of the folder' if '..' in parts else
-             'holds a backslash' if '\\' in name else
-             'begins with a drive letter' if re.match('[A-Za-z]:', name) else
-             'is too long' if len(parts) > 50 or any(len(p.encode()) > 255 for p in parts) else None)
-    if wrong: raise ArchiveError(f'{archive}: the member {name[:200]!r} {wrong}; this archive is not to be trusted, get it from its publisher.')
+    wrong = _unsafe(name, parts)
+    if wrong:
+        raise ArchiveError(f'{archive}: the member {name[:200]!r} {wrong}; '
+                           'this archive is not to be trusted, get it from its publisher.')
     return tuple(parts)
+
+def _refuse_member(archive: str, name: str, wrong: str) -> None:
+    raise ArchiveError(f'{archive}: the member {name[:200]!r} {wrong}; get the archive from its publisher.')
+
+# %% ../../nbs/curate/download.ipynb #tally
+@dataclass(frozen=True)
+class _Ceilings:
+    "What an archive of images never exceeds"
+    bytes: int      # unpacked
+    files: int
+    ratio: float    # unpacked bytes per packed byte, from 10 MB on
 
 class _Tally:
     "Counts members and bytes of an archive while it is read, and refuses what a collection of images never is"
-    def __init__(self, archive, max_bytes, max_files, max_ratio, room):
-        self.archive, self.max_bytes, self.max_files, self.room = archive.name, max_bytes, max_files, room
-        self.packed, self.max_ratio, self.bytes, self.count, self.seen = archive.stat().st_size, max_ratio, 0, 0, {}
-    def grow(self, n):
+    def __init__(self, archive: Path, most: _Ceilings, room: int):
+        self.archive, self.most, self.room, self.packed = archive.name, most, room, archive.stat().st_size
+        self.bytes, self.count = 0, 0
+        self.seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}
+
+    def grow(self, n: int) -> None:
         "n more unpacked bytes"
         self.bytes += n
-        if self.bytes > self.max_bytes: raise ArchiveError(f'{self.archive} unpacks to more than {_size(self.max_bytes)}; raise max_bytes if that is right.')
-        if self.bytes > max(10_000_000, self.max_ratio * self.packed):
-            raise ArchiveError(f'{self.archive} unpacks to more than {self.max_ratio:g} times its size, which images never do; raise max_ratio if that is right.')
-        if self.bytes > self.room: raise DownloadError(f'{self.archive} unpacks to more than the {_size(self.room)} left on the disk; free some space.')
-    def enter(self, parts, is_dir):
+        if self.bytes > self.most.bytes:
+            raise ArchiveError(f'{self.archive} unpacks to more than {format_bytes(self.most.bytes)}; '
+                               'raise max_bytes if that is right.')
+        if self.bytes > max(10_000_000, self.most.ratio * self.packed):
+            raise ArchiveError(f'{self.archive} unpacks to more than {self.most.ratio:g} times its size, '
+                               'which images never do; raise max_ratio if that is right.')
+        if self.bytes > self.room:
+            raise DownloadError(f'{self.archive} unpacks to more than the {format_bytes(self.room)} left on the disk; '
+                                'free some space.')
+
+    def enter(self, parts: tuple[str, ...], is_dir: bool) -> None:
         "One more member; every folder on its way is entered too"
         self.count += 1
-        if self.count > self.max_files: raise ArchiveError(f'{self.archive} holds more than {self.max_files} members; raise max_files if that is right.')
+        if self.count > self.most.files:
+            raise ArchiveError(f'{self.archive} holds more than {self.most.files} members; '
+                               'raise max_files if that is right.')
         for k in range(1, len(parts) + 1):
             key = tuple(unicodedata.normalize('NFC', p).casefold().rstrip(' .') for p in parts[:k])
             here, folder = parts[:k], is_dir or k < len(parts)
             old = self.seen.get(key)
-            if old and not (folder and old == (here, True)):        # only a folder may be named again, and only in the same way
-                raise ArchiveError(f"{self.archive}: '{'/'.join(here)}' and '{'/'.join(old[0])}' would overwrite each other; get it from its publisher.")
+            if old and not (folder and old == (here, True)):        # only a folder may be named again, in the same way
+                raise ArchiveError(f"{self.archive}: '{'/'.join(here)}' and '{'/'.join(old[0])}' would overwrite each other; "
+                                   "get it from its publisher.")
             self.seen[key] = here, folder
 
 # %% ../../nbs/curate/download.ipynb #zip-members
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, NotImplementedError, UnicodeError, OverflowError)
+class _Member(NamedTuple):
+    "One entry of an archive"
+    name: str
+    size: int                          # as the archive says
+    is_dir: bool
+    open: Callable[[], Any]            # its bytes, as a file
 
-def _zip_members(path, tally):
-    "(name, bytes, is it a folder, function that opens it) of every member of a zip; kinds and declared sizes are checked first"
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, NotImplementedError,
+           UnicodeError, OverflowError)
+
+def _bad_zip_entry(i: zipfile.ZipInfo) -> str | None:
+    "What is wrong with an entry of a zip"
+    kind = stat.S_IFMT(i.external_attr >> 16)
+    if i.flag_bits & 0x1: return 'is encrypted'
+    if kind == stat.S_IFLNK: return 'is a link'
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR): return 'is neither a file nor a folder'
+    known = i.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return None if known else 'is packed in a way that is not read here'
+
+def _zip_members(path: Path, tally: _Tally) -> Iterator[_Member]:
+    "Every member of a zip; kinds and declared sizes are checked first"
     with zipfile.ZipFile(path) as z:
         infos = z.infolist()
-        if len(infos) > tally.max_files: raise ArchiveError(f'{path.name} holds {len(infos)} members, more than {tally.max_files}; raise max_files if that is right.')
+        if len(infos) > tally.most.files:
+            raise ArchiveError(f'{path.name} holds {len(infos)} members, more than {tally.most.files}; '
+                               'raise max_files if that is right.')
         for i in infos:
-            kind = stat.S_IFMT(i.external_attr >> 16)
-            wrong = ('is encrypted' if i.flag_bits & 0x1 else 'is a link' if kind == stat.S_IFLNK else
-                     'is neither a file nor a folder' if kind not in (0, stat.S_IFREG, stat.S_IFDIR) else
-                     'is packed in a way that is not read here' if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else None)
-            if wrong: raise ArchiveError(f'{path.name}: the member {i.filename[:200]!r} {wrong}; get the archive from its publisher.')
-        tally.grow(sum(i.file_size for i in infos))         # a claim, and a ceiling: `_write` refuses a member that is longer than it says
-        for i in infos: yield i.filename, i.file_size, i.is_dir(), lambda i=i: z.open(i)
+            if wrong := _bad_zip_entry(i): _refuse_member(path.name, i.filename, wrong)
+        tally.grow(sum(i.file_size for i in infos))         # declared, and a ceiling: `_write` refuses a longer member
+        for i in infos: yield _Member(i.filename, i.file_size, i.is_dir(), partial(z.open, i))
 
 # %% ../../nbs/curate/download.ipynb #tar-members
 class _Tap:
     "A stream that counts what flows, remembers the last block, and never hands out or skips more than is good for us"
-    def __init__(self, raw, tally): self.raw, self.tally, self.at, self.last = raw, tally, 0, b''
-    def tell(self): return self.at
-    def read(self, n=-1):
+    def __init__(self, raw: Any, tally: _Tally): self.raw, self.tally, self.at, self.last = raw, tally, 0, b''
+
+    def tell(self) -> int: return self.at
+
+    def read(self, n: int = -1) -> bytes:
         if not 0 <= n <= 4 << 20: raise tarfile.ReadError('a header of unreasonable size')
         self.last = self.raw.read(n)
         self.at += len(self.last)
         self.tally.grow(len(self.last))
         return self.last
-    def seek(self, to, whence=0):
+
+    def seek(self, to: int, whence: int = 0) -> int:
         if whence or to < self.at: raise tarfile.ReadError('not in order')
         while self.at < to and self.read(min(1 << 20, to - self.at)): pass
         return self.at
 
-def _tar_members(path, tally, zipped):
-    "As `_zip_members`, for tar and tar.gz, in one pass"
+def _bad_tar_entry(m: tarfile.TarInfo) -> str | None:
+    "What is wrong with an entry of a tar"
+    if m.issym() or m.islnk(): return 'is a link'
+    if m.issparse(): return 'has holes'
+    if not (m.isreg() or m.isdir()): return 'is neither a file nor a folder'
+    return 'has a size below 0' if m.size < 0 else None
+
+def _tar_members(path: Path, tally: _Tally, zipped: bool) -> Iterator[_Member]:
+    "Every member of a tar or tar.gz, in one pass"
     with open(path, 'rb') as f:
-        tap = _Tap(gzip.GzipFile(fileobj=f) if zipped else f, tally)
+        tap: Any = _Tap(gzip.GzipFile(fileobj=f) if zipped else f, tally)
         with tarfile.open(fileobj=tap, mode='r:') as t:
             for m in t:
-                wrong = ('is a link' if m.issym() or m.islnk() else 'has holes' if m.issparse() else
-                         'is neither a file nor a folder' if not (m.isreg() or m.isdir()) else 'has a size below 0' if m.size < 0 else None)
-                if wrong: raise ArchiveError(f'{path.name}: the member {m.name[:200]!r} {wrong}; get the archive from its publisher.')
-                yield m.name, m.size, m.isdir(), lambda m=m: t.extractfile(m)
-            if tap.last != bytes(512): raise ArchiveError(f'{path.name} is cut short or damaged: its end is missing; fetch it again.')
+                if wrong := _bad_tar_entry(m): _refuse_member(path.name, m.name, wrong)
+                yield _Member(m.name, m.size, m.isdir(), partial(t.extractfile, m))
+            if tap.last != bytes(512):
+                raise ArchiveError(f'{path.name} is cut short or damaged: its end is missing; fetch it again.')
             while tap.read(1 << 20): pass                   # to the end, where gzip keeps its check sum
 
-def _members(path, tally):
+# %% ../../nbs/curate/download.ipynb #members
+def _members(path: Path, tally: _Tally) -> Iterator[_Member]:
     "The members of an archive, told by its first bytes and not by its name"
     with open(path, 'rb') as f: head = f.read(512)
     if head[:4] in (b'PK\3\4', b'PK\5\6'): return _zip_members(path, tally)
-    if head[:2] == b'\x1f\x8b' or head[257:262] == b'ustar': return _tar_members(path, tally, head[:2] == b'\x1f\x8b')
-    what = 'a web page, perhaps one that asks to sign in' if head.lstrip()[:1] == b'<' else 'empty' if not head else 'neither a zip nor a tar nor a tar.gz'
+    zipped = head[:2] == b'\x1f\x8b'
+    if zipped or head[257:262] == b'ustar': return _tar_members(path, tally, zipped)
+    what = 'neither a zip nor a tar nor a tar.gz' if head else 'empty'
+    if head.lstrip()[:1] == b'<': what = 'a web page, perhaps one that asks to sign in'
     raise ArchiveError(f'{path.name} is no archive but {what}; fetch it again and look at its address.')
 
 # %% ../../nbs/curate/download.ipynb #unpack
-def _write(src, path, size, name, archive):
+def _write(src: IO[bytes], path: Path, size: int, name: str, archive: str) -> str:
     "Write one member, counting; SHA-256 of what was written"
     h, n = hashlib.sha256(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -409,56 +550,67 @@ def _write(src, path, size, name, archive):
         while block := src.read(1 << 20):
             n += len(block)
             if n > size: break
-            h.update(block); f.write(block)
-    if n != size: raise ArchiveError(f'{archive}: the member {name[:200]!r} says {size} bytes and is not that long; fetch it again.')
+            h.update(block)
+            f.write(block)
+    if n != size:
+        raise ArchiveError(f'{archive}: the member {name[:200]!r} says {size} bytes and is not that long; fetch it again.')
     return h.hexdigest()
 
-def _extract(archive, into, tally, members, strip):
+def _without_top(parts: tuple[str, ...], top: str, name: str, is_dir: bool, archive: str) -> tuple[str, ...]:
+    "The path below the one folder that everything lies in"
+    if parts[0] != top or (len(parts) == 1 and not is_dir):
+        raise ArchiveError(f"{archive} holds '{name}' beside the folder '{top}', and one folder was expected; "
+                           "pass strip=False.")
+    return parts[1:]
+
+def _extract(archive: Path, into: Path, tally: _Tally, wanted: Callable[[str], bool] | None,
+             strip: bool) -> dict[str, str]:
     "Write the members that are wanted below `into`; {path: SHA-256}"
-    files, top = {}, None
-    for name, size, is_dir, opener in _members(archive, tally):
+    files, top = {}, ''
+    for name, size, is_dir, opened in _members(archive, tally):
         parts = _safe_parts(name, archive.name)
         if not parts: continue
         tally.enter(parts, is_dir)
-        if strip:
-            top = top or parts[0]
-            if parts[0] != top or (len(parts) == 1 and not is_dir):
-                raise ArchiveError(f"{archive.name} holds '{name}' beside the folder '{top}', and one folder was expected; pass strip=False.")
-            parts = parts[1:]
+        top = top or parts[0]
+        if strip: parts = _without_top(parts, top, name, is_dir, archive.name)
         path = '/'.join(parts)
-        if is_dir or not parts or (members is not None and not members(path)): continue
-        files[path] = _write(opener(), into.joinpath(*parts), size, name, archive.name)
-    if not files: raise ArchiveError(f'{archive.name} holds no file{" that was asked for" if members else ""}; look into it.')
+        if is_dir or not parts or (wanted is not None and not wanted(path)): continue
+        files[path] = _write(opened(), into.joinpath(*parts), size, name, archive.name)
+    if not files: raise ArchiveError(f'{archive.name} holds no file{" that was asked for" if wanted else ""}; look into it.')
     return files
 
-def _arrive(made, dest, files):
-    "Move a finished folder into place, or find that the same files stand there already"
-    if dest.is_symlink() or (dest.exists() and not dest.is_dir()): raise DownloadError(f'{dest} is there and is not a folder; move it away.')
-    if dest.is_dir() and any(dest.iterdir()):
-        have = hash_folder(dest)
-        if have == files: return shutil.rmtree(made)
-        first = sorted(k for k in {**have, **files} if have.get(k) != files.get(k))[0]
-        raise DownloadError(f'{dest} already holds other files (the first that differs is {first}); move it away or choose another folder.')
-    if dest.exists(): dest.rmdir()
-    os.replace(made, dest)
-
 # %% ../../nbs/curate/download.ipynb #unpack-public
-def hash_folder(folder) -> dict: # {path below the folder, with /: SHA-256}, sorted by path
+def hash_folder(folder: str | Path) -> dict[str, str]: # {path below the folder, with /: SHA-256}, sorted by path
     "SHA-256 of every file below a folder"
     folder = Path(folder)
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
     return {k: sha256_file(found[k]) for k in sorted(found)}
 
-def unpack(archive,              # zip, tar or tar.gz file
-           dest,                 # folder to be made; must not exist, be empty, or hold the same files
-           max_bytes: int = MAX_BYTES, # unpacked bytes beyond which it is refused
-           max_files: int = 500_000,   # members beyond which it is refused
-           max_ratio: float = 100.,    # unpacked bytes per packed byte beyond which it is refused (from 10 MB on)
-           members=None,         # function of a path below dest that says whether it is wanted; None: all are
-           strip: bool = False,  # leave out the one folder that everything lies in, as git archives have it
-           expects=(),           # paths that must be there afterwards
-           ready=None,           # function of {path: SHA-256}, called when all is checked and before the folder moves into place
-          ) -> dict:             # {path below dest: SHA-256}, sorted by path
+def _arrive(made: Path, dest: Path, files: dict[str, str]) -> None:
+    "Move a finished folder into place, or find that the same files stand there already"
+    if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
+        raise DownloadError(f'{dest} is there and is not a folder; move it away.')
+    if dest.is_dir() and any(dest.iterdir()):
+        have = hash_folder(dest)
+        if have == files: return shutil.rmtree(made)
+        first = min(k for k in {**have, **files} if have.get(k) != files.get(k))
+        raise DownloadError(f'{dest} already holds other files (the first that differs is {first}); '
+                            'move it away or choose another folder.')
+    if dest.exists(): dest.rmdir()
+    os.replace(made, dest)
+
+# %% ../../nbs/curate/download.ipynb #unpack-archive
+def unpack(
+    archive: str | Path,                    # zip, tar or tar.gz file
+    dest: str | Path,                       # folder to be made; must not exist, be empty, or hold the same files
+    max_bytes: int = MAX_DOWNLOAD_BYTES,    # unpacked bytes beyond which it is refused
+    max_files: int = 500_000,               # members beyond which it is refused
+    max_ratio: float = 100.,                # unpacked bytes per packed byte beyond which it is refused, from 10 MB on
+    members: Callable[[str], bool] | None = None,   # is this path below dest wanted? None: all are
+    strip: bool = False,                    # leave out the one folder that everything lies in, as in git archives
+    expects: Iterable[str] = (),            # paths that must be there afterwards
+    ready: Callable[[dict[str, str]], Any] | None = None,   # given {path: SHA-256} before the folder moves into place
+) -> dict[str, str]:                        # {path below dest: SHA-256}, sorted by path
     "Check every member of an archive, write them beside `dest`, and move the whole folder into place in one step"
     archive, dest = Path(archive), Path(dest)
     if not archive.is_file(): raise DownloadError(f'there is no archive {archive}; fetch it first.')
@@ -467,244 +619,338 @@ def unpack(archive,              # zip, tar or tar.gz file
         shutil.rmtree(made, ignore_errors=True)              # left by a process that was killed
         try:
             made.mkdir()
-            tally = _Tally(archive, max_bytes, max_files, max_ratio, shutil.disk_usage(made).free)
+            tally = _Tally(archive, _Ceilings(max_bytes, max_files, max_ratio), shutil.disk_usage(made).free)
             files = dict(sorted(_extract(archive, made, tally, members, strip).items()))
-            missing = [e for e in expects if not (made/e).exists()]
-            if missing: raise ArchiveError(f"{archive.name} holds no {' and no '.join(missing)}, so it is not what was expected; look at its address.")
+            _check_expected(archive, made, expects)
             if ready: ready(files)
             _arrive(made, dest, files)
-        except _DAMAGE as e: raise ArchiveError(f'{archive.name} is cut short or damaged ({_line(e)}); fetch it again.') from e
-        except OSError as e: raise DownloadError(f'cannot unpack {archive.name} into {dest.parent}: {_line(e.strerror or e)}; free some space or choose another folder.') from e
+        except _DAMAGE as e:
+            raise ArchiveError(f'{archive.name} is cut short or damaged ({_line(e)}); fetch it again.') from e
+        except OSError as e:
+            raise DownloadError(f'cannot unpack {archive.name} into {dest.parent}: {_line(e.strerror or e)}; '
+                                'free some space or choose another folder.') from e
         finally: shutil.rmtree(made, ignore_errors=True)
     return files
 
+def _check_expected(archive: Path, made: Path, expects: Iterable[str]) -> None:
+    missing = [e for e in expects if not (made/e).exists()]
+    if missing:
+        raise ArchiveError(f"{archive.name} holds no {' and no '.join(missing)}, so it is not what was expected; "
+                           "look at its address.")
+
 # %% ../../nbs/curate/download.ipynb #manifest
-def manifest_text(files: dict # {path: SHA-256}
-                 ) -> str:    # one line per file, as `sha256sum -c` reads them
+def manifest_text(
+    files: Mapping[str, str],   # {path: SHA-256}
+) -> str:                       # one line per file, as `sha256sum -c` reads them
     "The list of a folder's files; the SHA-256 of this text names the content of the collection"
     return ''.join(f'{files[k]}  {k}\n' for k in sorted(files))
 
-def content_id(files: dict) -> str:
+def content_id(files: Mapping[str, str]) -> str:
     "SHA-256 of the list of files: equal for equal content, whatever archive it came in"
     return hashlib.sha256(manifest_text(files).encode()).hexdigest()
 
-def check_folder(folder,        # a folder that `download` made
-                 manifest=None  # its list of SHA-256; None: `<folder>.sha256` beside it
-                ) -> int:       # files that were checked
+def check_folder(
+    folder: str | Path,                   # a folder that `download` made
+    manifest: str | Path | None = None,   # its list of SHA-256; None: `<folder>.sha256` beside it
+) -> int:                                 # files that were checked
     "Compare a folder with its list, file by file, or say which files are missing, changed or new"
     folder = Path(folder)
     path = Path(manifest) if manifest is not None else folder.with_name(folder.name + '.sha256')
-    if not folder.is_dir() or not path.is_file(): raise DownloadError(f'there is no {folder if path.is_file() else path}; download the collection first.')
+    if not folder.is_dir() or not path.is_file():
+        raise DownloadError(f'there is no {folder if path.is_file() else path}; download the collection first.')
     want = {line[66:]: line[:64] for line in path.read_text(encoding='utf-8').splitlines()}
     have = hash_folder(folder)
-    wrong = {'missing': sorted(want.keys() - have.keys()), 'changed': [k for k in want if have.get(k, want[k]) != want[k]], 'new': sorted(have.keys() - want.keys())}
+    changed = [k for k in want if have.get(k, want[k]) != want[k]]
+    wrong = dict(missing=sorted(want.keys() - have.keys()), changed=changed, new=sorted(have.keys() - want.keys()))
     if any(wrong.values()):
         told = '; '.join(f"{len(v)} {k} (e.g. {v[0]})" for k, v in wrong.items() if v)
         raise DownloadError(f'{folder} is not as it came: {told}; move it away and download it again.')
     return len(have)
 
 # %% ../../nbs/curate/download.ipynb #registry
+Route = Literal['url', 'kaggle', 'manual']
+
 @dataclass(frozen=True)
 class Download:
     "How one collection is had"
-    name: str                # as in covid_cxr.sources
-    how: str                 # 'url', 'kaggle' or 'manual'
-    folder: str              # name of the folder that its reader is given
-    page: str                # where a person reads about it
-    accept: str              # the licence or account that a person must accept first
-    url: str = None          # archive, with {commit} in it
-    commit: str = None       # git commit that {commit} stands for
-    slug: str = None         # what Kaggle's client is asked for, after 'datasets download' or 'competitions download'
-    contest: bool = False    # a Kaggle competition, whose rules must be accepted on its page
-    strip: bool = False      # everything lies in one folder, as in git archives
-    expects: tuple = ()      # paths that must be there after unpacking
-    about_bytes: int = None  # rounded size of the archive, for the check of free space only; None: not known
-    max_bytes: int = MAX_BYTES # ceiling of the transfer and of what is unpacked
-    steps: tuple = ()        # what a person does, when how is 'manual'
+    name: str                       # as in covid_cxr.sources
+    how: Route
+    folder: str                     # name of the folder that its reader is given
+    page: str                       # where a person reads about it
+    accept: str                     # the licence or account that a person must accept first
+    url: str = ''                   # archive, with {commit} in it
+    commit: str | None = None       # git commit that {commit} stands for
+    slug: str = ''                  # what Kaggle's client is asked for, after '... download'
+    contest: bool = False           # a Kaggle competition, whose rules must be accepted on its page
+    strip: bool = False             # everything lies in one folder, as in git archives
+    expects: tuple[str, ...] = ()   # paths that must be there after unpacking
+    about_bytes: int | None = None  # rounded size of the archive, for the check of free space only; None: not known
+    max_bytes: int = MAX_DOWNLOAD_BYTES # ceiling of the transfer and of what is unpacked
+    steps: tuple[str, ...] = ()     # what a person does, when how is 'manual'
 
-_GITHUB = dict(how='url', strip=True, expects=('metadata.csv', 'images'))
-_KAGGLE_TERMS = "Kaggle's terms of use apply; recent versions of its client need no account for this set, older ones do."
-_AGCHUNG = "Its README says 'for research purposes only' and no licence is given: ask its owners before any other use, and do not pass the images on."
+def _github(name: str, repository: str, commit: str, accept: str) -> Download:
+    "A collection that is a git repository with metadata.csv and images/"
+    page = f'https://github.com/{repository}'
+    return Download(name, 'url', repository.split('/')[1], page, accept, f'{page}/archive/{{commit}}.zip', commit,
+                    strip=True, expects=('metadata.csv', 'images'))
+
+def _kaggle(name: str, folder: str, slug: str, accept: str, **more: Any) -> Download:
+    "A data set of Kaggle's"
+    terms = "Kaggle's terms of use apply; recent versions of its client need no account for this set, older ones do."
+    page = f'https://www.kaggle.com/datasets/{slug}'
+    return Download(name, 'kaggle', folder, page, f'{accept} {terms}', slug=slug, **more)
+
+# %% ../../nbs/curate/download.ipynb #registry-entries
+_AGCHUNG = ("Its README says 'for research purposes only' and no licence is given: ask its owners before any other use, "
+            "and do not pass the images on.")
 _NIH = ('No restrictions on use; link to https://nihcc.app.box.com/v/ChestXray-NIHCC, cite Wang et al., ChestX-ray8, CVPR 2017, '
         'and name the NIH Clinical Center as the provider of the data.')
+_RSNA = 'rsna-pneumonia-detection-challenge'
 
-DOWNLOADS = {d.name: d for d in (
-    Download('covid_chestxray', folder='covid-chestxray-dataset', page='https://github.com/ieee8023/covid-chestxray-dataset',
-             url='https://github.com/ieee8023/covid-chestxray-dataset/archive/{commit}.zip', commit='6a4242344473ccb5ed0d2148d8c7bfb1691e4ed8',
-             accept='Every image has its own licence in metadata.csv (many CC BY-NC-SA, some no derivatives, some none given); the metadata are CC BY-NC-SA 4.0. '
-                    'Its owner asks that no diagnostic performance be claimed without a clinical study.', **_GITHUB),
-    Download('figure1', folder='Figure1-COVID-chestxray-dataset', page='https://github.com/agchung/Figure1-COVID-chestxray-dataset',
-             url='https://github.com/agchung/Figure1-COVID-chestxray-dataset/archive/{commit}.zip',
-             commit='95bb569e55f4110d3b734c0f355340e04e16989a', accept=_AGCHUNG, **_GITHUB),
-    Download('actualmed', folder='Actualmed-COVID-chestxray-dataset', page='https://github.com/agchung/Actualmed-COVID-chestxray-dataset',
-             url='https://github.com/agchung/Actualmed-COVID-chestxray-dataset/archive/{commit}.zip',
-             commit='2635e4b05d2b59628edb10a6e16a506951c84c59', accept=_AGCHUNG, **_GITHUB),
-    Download('kaggle_pneumonia', how='kaggle', folder='chest-xray-pneumonia', page='https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia',
-             slug='paultimothymooney/chest-xray-pneumonia', expects=('chest_xray/train', 'chest_xray/test'), about_bytes=1_200_000_000,
-             accept=f'CC BY 4.0: cite Kermany et al. 2018, doi 10.17632/rscbjbr9sj.2. {_KAGGLE_TERMS}'),
-    Download('coronahack', how='kaggle', folder='coronahack', page='https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset',
-             slug='praveengovi/coronahack-chest-xraydataset', expects=('Chest_xray_Corona_Metadata.csv',),
-             accept=f'Most images are those of kaggle_pneumonia (CC BY 4.0), the COVID ones those of covid_chestxray under their own licences; see its page. {_KAGGLE_TERMS}'),
-    Download('covid_radiography', how='kaggle', folder='covid19-radiography-database', page='https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database',
-             slug='tawsifurrahman/covid19-radiography-database',
-             accept=f'Gathered from several collections, each under its own licence: read its page, and cite the two articles it names. {_KAGGLE_TERMS}'),
-    Download('rsna', how='kaggle', contest=True, folder='rsna-pneumonia-detection-challenge', page='https://www.kaggle.com/competitions/rsna-pneumonia-detection-challenge',
-             slug='rsna-pneumonia-detection-challenge', expects=('stage_2_train_labels.csv', 'stage_2_train_images'),
-             accept="Needs a Kaggle account that has accepted the rules of the competition on its page; RSNA allows research, education and other uses that meet its attribution requirements."),
-    Download('nih', how='kaggle', folder='nih-chest-xrays', page='https://www.kaggle.com/datasets/nih-chest-xrays/data', slug='nih-chest-xrays/data',
-             expects=('Data_Entry_2017.csv',), about_bytes=45_000_000_000, max_bytes=200_000_000_000, accept=f'{_NIH} {_KAGGLE_TERMS}'),
-    Download('nih_box', how='manual', folder='nih-chest-xrays', page='https://nihcc.app.box.com/v/ChestXray-NIHCC', accept=_NIH, expects=('Data_Entry_2017_v2020.csv',),
-             steps=('open the page and fetch Data_Entry_2017_v2020.csv, train_val_list.txt, test_list.txt and the twelve archives images_001.tar.gz to images_012.tar.gz',
+DOWNLOADS: dict[str, Download] = {d.name: d for d in (
+    _github('covid_chestxray', 'ieee8023/covid-chestxray-dataset', '6a4242344473ccb5ed0d2148d8c7bfb1691e4ed8',
+            'Every image has its own licence in metadata.csv (many CC BY-NC-SA, some no derivatives, some none given); '
+            'the metadata are CC BY-NC-SA 4.0. '
+            'Its owner asks that no diagnostic performance be claimed without a clinical study.'),
+    _github('figure1', 'agchung/Figure1-COVID-chestxray-dataset', '95bb569e55f4110d3b734c0f355340e04e16989a', _AGCHUNG),
+    _github('actualmed', 'agchung/Actualmed-COVID-chestxray-dataset', '2635e4b05d2b59628edb10a6e16a506951c84c59',
+            _AGCHUNG),
+    _kaggle('kaggle_pneumonia', 'chest-xray-pneumonia', 'paultimothymooney/chest-xray-pneumonia',
+            'CC BY 4.0: cite Kermany et al. 2018, doi 10.17632/rscbjbr9sj.2.',
+            expects=('chest_xray/train', 'chest_xray/test'), about_bytes=1_200_000_000),
+    _kaggle('coronahack', 'coronahack', 'praveengovi/coronahack-chest-xraydataset',
+            'Most images are those of kaggle_pneumonia (CC BY 4.0), the COVID ones those of covid_chestxray '
+            'under their own licences; see its page.', expects=('Chest_xray_Corona_Metadata.csv',)),
+    _kaggle('covid_radiography', 'covid19-radiography-database', 'tawsifurrahman/covid19-radiography-database',
+            'Gathered from several collections, each under its own licence: read its page, '
+            'and cite the two articles it names.'),
+    Download('rsna', 'kaggle', _RSNA, f'https://www.kaggle.com/competitions/{_RSNA}',
+             'Needs a Kaggle account that has accepted the rules of the competition on its page; '
+             'RSNA allows research, education and other uses that meet its attribution requirements.',
+             slug=_RSNA, contest=True, expects=('stage_2_train_labels.csv', 'stage_2_train_images')),
+    _kaggle('nih', 'nih-chest-xrays', 'nih-chest-xrays/data', _NIH, expects=('Data_Entry_2017.csv',),
+            about_bytes=45_000_000_000, max_bytes=200_000_000_000),
+    Download('nih_box', 'manual', 'nih-chest-xrays', 'https://nihcc.app.box.com/v/ChestXray-NIHCC', _NIH,
+             expects=('Data_Entry_2017_v2020.csv',),
+             steps=('open the page and fetch Data_Entry_2017_v2020.csv, train_val_list.txt, test_list.txt '
+                    'and the twelve archives images_001.tar.gz to images_012.tar.gz',
                     "unpack each one with covid_cxr.curate.download.unpack('images_001.tar.gz', '{folder}/images_001')",
-                    'put the three text files into {folder}')),
-)}
+                    'put the three text files into {folder}')))}
 
 # %% ../../nbs/curate/download.ipynb #kaggle
-def kaggle_command() -> list: # how to start Kaggle's client; [] when it is not installed
+def kaggle_command() -> list[str]: # how to start Kaggle's client; [] when it is not installed
     "The client on the PATH, or the one of this Python"
     found = shutil.which('kaggle')
-    return [found] if found else [sys.executable, '-m', 'kaggle'] if importlib.util.find_spec('kaggle') else []
+    if found: return [found]
+    return [sys.executable, '-m', 'kaggle'] if importlib.util.find_spec('kaggle') else []
 
-def kaggle_credentials(env=None # mapping of environment variables; None: those of this process
-                      ) -> str: # where a token was found, in words; '' when nowhere
+def kaggle_credentials(
+    env: Mapping[str, str] | None = None,  # environment variables; None: those of this process
+) -> str:                                  # where a token was found, in words; '' when nowhere
     "Where Kaggle's client will find a token, without reading it"
     env = os.environ if env is None else env
     if env.get('KAGGLE_API_TOKEN'): return 'KAGGLE_API_TOKEN'
     if env.get('KAGGLE_USERNAME') and env.get('KAGGLE_KEY'): return 'KAGGLE_USERNAME and KAGGLE_KEY'
     home = Path(env.get('HOME') or env.get('USERPROFILE') or Path.home())
     config = Path(env.get('XDG_CONFIG_HOME') or home/'.config')
-    places = [Path(env['KAGGLE_CONFIG_DIR'])/'kaggle.json'] if env.get('KAGGLE_CONFIG_DIR') else [home/'.kaggle/kaggle.json', config/'kaggle/kaggle.json']
-    return next((str(p) for p in [*places, *(home/'.kaggle'/n for n in ('access_token', 'access_token.txt', 'credentials.json'))] if p.is_file()), '')
+    places = [home/'.kaggle/kaggle.json', config/'kaggle/kaggle.json']
+    if env.get('KAGGLE_CONFIG_DIR'): places = [Path(env['KAGGLE_CONFIG_DIR'])/'kaggle.json']
+    places += [home/'.kaggle'/n for n in ('access_token', 'access_token.txt', 'credentials.json')]
+    return next((str(p) for p in places if p.is_file()), '')
 
 # %% ../../nbs/curate/download.ipynb #kaggle-run
-_TOKEN = "make a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/kaggle.json (or run 'kaggle auth login')"
-
-def _run_client(command, progress):
-    "Run Kaggle's client, passing on what it says (a progress bar only at every tenth); (exit code, its last lines)"
-    said, mark = [], None
-    try: p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace')
-    except OSError as e: raise DownloadError(f"Kaggle's client {command[0]} cannot be started: {e.strerror}; install it again with 'pip install kaggle'.") from e
+def _start_client(command: list[str]) -> subprocess.Popen:
     try:
-        for line in p.stdout:                       # a bar ends its lines with \r, which text mode takes for a line end too
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, encoding='utf-8', errors='replace')
+    except OSError as e:
+        raise DownloadError(f"Kaggle's client {command[0]} cannot be started: {e.strerror}; "
+                            "install it again with 'pip install kaggle'.") from e
+
+def _run_client(command: list[str], progress: _Progress | None) -> tuple[int, list[str]]:
+    "Run Kaggle's client, passing on what it says (a progress bar only at every tenth); (exit code, its last lines)"
+    said: list[str] = []
+    mark = None
+    p: Any = _start_client(command)
+    try:
+        for line in p.stdout:                 # a bar ends its lines with \r, which text mode takes for a line end too
+            if not line.strip(): continue
             bar = re.search(r'(\d+)%\|', line)
             new = int(bar[1]) // 10 if bar else None
-            if bar is None and line.strip(): said = [*said[-19:], _line(line)]        # a bar says nothing of a fault, and may say 403.0M
-            if progress and line.strip() and (bar is None or new != mark): progress(f'kaggle: {_line(line)}')
+            if bar is None: said = [*said[-19:], _line(line)]        # a bar says nothing of a fault, and may say 403.0M
+            if progress and (bar is None or new != mark): progress(f'kaggle: {_line(line)}')
             mark = new if bar else mark
         return p.wait(), said
     finally:
-        if p.poll() is None: p.kill(); p.wait()
+        if p.poll() is None:
+            p.kill()
+            p.wait()
         p.stdout.close()
 
-def _client_fault(d, said, token):
+# %% ../../nbs/curate/download.ipynb #kaggle-faults
+_TOKEN = ("make a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/kaggle.json "
+          "(or run 'kaggle auth login')")
+
+def _client_fault(d: Download, said: list[str], token: str) -> str:
     "What Kaggle's client said, as one sentence with the cure"
     text, last = ' '.join(said), said[-1] if said else 'nothing'
     who = f'with the token in {token}' if token else 'without a token, for none was found'
     if re.search(r'\b403\b|Forbidden', text) and d.contest:
         return f'Kaggle refuses {d.slug} ({who}): accept the rules at {d.page}/rules while signed in, then call again.'
-    if re.search(r'\b40[13]\b|Forbidden|Unauthori[sz]ed|[Aa]uthenticat|kaggle\.json', text): return f'Kaggle refuses {d.slug} ({who}): {_TOKEN}, then call again.'
-    if re.search(r'\b404\b|Not Found', text): return f'Kaggle knows no {d.slug} (any more, or not for this account); look at {d.page}.'
-    if re.search('Max retries|resolve|[Tt]imed? ?out|Connection', text): return f'Kaggle cannot be reached ({last}); call again, the client goes on where it stopped.'
+    if re.search(r'\b40[13]\b|Forbidden|Unauthori[sz]ed|[Aa]uthenticat|kaggle\.json', text):
+        return f'Kaggle refuses {d.slug} ({who}): {_TOKEN}, then call again.'
+    if re.search(r'\b404\b|Not Found', text):
+        return f'Kaggle knows no {d.slug} (any more, or not for this account); look at {d.page}.'
+    if re.search('Max retries|resolve|[Tt]imed? ?out|Connection', text):
+        return f'Kaggle cannot be reached ({last}); call again, the client goes on where it stopped.'
     return f"Kaggle's client failed on {d.slug} ({who}); its last words were: {last.rstrip('.')}."
 
-def _fetch_kaggle(d, place, progress):
+def _fetch_kaggle(d: Download, place: Path, progress: _Progress | None) -> Path:
     "The archive of a Kaggle collection, fetched by Kaggle's client into `place`"
     command = kaggle_command()
-    if not command: raise DownloadError(f"{d.name} comes through Kaggle's own client, which is not installed: run 'pip install kaggle', then call again.")
+    if not command:
+        raise DownloadError(f"{d.name} comes through Kaggle's own client, which is not installed: "
+                            "run 'pip install kaggle', then call again.")
     archive = place/f"{d.slug.split('/')[-1]}.zip"
-    token = kaggle_credentials()
+    token, kind = kaggle_credentials(), 'competitions' if d.contest else 'datasets'
     place.mkdir(parents=True, exist_ok=True)
-    code, said = _run_client([*command, 'competitions' if d.contest else 'datasets', 'download', d.slug, '-p', str(place)], progress)
+    code, said = _run_client([*command, kind, 'download', d.slug, '-p', str(place)], progress)
     if code: raise DownloadError(_client_fault(d, said, token))
-    if not archive.is_file(): raise DownloadError(f"Kaggle's client ended without {archive.name}; its last words were: {said[-1].rstrip('.') if said else 'none'}.")
+    if not archive.is_file():
+        last = said[-1].rstrip('.') if said else 'none'
+        raise DownloadError(f"Kaggle's client ended without {archive.name}; its last words were: {last}.")
     return archive
 
 # %% ../../nbs/curate/download.ipynb #download-helpers
-def _archive_commit(path):
-    "The git commit that a zip of `git archive` was made from, or None"
+def _archive_commit(path: Path) -> str | None:
+    "The git commit that a zip of `git archive` was made from"
     try:
         with zipfile.ZipFile(path) as z: comment = z.comment.decode('ascii', 'replace')
     except (zipfile.BadZipFile, OSError): return None
     return comment if re.fullmatch('[0-9a-f]{40}', comment) else None
 
-def _already_there(d, folder, origin, commit, content):
-    "The folder when an earlier download of the same state stands there unchanged, None when there is nothing, else an error"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return None
-    if d.how == 'manual' and all((folder/e).exists() for e in d.expects): return folder
-    try: was = json.loads(origin.read_text(encoding='utf-8'))
-    except (OSError, ValueError): was = {}
-    if was.get('source') != d.name:
-        raise DownloadError(f'{folder} is there already and did not come from a download of {d.name}: use it as it is, or move it away.')
-    for key, want in dict(commit=commit, content=content).items():
-        if want and was.get(key) != want: raise DownloadError(f'{folder} has {key} {was.get(key)} and {want} is asked for; move it away or choose another folder.')
-    check_folder(folder)
-    return folder
-
-def _fetch_url(d, dest, commit, base_url, progress, options):
+def _fetch_url(d: Download, dest: Path, commit: str, base_url: str | None, progress: _Progress | None,
+               options: dict[str, Any]) -> Path:
     "The archive of a git commit"
     url = d.url.format(commit=commit)
     if base_url: url = base_url.rstrip('/') + urllib.parse.urlsplit(url).path
     archive = dest/f'{d.folder}-{commit[:12]}.zip'
-    if not archive.exists(): fetch(url, archive, max_bytes=d.max_bytes, progress=progress, **options)    # there: whole, but its unpacking was cut off
+    if not archive.exists():                    # there: whole, but its unpacking was cut off
+        fetch(url, archive, max_bytes=d.max_bytes, progress=progress, **options)
     if (found := _archive_commit(archive)) and found != commit:
         archive.unlink()
         raise ArchiveError(f'{_shown(url)} is an archive of commit {found} and not of {commit}; check the address.')
     return archive
 
+# %% ../../nbs/curate/download.ipynb #download-asked
+@dataclass(frozen=True)
+class _Asked:
+    "One collection, as a person asked for it"
+    d: Download
+    dest: Path
+    commit: str | None
+    content: str | None
+
+    @property
+    def folder(self) -> Path: return self.dest/self.d.folder
+
+    @property
+    def origin(self) -> Path: return self.dest/f'{self.d.folder}.download.json'
+
+    def already_there(self) -> bool:
+        "Does an earlier download of the same state stand there unchanged? Anything else in its place is an error"
+        d, folder = self.d, self.folder
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return False
+        if d.how == 'manual' and all((folder/e).exists() for e in d.expects): return True
+        try: was = json.loads(self.origin.read_text(encoding='utf-8'))
+        except (OSError, ValueError): was = {}
+        if was.get('source') != d.name:
+            raise DownloadError(f'{folder} is there already and did not come from a download of {d.name}: '
+                                'use it as it is, or move it away.')
+        for key, want in dict(commit=self.commit, content=self.content).items():
+            if want and was.get(key) != want:
+                raise DownloadError(f'{folder} has {key} {was.get(key)} and {want} is asked for; '
+                                    'move it away or choose another folder.')
+        check_folder(folder)
+        return True
+
+    def write_origin(self, archive: Path, files: dict[str, str]) -> None:
+        "The list of files and where they came from, written just before the folder moves into place"
+        d, found = self.d, content_id(files)
+        if self.content and self.content != found:
+            raise ArchiveError(f'{d.name} has content {found} and {self.content} was expected: '
+                               'its publisher has changed it.')
+        write_text(self.origin.with_name(f'{d.folder}.sha256'), manifest_text(files))
+        write_json(self.origin, dict(
+            source=d.name, how=d.how, page=d.page, url=d.url or None, slug=d.slug or None, commit=self.commit,
+            content=found, files=len(files), licence=d.accept, archive=archive.name,
+            archive_bytes=archive.stat().st_size, archive_sha256=sha256_file(archive),
+            retrieved=datetime.now(timezone.utc).isoformat(timespec='seconds')))
+
+# %% ../../nbs/curate/download.ipynb #download-checks
+def _known(source: str) -> Download:
+    if source not in DOWNLOADS:
+        raise DownloadError(f"there is no source '{source}'{nearest(source, DOWNLOADS)} (known: {', '.join(DOWNLOADS)}).")
+    return DOWNLOADS[source]
+
+def _check_commit(d: Download, commit: str | None) -> str | None:
+    "The git commit that is asked for"
+    if commit is None: return d.commit
+    if d.how != 'url': raise DownloadError(f'{d.name} does not come from git, so it has no commit {commit}; leave it out.')
+    if not re.fullmatch('[0-9a-f]{40}', str(commit)):
+        raise DownloadError(f"commit='{commit}' is not a full git commit of 40 hex digits; "
+                            "a branch or a short id can change its meaning.")
+    return commit
+
+def _check_terms(asked: _Asked, accept: bool, say: _Progress) -> None:
+    "Tell a person the terms; refuse without a yes, and what only a person can fetch"
+    d = asked.d
+    say(f'{d.name}: {d.accept}\n  {d.page}')
+    if not accept:
+        raise DownloadError(f"{d.name} is fetched only after you have read and accepted its terms ({d.page}): "
+                            f"{d.accept.rstrip('.')}; then pass accept=True (--accept).")
+    if d.how == 'manual':
+        for k, step in enumerate(d.steps, 1): say(f'  {k}. {step.format(folder=asked.folder)}')
+        raise DownloadError(f'{d.name} cannot be fetched by a program: follow the {len(d.steps)} steps from {d.page}, '
+                            f'then read {asked.folder}.')
+
 # %% ../../nbs/curate/download.ipynb #download
-def download(source: str,        # a name in `DOWNLOADS`
-             dest,               # folder that the collection's own folder is put into
-             accept: bool = False, # has a person read and accepted the licence and the account that it needs?
-             commit: str = None, # git commit, 40 hex digits, for those that come from git; None: the pinned one
-             content: str = None, # content id that the files must have, from an earlier download; None: not checked
-             base_url: str = None, # a mirror that stands in for https://github.com; None: the publisher
-             progress=print,     # function of one line of text; None: silent
-             keep_archive: bool = False, # keep the archive after it is unpacked
-             **options,          # retries, timeout, backoff, max_wait of `fetch`
-            ) -> Path:           # the folder that the reader of `covid_cxr.sources` is given
+def _unpack_collection(asked: _Asked, archive: Path) -> dict[str, str]:
+    d = asked.d
+    ready = lambda files: asked.write_origin(archive, files)
+    try: return unpack(archive, asked.folder, max_bytes=d.max_bytes, strip=d.strip, expects=d.expects, ready=ready)
+    except ArchiveError:
+        archive.unlink(missing_ok=True)         # another call shall not find the bad archive
+        raise
+
+def download(
+    source: str,                         # a name in `DOWNLOADS`
+    dest: str | Path,                    # folder that the collection's own folder is put into
+    accept: bool = False,                # has a person read and accepted the licence and the account that it needs?
+    commit: str | None = None,           # git commit, 40 hex digits, for those that come from git; None: the pinned one
+    content: str | None = None,          # content id that the files must have (earlier download); None: not checked
+    base_url: str | None = None,         # a mirror that stands in for https://github.com; None: the publisher
+    progress: _Progress | None = print,   # function of one line of text; None: silent
+    keep_archive: bool = False,          # keep the archive after it is unpacked
+    **options: Any,                      # retries, timeout, backoff, max_wait of `fetch`
+) -> Path:                               # the folder that the reader of `covid_cxr.sources` is given
     "Fetch, check and unpack one public collection, after a person has accepted its terms"
     d, dest, say = _known(source), Path(dest), progress or (lambda line: None)
-    folder, origin = dest/d.folder, dest/f'{d.folder}.download.json'
-    commit = _check_commit(d, commit)
-    if there := _already_there(d, folder, origin, commit, content): say(f'{d.name}: {there} is there already'); return there
-    say(f'{d.name}: {d.accept}\n  {d.page}')
-    if not accept: raise DownloadError(f"{d.name} is fetched only after you have read and accepted its terms ({d.page}): {d.accept.rstrip('.')}; then pass accept=True (--accept).")
-    if d.how == 'manual': raise DownloadError(_manual_words(d, folder, say))
+    asked = _Asked(d, dest, _check_commit(d, commit), content)
+    if asked.already_there():
+        say(f'{d.name}: {asked.folder} is there already')
+        return asked.folder
+    _check_terms(asked, accept, say)
     with _locked(dest/f'.{d.folder}.download.lock'):
         stage = dest/f'.{d.folder}.kaggle'
         had = sum(p.stat().st_size for p in stage.glob('*'))
         if d.about_bytes: _check_room(dest, 2 * d.about_bytes - had, f'{d.name} (its archive and what is in it)')
-        archive = _fetch_kaggle(d, stage, progress) if d.how == 'kaggle' else _fetch_url(d, dest, commit, base_url, progress, options)
-        say(f'{d.name}: unpacking {archive.name}, {_size(archive.stat().st_size)}')
-        ready = lambda files: _write_origin(d, origin, archive, commit, content, files)
-        try: files = unpack(archive, folder, max_bytes=d.max_bytes, strip=d.strip, expects=d.expects, ready=ready)
-        except ArchiveError: archive.unlink(missing_ok=True); raise         # another call shall not find the bad archive
-        if keep_archive and d.how == 'kaggle': os.replace(archive, dest/archive.name)
+        if d.how == 'kaggle': archive = _fetch_kaggle(d, stage, progress)
+        else: archive = _fetch_url(d, dest, asked.commit or '', base_url, progress, options)
+        say(f'{d.name}: unpacking {archive.name}, {format_bytes(archive.stat().st_size)}')
+        files = _unpack_collection(asked, archive)
         if not keep_archive: archive.unlink()
+        elif d.how == 'kaggle': os.replace(archive, dest/archive.name)
         shutil.rmtree(stage, ignore_errors=True)
-    say(f'{d.name}: {len(files)} files in {folder.name}, content {content_id(files)[:12]}')
-    return folder
-
-def _known(source):
-    if source not in DOWNLOADS: raise DownloadError(f"there is no source '{source}'{nearest(source, DOWNLOADS)} (known: {', '.join(DOWNLOADS)}).")
-    return DOWNLOADS[source]
-
-def _check_commit(d, commit):
-    if commit is None: return d.commit
-    if d.how != 'url': raise DownloadError(f'{d.name} does not come from git, so it has no commit {commit}; leave it out.')
-    if not re.fullmatch('[0-9a-f]{40}', str(commit)):
-        raise DownloadError(f"commit='{commit}' is not a full git commit of 40 hex digits; a branch or a short id can change its meaning.")
-    return commit
-
-def _manual_words(d, folder, say):
-    for k, step in enumerate(d.steps, 1): say(f'  {k}. {step.format(folder=folder)}')
-    return f'{d.name} cannot be fetched by a program: follow the {len(d.steps)} steps from {d.page}, then read {folder}.'
-
-def _write_origin(d, origin, archive, commit, content, files):
-    "The list of files and where they came from, written just before the folder moves into place"
-    found = content_id(files)
-    if content and content != found: raise ArchiveError(f'{d.name} has content {found} and {content} was expected: its publisher has changed it.')
-    write_text(origin.with_name(f'{d.folder}.sha256'), manifest_text(files))
-    write_json(origin, dict(source=d.name, how=d.how, page=d.page, url=d.url, slug=d.slug, commit=commit, content=found, files=len(files), licence=d.accept,
-                            archive=archive.name, archive_bytes=archive.stat().st_size, archive_sha256=sha256_file(archive),
-                            retrieved=datetime.now(timezone.utc).isoformat(timespec='seconds')))
+    say(f'{d.name}: {len(files)} files in {d.folder}, content {content_id(files)[:12]}')
+    return asked.folder

@@ -6,11 +6,13 @@
 from __future__ import annotations
 import re
 from dataclasses import dataclass
+from typing import Literal
 import pandas as pd
-from ..core import NOT_STATED, SYNTHETIC, VocabularyError, exclude, nearest, require_columns
+from ..core import NOT_STATED, SYNTHETIC, Reason, check_choice, exclude, require_columns
+from ..sources import NIH_LICENCE
 
 # %% auto #0
-__all__ = ['UNSTATED', 'LICENCE_RULES', 'Terms', 'licence_terms', 'licence_counts', 'filter_licences']
+__all__ = ['UNSTATED', 'LicenceRule', 'LICENCE_RULES', 'Terms', 'licence_terms', 'licence_counts', 'filter_licences']
 
 # %% ../../nbs/curate/licences.ipynb #terms
 @dataclass(frozen=True)
@@ -24,61 +26,73 @@ class Terms:
 
 UNSTATED = Terms('not stated', stated=False)
 _NO_LICENCE = {*NOT_STATED, '-', 'n/a', 'na', 'none given', 'not given', 'not stated', 'no licence', 'no license'}
-_FREE = dict(commercial=True, derivatives=True, share_alike=False)
-_NIH = 'no restrictions; cite Wang et al. 2017 and credit the NIH Clinical Center'     # as sources.NIH_LICENCE words it; a test holds them equal
-_KNOWN = {t.name.lower(): t for t in (Terms('Apache 2.0', **_FREE), Terms(_NIH, **_FREE), Terms(SYNTHETIC, **_FREE), Terms('CC0', **_FREE), Terms('CC0 1.0', **_FREE))}
+_FREE_NAMES = ('Apache 2.0', NIH_LICENCE, SYNTHETIC, 'CC0', 'CC0 1.0')
+_FREE = {name.lower(): Terms(name, commercial=True, derivatives=True, share_alike=False) for name in _FREE_NAMES}
 _ALSO = {'apache-2.0': 'apache 2.0', 'apache license 2.0': 'apache 2.0', 'apache licence 2.0': 'apache 2.0'}
 _CC = re.compile(r'cc[ -]by(?:[ -](nc))?(?:[ -](sa|nd))?(?:[ -]([1-4]\.[05]))?')
-_CC_URL = re.compile(r'https?://creativecommons\.org/licenses/(by(?:-nc)?(?:-(?:sa|nd))?)/([1-4]\.[05])/?(?:deed\.\w+|legalcode)?')
+_CC_URL = re.compile(r'https?://creativecommons\.org/licenses/(by(?:-nc)?(?:-(?:sa|nd))?)/([1-4]\.[05])/?'
+                     r'(?:deed\.\w+|legalcode)?')
 
 # %% ../../nbs/curate/licences.ipynb #licence-terms
-def licence_terms(text  # a licence as its source words it; NaN or blank when none is given
-                 ) -> Terms:
+def licence_terms(
+    text: object,  # a licence as its source words it; NaN or blank when none is given
+) -> Terms:
     "What a wording says; a wording that is not known is stated, and its terms stay open"
     words = '' if pd.isna(text) else re.sub(r'\s+', ' ', str(text)).strip()
     low = words.lower()
     if low in _NO_LICENCE: return UNSTATED
     if url := _CC_URL.fullmatch(low): low = f'cc {url[1]} {url[2]}'
     low = _ALSO.get(low, low)
-    if low in _KNOWN: return _KNOWN[low]
+    if low in _FREE: return _FREE[low]
     if cc := _CC.fullmatch(low):
         nc, kind, version = cc.groups()
-        name = 'CC BY' + ('-NC' if nc else '') + (f'-{kind.upper()}' if kind else '') + (f' {version}' if version else '')
+        name = '-'.join(['CC BY', *(['NC'] if nc else []), *([kind.upper()] if kind else [])])
+        if version: name = f'{name} {version}'
         return Terms(name, commercial=not nc, derivatives=kind != 'nd', share_alike=kind == 'sa')
     return Terms(words)
 
 # %% ../../nbs/curate/licences.ipynb #licence-counts
-def licence_counts(table: pd.DataFrame
-                  ) -> pd.DataFrame: # licence, stated, commercial (True, False or None), images, used, and 'from <source>' for every source
+def _terms_of(table: pd.DataFrame) -> list[Terms]:
+    "The terms of every row; a wording is read once, not once per row"
+    memo = {w: licence_terms(w) for w in table['licence'].dropna().unique()}
+    return [memo.get(w, UNSTATED) for w in table['licence']]
+
+def licence_counts(
+    table: pd.DataFrame,
+) -> pd.DataFrame:   # licence, stated, commercial (True, False or None), images, used, and 'from <source>' for each
     "Images per licence, those without one included; the most frequent first"
     require_columns(table, ['licence', 'source', 'excluded'], 'licence_counts')
-    memo = {w: licence_terms(w) for w in table['licence'].unique()}
-    terms = [memo[w] if w in memo else UNSTATED for w in table['licence']]
-    t = pd.DataFrame(dict(licence=[t.name for t in terms], stated=[t.stated for t in terms], used=table['excluded'].isna().to_numpy(), images=1))
-    per = pd.crosstab(t['licence'], ('from ' + table['source'].fillna('(no source)').astype(object)).to_numpy()) if len(t) else pd.DataFrame()
-    out = t.groupby('licence', sort=False).agg(stated=('stated', 'first'), images=('images', 'sum'), used=('used', 'sum'))
+    terms = _terms_of(table)
+    t = pd.DataFrame(dict(licence=[t.name for t in terms], stated=[t.stated for t in terms],
+                          used=table['excluded'].isna().to_numpy(), images=1))
+    sources = ('from ' + table['source'].fillna('(no source)').astype(object)).to_numpy()
+    per = pd.crosstab(t['licence'], sources) if len(t) else pd.DataFrame()
+    out = t.groupby('licence', sort=False).agg(dict(stated='first', images='sum', used='sum'))
     commercial = {x.name: x.commercial for x in terms}
     out.insert(1, 'commercial', pd.Series([commercial[n] for n in out.index], index=out.index, dtype=object))
-    out = out.join(per).reset_index().sort_values(['images', 'licence'], ascending=[False, True]).reset_index(drop=True)
-    return out.rename_axis(columns=None)
+    out = out.join(per).reset_index().sort_values(['images', 'licence'], ascending=[False, True])
+    return out.reset_index(drop=True).rename_axis(columns=None)
 
 # %% ../../nbs/curate/licences.ipynb #keep-licences
-LICENCE_RULES = {'all': 'every image, whatever its licence', 'stated': 'images with a licence, whatever it says',
-                 'commercial': 'images whose licence is known to permit commercial use'}
+LicenceRule = Literal['all', 'stated', 'commercial']
+LICENCE_RULES: dict[LicenceRule, str] = {
+    'all': 'every image, whatever its licence', 'stated': 'images with a licence, whatever it says',
+    'commercial': 'images whose licence is known to permit commercial use'}
 
-def _refusal(terms, allow):
+def _refusal(terms: Terms, allow: LicenceRule) -> Reason | None:
     "Why an image of these terms is left out under a rule, or None"
-    if not terms.stated: return 'licence not stated'
+    if not terms.stated: return Reason('licences', 'licence not stated')
     if allow == 'stated' or terms.commercial: return None
-    return f'licence terms not known: {terms.name}' if terms.commercial is None else f'licence not commercial: {terms.name}'
+    rule = 'licence terms not known' if terms.commercial is None else 'licence not commercial'
+    return Reason('licences', rule, terms.name)
 
-def filter_licences(table: pd.DataFrame,
-                  allow: str = 'all',  # a word of `LICENCE_RULES`
-                 ) -> pd.DataFrame:
+def filter_licences(
+    table: pd.DataFrame,
+    allow: LicenceRule = 'all',
+) -> pd.DataFrame:
     "Leave out images by their licence, with the reason; rows that are excluded already keep their own"
     require_columns(table, ['licence', 'excluded'], 'filter_licences')
-    if allow not in LICENCE_RULES: raise VocabularyError(f"allow='{allow}' is not known{nearest(allow, LICENCE_RULES)} (known: {', '.join(LICENCE_RULES)})")
+    check_choice('allow', allow, LicenceRule)
     if allow == 'all': return table.copy()
-    memo = {w: _refusal(licence_terms(w), allow) for w in table['licence'].dropna().unique()}
-    why = [memo[w] if w in memo else _refusal(UNSTATED, allow) for w in table['licence']]
+    why = [_refusal(terms, allow) for terms in _terms_of(table)]
     return exclude(table, [w is not None for w in why], why)

@@ -4,239 +4,416 @@
 
 # %% ../../nbs/report/checklist.ipynb #imports
 from __future__ import annotations
-import json, sys
+import json, math, sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Literal, Sequence
 import pandas as pd
-from ..core import RunError
-from .context import RunAnalysis, RunData, format_count, summarise_run, list_errors, list_limits, missing_table, precision_summary, format_interval, format_number
+from ..audit.sentences import describe_headline, describe_value
+from ..core import SPLITS, RunError, choices
+from ..recipe import SplitKind
+from .context import (RunAnalysis, RunData, list_errors, list_limits, missing_table, precision_summary,
+                                      summarise_run)
+from ..runs.sentences import describe_external_test
 from ..sources import SOURCES
-from ..table import flow
+from ..table import NOT_RECORDED, as_task, flow
+from ..words import format_count, format_estimate, format_number, format_percent, join_words
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
-__all__ = ['FILLED', 'DRAFT', 'ANSWERED', 'NOT_REPORTED', 'ITEMS', 'ChecklistItem', 'count_parameters', 'read_answers',
+__all__ = ['Answerer', 'ITEMS', 'ItemStatus', 'count_parameters', 'Question', 'Answers', 'read_answers', 'ChecklistItem',
            'checklist_items', 'checklist_counts']
 
-# %% ../../nbs/report/checklist.ipynb #item
-FILLED, DRAFT, ANSWERED, NOT_REPORTED = 'FROM THE RUN', 'DRAFT, UNSIGNED', 'ANSWERED', 'NOT REPORTED'
-
-@dataclass(frozen=True)
-class ChecklistItem:
-    "One item of the checklist, answered or not"
-    number: int     # 1 to 44
-    section: str    # part of the paper it belongs to
-    name: str       # what is asked, in our words
-    status: str     # FILLED, DRAFT, ANSWERED or NOT_REPORTED
-    text: str       # the answer, or what is missing
-
 # %% ../../nbs/report/checklist.ipynb #helpers
-def _some_rows(f, *audits): return [r for r in (f.audit or {}).get('rows', []) if r['audit'] in audits]
+def _estimates(run, *metrics):
+    "'AUC 0.912 [0.880, 0.941]; ...' of those metrics that the run has"
+    known = {m: 'AUC' if m == 'auc' else m.replace('_', ' ') for m in metrics if m in run.result.estimates}
+    return '; '.join(f'{name} {format_estimate(*run.result[m][:3])}' for m, name in known.items())
 
-def _row_words(rows): return ' '.join(f"{r['audit']} {r['name']}: {format_interval(r['value'], r['low'], r['high'])}, {r['verdict']}." for r in rows)
+def _verdicts(run, *checks):
+    "The verdicts of some checks of the audit, '' when they were not made"
+    found = [v for v in run.audit.verdicts if v.check in checks] if run.audit else []
+    return ' '.join(f'{v.check} {v.name}: {describe_value(v)}, {v.verdict}.' for v in found)
 
-def _estimates(f, *names): return '; '.join(f"{m.replace('_', ' ')} {format_interval(*f.result[m][:3])}" for m in names if m in f.result.estimates)
-
-def count_parameters(run) -> int: # numbers in the weights file; 0 when there is no such file
-    "How many numbers a network has, from the head of its weights file"
+def count_parameters(
+    run: str | Path, # run directory
+) -> int:            # 0 when it has no weights file
+    "How many trained numbers a network has, from the head of its weights file"
     path = Path(run) / 'bundle' / 'weights.safetensors'
     if not path.is_file(): return 0
     with open(path, 'rb') as file: head = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-    size = lambda shape: int(pd.Series([1, *shape]).prod())
-    return sum(size(v['shape']) for k, v in head.items() if k != '__metadata__' and 'running_' not in k and 'num_batches' not in k)
+    kept = [k for k in head if k != '__metadata__' and 'running_' not in k and 'num_batches' not in k]
+    return sum(math.prod(head[k]['shape']) for k in kept)
 
 # %% ../../nbs/report/checklist.ipynb #words-front
-def _title(f, d): return f"Deep learning, supervised classification of chest radiographs by a convolutional network ({f.bundle['arch']})."
-def _abstract(f, d): return ' '.join(summarise_run(f, d))
-def _background(f, d): return f"{f.bundle['not_for']} The question put to each film: class '{f.positive}' or not (task {f.recipe.task})."
-def _aims(f, d):
-    goal = f" Operating point: {f.point.goal}, chosen on the validation part." if f.point else ''
-    return f"To estimate the AUC for '{f.recipe.task}' on patients not used for training, and how much of it needs the lungs. Primary metric: AUC.{goal} Split, goal and seed stand in the recipe with hash {f.state['recipe_hash'][:12]}, written before training."
-def _design(f, d): return 'Synthetic phantoms; no patient was studied.' if f.synthetic else 'Retrospective: films from published collections, a convenience sample; nobody was recruited.'
-def _goal(f, d): return 'Exploratory: model development, and a measurement of shortcuts in the collections. Not a study of clinical benefit.'
+def _title(run, analysis):
+    return f"Deep learning, supervised classification of chest radiographs by a convolutional network ({run.bundle['arch']})."
+
+def _abstract(run, analysis): return ' '.join(summarise_run(run, analysis))
+
+def _background(run, analysis):
+    return f"{run.bundle['not_for']} The question asked of each image: class '{run.positive}' or not (task {run.recipe.task})."
+
+# %% ../../nbs/report/checklist.ipynb #words-design
+def _aims(run, analysis):
+    point = run.operating_point
+    goal = f' Operating point: {point.goal}, chosen on the validation split.' if point else ''
+    return (f"To estimate the AUC for '{run.recipe.task}' on patients not used for training, and how much of it needs the lungs. "
+            f"Primary metric: AUC.{goal} Split, goal and seed stand in the recipe with hash {run.state['recipe_hash'][:12]}, "
+            'written before training.')
+
+def _design(run, analysis):
+    if run.synthetic: return 'Synthetic phantoms; no patient was studied.'
+    return 'Retrospective: images from published collections, a convenience sample; no patient was recruited.'
+
+def _goal(run, analysis):
+    return ('Exploratory: model development, and a measurement of shortcuts in the collections. '
+            'Not a study of clinical benefit.')
 
 # %% ../../nbs/report/checklist.ipynb #words-data
-def _sources(f, d):
-    def one(s, n):
-        k = SOURCES.get(s)
-        return f"{s} ({format_count(n, 'used film')}" + (f'; {k.title}; {k.url}; licence of the whole: {k.licence}; cite {k.citation})' if k and k.url else ')')
-    counts = f.rows['source'].value_counts()
-    host = f" Films come from {format_count(f.rows['host'].nunique(), 'web host')}." if 'host' in f.rows and f.rows['host'].notna().any() else ''
-    return f"{'; '.join(one(s, n) for s, n in counts.items())}.{host} SHA-256 of the table of all rows: {f.state['table_sha256']}."
-def _eligibility(f, d):
-    rules = '; '.join(f"{r['rule']} ({r['excluded']:,})" for r in flow(f.table).to_dict('records'))
-    return f"{format_count(len(f.table), 'row')} read, {len(f.rows):,} used. Left out, by the first rule that applies: {rules or 'nothing'}. Flow diagram in this report."
-def _preprocessing(f, d):
-    i, how = f.bundle['image'], dict(pad='padded to a square', crop='cropped to a square', squash='squashed to a square')
-    stretch = {'none': 'no contrast stretch', 'minmax': 'darkest pixel to 0, brightest to 255'}
-    return f"Each film is read as one grey channel, {how.get(i['how'], i['how'])} of {i['size']} px, {stretch.get(i['stretch'], i['stretch'])}, then (value - {f.bundle['mean']:g}) / {f.bundle['std']:g} of the range 0 to 1. The same rule is stored with the weights (rule version {i.get('version', 'not stated')})."
-def _subset(f, d):
-    s = [f"{x.name}: {'findings ' + ', '.join(x.findings) if x.findings else 'all findings'}{f', sample of {x.sample} films' if x.sample else ''}" for x in f.recipe.data.sources]
-    return f"Views: {', '.join(f.recipe.data.views) or 'all'}; licences: {f.recipe.data.licences}; {'; '.join(s)}."
-def _deidentified(f, d): return 'The run takes the films as their collections publish them. It did not look for text burnt into them, nor for names in file headers.'
-def _missing(f, d):
-    t = missing_table(f.rows, f.classes)
-    listed = '; '.join(f"{n}: " + ', '.join(f'{c} {100 * r[c]:.0f} %' for c in f.classes) for n, r in t.iterrows() if r[f.classes].max() > 0)
-    return f"Films without a recorded value are kept; a missing finding is excluded, never negative; the network sees no field. Missing, by class: {listed or 'nothing'}."
-def _acquisition(f, d):
-    views = '; '.join(f"{c}: " + ', '.join(f'{v} {n:,}' for v, n in f.rows.loc[f.rows['label'] == c, 'view'].fillna('not recorded').value_counts().items()) for c in f.classes)
-    return f'View, by class: {views}. Device, exposure and detector do not stand in the table.'
+def _source_text(name, n):
+    "A collection with its size and, where it is known, its address, licence and citation"
+    s, used = SOURCES.get(name), format_count(n, 'used image')
+    if not s or not s.url: return f'{name} ({used})'
+    return f'{name} ({used}; {s.title}; {s.url}; licence of the whole: {s.licence}; cite {s.citation})'
+
+def _sources(run, analysis):
+    collections = '; '.join(_source_text(s, n) for s, n in run.rows['source'].value_counts().items())
+    hosts = run.rows['host'].nunique() if 'host' in run.rows else 0
+    host = f" Images come from {format_count(hosts, 'web host')}." if hosts else ''
+    return f"{collections}.{host} SHA-256 of the table of all rows: {run.state['table_sha256']}."
+
+def _eligibility(run, analysis):
+    rules = '; '.join(f'{r.rule} ({r.excluded:,})' for r in flow(run.table).itertuples())
+    return (f"{format_count(len(run.table), 'row')} read, {len(run.rows):,} used. Excluded, by the first rule that applies: "
+            f"{rules or 'nothing'}. Flow diagram in this report.")
+
+# %% ../../nbs/report/checklist.ipynb #words-images
+_SQUARE = {'pad': 'padded to a square', 'crop': 'cropped to a square', 'squash': 'squashed to a square'}
+_STRETCH = {'none': 'no contrast stretch', 'minmax': 'darkest pixel to 0, brightest to 255'}
+
+def _preprocessing(run, analysis):
+    image, bundle = run.bundle['image'], run.bundle
+    return (f"Each image is read as one grey channel, {_SQUARE.get(image['how'], image['how'])} of {image['size']} px, "
+            f"{_STRETCH.get(image['stretch'], image['stretch'])}, then (value - {bundle['mean']:g}) / {bundle['std']:g} of the range "
+            f"0 to 1. The same rule is stored with the weights (rule version {image.get('version', 'not stated')}).")
+
+def _subset(run, analysis):
+    def one(s):
+        findings = f"findings {', '.join(s.findings)}" if s.findings else 'all findings'
+        return f'{s.name}: {findings}' + (f', sample of {s.sample} images' if s.sample else '')
+    data = run.recipe.data
+    return f"Views: {', '.join(data.views) or 'all'}; licences: {data.licences}; {'; '.join(map(one, data.sources))}."
+
+def _deidentified(run, analysis):
+    return ('The run takes the images as their collections publish them. It did not look for text burnt into them, nor for names '
+            'in file headers.')
+
+# %% ../../nbs/report/checklist.ipynb #words-recorded
+def _missing(run, analysis):
+    t = missing_table(run.rows, run.classes)
+    per_class = lambda r: ', '.join(f'{c} {format_percent(r[c])}' for c in run.classes)
+    listed = '; '.join(f'{field}: {per_class(r)}' for field, r in t.iterrows() if r[list(run.classes)].max() > 0)
+    return ('Images without a recorded value are kept; a missing finding is excluded, never negative; the network sees no field. '
+            f"Missing, by class: {listed or 'nothing'}.")
+
+def _acquisition(run, analysis):
+    def one(c):
+        n = run.rows.loc[run.rows['label'] == c, 'view'].fillna(NOT_RECORDED).value_counts()
+        return f'{c}: ' + ', '.join(f'{view} {k:,}' for view, k in n.items())
+    return f"View, by class: {'; '.join(map(one, run.classes))}. Device, exposure and detector do not stand in the table."
 
 # %% ../../nbs/report/checklist.ipynb #words-reference
-def _reference(f, d):
-    pcr = f.rows.loc[f.rows['label'] == 'covid', 'rt_pcr'] if 'rt_pcr' in f.rows and 'covid' in f.classes else pd.Series(dtype=object)
-    told = f" A positive RT-PCR is recorded for {int(pcr.isin(['Y', 'y', 'yes', '1']).sum())} of {len(pcr)} films of class covid." if len(pcr) else ''
-    rules = '; '.join(f"{'any other finding' if k == '*' else k} -> {v}" for k, v in _task_rules(f))
-    return f'The finding as the collection states it, mapped by {rules}.{told}'
-def _task_rules(f):
-    from covid_cxr.table import as_task
-    return as_task(f.recipe.task).rules
-def _annotators(f, d): return 'Labels are those of the collections. Who made them, and from what, is not recorded per film; no reader of our own looked at them.'
-def _test_labels(f, d):
-    n = int(f.table['excluded'].astype(object).str.startswith('label conflict', na=False).sum())
-    both = int((f.rows.groupby('group')['label'].nunique() > 1).sum())
-    return f"As in the other parts: no second reading of the {f.part} part. {format_count(n, 'film')} with two labels {'was' if n == 1 else 'were'} left out; {format_count(both, 'patient group')} {'has' if both == 1 else 'have'} films of more than one class."
+def _pcr_sentence(run):
+    "How many images of class covid have a positive RT-PCR on record"
+    if 'rt_pcr' not in run.rows or 'covid' not in run.classes: return ''
+    pcr = run.rows.loc[run.rows['label'] == 'covid', 'rt_pcr']
+    positive = int(pcr.isin(['Y', 'y', 'yes', '1']).sum())
+    return f' A positive RT-PCR is recorded for {positive} of {len(pcr)} images of class covid.' if len(pcr) else ''
 
-# %% ../../nbs/report/checklist.ipynb #words-partition
-def _assigned(f, d):
-    s, n = f.recipe.split, f.rows['split'].value_counts()
-    how = {'group': 'by patient group at random', 'official': "by the collection's own test part, validation by patient group", 'published': "by the collection's own three parts", 'image': 'by image at random, which leaks',
-           'fold': f'by patient group into {s.n_folds} folds, of which fold {s.fold} (counted from 0) is the test', 'source': f'by collection: {s.source} is the test, whole; validation by patient group', 'time': 'by time: the latest films are the test, validation by patient group'}
-    sizes = {'published': '', 'fold': f'; validation {s.valid_pct:g} of the rest', 'source': f'; validation {s.valid_pct:g} of the rest', 'official': f'; validation {s.valid_pct:g} of the rest'}.get(s.kind, f'; validation {s.valid_pct:g}, test {s.test_pct:g}')
-    return f"Split {how[s.kind]} (seed {f.recipe.seed}{sizes}): " + ', '.join(f'{k} {n[k]:,}' for k in ('train', 'valid', 'test') if k in n) + f" films. The split stands in table.csv, SHA-256 {f.state['table_sha256'][:12]}."
-def _disjoint(f, d):
-    n = int(f.state.get('leaking_groups') or 0)
-    told = f'{n} groups stand in more than one part: the parts are NOT disjoint.' if n else 'No group stands in two parts.'
-    return f"Groups join patient keys with {dict(near='exact and near duplicates of pictures', exact='exact duplicates of pictures', none='nothing else')[f.recipe.data.duplicates]}. {told} {_row_words(_some_rows(f, 'A1', 'A2'))}".strip()
-def _sample_size(f, d): return 'Not planned; what was there. ' + ' '.join(precision_summary(f)[1])
+def _reference(run, analysis):
+    rules = '; '.join(f"{'any other finding' if k == '*' else k} -> {v}" for k, v in as_task(run.recipe.task).rules)
+    return f'The finding as the collection states it, mapped by {rules}.{_pcr_sentence(run)}'
 
-# %% ../../nbs/report/checklist.ipynb #words-model
-def _model(f, d):
-    n = count_parameters(f.run)
-    i = f.bundle['image']['size']
-    return f"{f.bundle['arch']}{f' with {n / 1e6:.1f} million parameters' if n else ''}; in: {i} x {i} grey; out: probabilities of {', '.join(f.classes)} (softmax, temperature {f.bundle['temperature']:g})."
-def _software(f, d): return ', '.join(f'{k} {v}' for k, v in f.state['versions'].items() if v) + f"; device {f.state.get('device', 'not recorded')}."
-def _initial(f, d):
-    w = f.bundle['weights']
-    start = {'none': 'random weights', 'imagenet': 'weights trained on ImageNet'}.get(w['started_from'], f"weights from {Path(str(w['started_from'])).name}")
-    return f"Started from {start}. SHA-256 of the final weights: {w['sha256']}."
-def _training(f, d):
-    t, h = f.recipe.training, f.history
-    rounds = '; '.join(f"{format_count(r.epochs, 'epoch')}{' with a frozen body' if r.frozen else ''} at {f'rate {r.lr:g}' if r.lr else 'the rate that lr_find chose'}" for r in t.rounds)
-    aug = f"rotation to {t.rotate:g} degrees, zoom to {t.zoom:g}, lighting {t.lighting:g}, mirroring {'on' if t.flip else 'off'}"
-    spent = f" {h['images'].sum():,.0f} films seen in {h['seconds'].sum():,.0f} s." if {'images', 'seconds'} <= set(h) else ''
-    return f"One-cycle schedule, rounds: {rounds}. Batch {t.bs}, weight decay {t.wd:g}, imbalance by {t.imbalance.replace('_', ' ')}. Augmentation: {aug}. Seed {f.recipe.seed}.{spent}"
-def _selection(f, d): return f"The epoch with the best {f.recipe.training.monitor} on the validation part: epoch {f.state.get('best_epoch', 'not recorded')} of {f.state.get('epochs', len(f.history))}. How many other runs were tried is not recorded by a run."
-def _ensemble(f, d): return 'None: a single network, a single run.'
+def _annotators(run, analysis):
+    return ('Labels are those of the collections. Who made them, and from what, is not recorded per image; no reader of our own '
+            'checked them.')
 
-# %% ../../nbs/report/checklist.ipynb #words-evaluation
-def _metrics(f, d): return 'AUC, average precision, sensitivity, specificity, predictive values at stated prevalences, likelihood ratios, F1, Matthews, Brier, calibration slope and error, net benefit' + (f'; calls at the frozen threshold {f.result.threshold:.4g} (point {f.point.hash}).' if f.point else '; calls by the highest probability.')
-def _uncertainty(f, d): return f'{100 * f.result.level:g} % intervals from {f.result.n_boot:,} bootstrap resamples of patient groups within classes (seed {f.result.seed}); Wilson intervals where few groups err; pairs of AUCs by the paired bootstrap; Holm over subgroups.'
-def _robustness(f, d):
-    rows = _some_rows(f, 'A5', 'A6', 'A7', 'A8', 'A9', 'A10')
-    return f"{f.audit['headline']['sentence']} {_row_words(rows)}" if rows else ''
-def _explained(f, d): return _row_words(_some_rows(f, 'A21'))
-def _internal(f, d): return f"The {f.part} part, {format_count(f.result.n_images, 'film')} of {format_count(f.result.n_groups, 'group')}: AUC {format_interval(*f.result['auc'][:3])}." if 'auc' in f.result.estimates else f"The {f.part} part: {_estimates(f, 'accuracy', 'balanced_accuracy')}."
-def _external(f, d):
-    rungs = f.ladder['rungs']
-    return ' '.join(f"{r['name']}: {r['words']}" for r in rungs)
+# %% ../../nbs/report/checklist.ipynb #words-test-labels
+def _test_labels(run, analysis):
+    rule = run.table['excluded_rule'].astype(object)
+    conflicts = rule.str.startswith('label conflict', na=False)          # older tables name the other image behind it
+    n, mixed = int(conflicts.sum()), int((run.rows.groupby('group')['label'].nunique() > 1).sum())
+    return (f"As in the other splits: no second reading of the {run.split} split. {format_count(n, 'image')} with two labels "
+            f"{'was' if n == 1 else 'were'} excluded; {format_count(mixed, 'patient group')} {'has' if mixed == 1 else 'have'} "
+            'images of more than one class.')
 
-# %% ../../nbs/report/checklist.ipynb #words-results
-def _flow(f, d): return f"{len(f.table):,} rows in = {len(f.rows):,} used + {len(f.table) - len(f.rows):,} excluded; flow diagram in this report."
-def _characteristics(f, d): return f"Table 1 in this report: {format_count(f.rows['patient'].nunique(), 'patient')}, age recorded for {f.rows['age_years'].notna().sum():,} and sex for {f.rows['sex'].notna().sum():,} of {len(f.rows):,} films."
-def _performance(f, d): return _estimates(f, 'auc', 'average_precision', 'accuracy', 'balanced_accuracy', 'brier') + '.'
-def _accuracy(f, d):
-    use = '; '.join(f"at {100 * r['prevalence']:.0f} % prevalence PPV {format_interval(r['ppv'], r['ppv_low'], r['ppv_high'])}, NPV {format_interval(r['npv'], r['npv_low'], r['npv_high'])}" for r in d.use.iloc[:-1].to_dict('records')) if d else 'predictive values at other prevalences: not computed'
-    gap = f" Oracle gap: {format_number(d.oracle['gap'])} of accuracy." if d else ''
-    return f"{_estimates(f, 'recall', 'specificity')}; {use}.{gap}"
-def _failures(f, d):
-    e = list_errors(f)
-    return f"{format_count(len(e), 'wrong call')} in {format_count(e['group'].nunique(), 'patient group')}, listed worst first in this report with probability, source and group; errors by attribute tested there."
-def _limitations(f, d):
-    n = pd.Series([verdict for verdict, *_ in list_limits(f, d)]).value_counts(sort=False)
-    return f"{format_count(n.sum(), 'limitation')} written by the run, listed in this report: " + ', '.join(f'{k} {v}' for k, v in n.items()) + '.'
-def _protocol(f, d):
-    looks = 'number of looks at the test part not recorded' if f.looks is None else f'the {f.part} part was read {format_count(f.looks, "time")} (ledger.jsonl)'
-    return f"Recipe {f.state['recipe']}, SHA-256 {f.state['recipe_hash']}; {looks}."
-def _available(f, d): return f"Software covid_cxr {f.state['versions'].get('covid_cxr')}; model file weights.safetensors (SHA-256 {f.bundle['weights']['sha256'][:12]}); data: no film is passed on, the recipe and table.csv name them."
-
-# %% ../../nbs/report/checklist.ipynb #items-list
-_FRONT, _INTRO, _DATA, _REF, _PARTS = 'Title and abstract', 'Introduction', 'Methods: data', 'Methods: reference standard', 'Methods: partitions'
-_MODEL, _TRAIN, _EVAL, _RES, _END = 'Methods: model', 'Methods: training', 'Methods: evaluation', 'Results', 'Discussion and other'
-ITEMS = {   # number: (section, what is asked, 'A' | 'S' | 'H', function, what is needed when it is missing)
-    1: (_FRONT, 'names the AI technique', 'S', _title, 'name the technique in the title'),
-    2: (_FRONT, 'structured summary', 'S', _abstract, 'write an abstract'),
-    3: (_INTRO, 'background, intended use and role', 'S', _background, 'say what it is meant for'),
-    4: (_INTRO, 'aims and hypotheses', 'S', _aims, 'state the hypothesis'),
-    5: ('Methods: design', 'prospective or retrospective', 'S', _design, 'say which'),
-    6: ('Methods: design', 'goal of the study', 'S', _goal, 'say which'),
-    7: (_DATA, 'sources of the data', 'A', _sources, 'name the collections and versions'),
-    8: (_DATA, 'inclusion and exclusion', 'A', _eligibility, 'state the rules'),
-    9: (_DATA, 'preprocessing', 'A', _preprocessing, 'state the steps'),
-    10: (_DATA, 'subsets of the data', 'A', _subset, 'state what was selected'),
-    11: (_DATA, 'de-identification', 'S', _deidentified, 'say how it was done'),
-    12: (_DATA, 'missing data', 'A', _missing, 'say what was missing'),
-    13: (_DATA, 'how the images were acquired', 'A', _acquisition, 'state device and protocol'),
-    14: (_REF, 'definition of the reference standard', 'S', _reference, 'define it'),
-    15: (_REF, 'why this reference standard', 'H', None, 'give the reason, and its known weaknesses'),
-    16: (_REF, 'who set the labels', 'S', _annotators, 'name readers and their training'),
-    17: (_REF, 'labels of the test part', 'S', _test_labels, 'say how they were made'),
-    18: (_REF, 'agreement between and within readers', 'H', None, 'two or more readings of the same films'),
-    19: (_PARTS, 'how parts were assigned', 'A', _assigned, 'state it'),
-    20: (_PARTS, 'level at which parts are disjoint', 'A', _disjoint, 'state it'),
-    21: (_PARTS, 'sample size', 'A', _sample_size, 'justify it'),
-    22: (_MODEL, 'architecture, inputs, outputs', 'A', _model, 'describe it'),
-    23: (_MODEL, 'software', 'A', _software, 'list versions'),
-    24: (_MODEL, 'initial weights', 'A', _initial, 'state them'),
-    25: (_TRAIN, 'training procedure', 'A', _training, 'describe it'),
-    26: (_TRAIN, 'how the final model was chosen', 'A', _selection, 'describe it'),
-    27: (_TRAIN, 'ensembling', 'A', _ensemble, 'describe it'),
-    28: (_EVAL, 'metrics', 'A', _metrics, 'name them'),
-    29: (_EVAL, 'uncertainty and tests', 'A', _uncertainty, 'describe them'),
-    30: (_EVAL, 'robustness', 'A', _robustness, 'run covid-cxr audit RUN: baselines that saw no lung, tampered pictures'),
-    31: (_EVAL, 'explanations', 'A', _explained, 'run covid-cxr audit RUN: attribution maps with their randomised twins (A21)'),
-    32: (_EVAL, 'internal evaluation', 'A', _internal, 'report it'),
-    33: (_EVAL, 'external evaluation', 'A', _external, 'run covid-cxr evaluate RUN --on SOURCE --data DIR'),
-    34: (_EVAL, 'registration', 'H', None, 'give the number of the registration, or say "not registered"'),
-    35: (_RES, 'flow of cases', 'A', _flow, 'draw it'),
-    36: (_RES, 'characteristics of each part', 'A', _characteristics, 'tabulate them'),
-    37: (_RES, 'performance with uncertainty', 'A', _performance, 'report it'),
-    38: (_RES, 'diagnostic accuracy', 'A', _accuracy, 'report it'),
-    39: (_RES, 'analysis of errors', 'A', _failures, 'look at them'),
-    40: (_END, 'limitations', 'S', _limitations, 'state them'),
-    41: (_END, 'implications for practice', 'H', None, 'say what it may and may not be used for, and by whom'),
-    42: (_END, 'protocol', 'A', _protocol, 'give a reference'),
-    43: (_END, 'availability of software, model and data', 'A', _available, 'state it'),
-    44: (_END, 'funding, role of funders, interests', 'H', None, 'name them'),
+# %% ../../nbs/report/checklist.ipynb #words-split
+_OF_THE_REST = 'validation {s.valid_pct:g} of the rest'
+_BOTH_SHARES = 'validation {s.valid_pct:g}, test {s.test_pct:g}'
+_HOW_SPLIT: dict[SplitKind, tuple[str, str]] = {  # how, and which shares
+    'group': ('by patient group at random', _BOTH_SHARES),
+    'official': ("by the collection's own test split, validation by patient group", _OF_THE_REST),
+    'published': ("by the collection's own three splits", ''),
+    'fold': ('by patient group into {s.n_folds} folds, of which fold {s.fold} (counted from 0) is the test', _OF_THE_REST),
+    'source': ('by collection: {s.source} is the test, whole; validation by patient group', _OF_THE_REST),
+    'time': ('by time: the latest images are the test, validation by patient group', _BOTH_SHARES),
+    'image': ('by image at random, which leaks', _BOTH_SHARES),
 }
 
+def _assigned(run, analysis):
+    how, shares = (text.format(s=run.recipe.split) for text in _HOW_SPLIT[run.recipe.split.kind])
+    settings = '; '.join(filter(None, [f'seed {run.recipe.seed}', shares]))
+    n = run.rows['split'].value_counts()
+    counts = ', '.join(f'{s} {n[s]:,}' for s in SPLITS if s in n)
+    return (f'Split {how} ({settings}): {counts} images. The split stands in table.csv, '
+            f"SHA-256 {run.state['table_sha256'][:12]}.")
+
+# %% ../../nbs/report/checklist.ipynb #words-disjoint
+_JOINED_BY = {'near': 'exact and near duplicates of images', 'exact': 'exact duplicates of images',
+              'none': 'nothing else'}
+
+def _disjoint(run, analysis):
+    n = run.leaking_groups
+    crossing = f'{n} groups stand in more than one split: the splits are NOT disjoint.'
+    found = crossing if n else 'No group stands in two splits.'
+    joined = f'Groups join patient ids with {_JOINED_BY[run.recipe.data.duplicates]}.'
+    return f"{joined} {found} {_verdicts(run, 'A1', 'A2')}".strip()
+
+def _sample_size(run, analysis): return 'Not planned; what was there. ' + ' '.join(precision_summary(run).sentences)
+
+# %% ../../nbs/report/checklist.ipynb #words-model
+def _model(run, analysis):
+    n, size, bundle = count_parameters(run.path), run.bundle['image']['size'], run.bundle
+    numbers = f' with {n / 1e6:.1f} million parameters' if n else ''
+    return (f"{bundle['arch']}{numbers}; in: {size} x {size} grey; out: probabilities of {', '.join(run.classes)} "
+            f"(softmax, temperature {bundle['temperature']:g}).")
+
+def _software(run, analysis):
+    versions = ', '.join(f'{k} {v}' for k, v in run.state['versions'].items() if v)
+    return f"{versions}; device {run.state.get('device', 'not recorded')}."
+
+def _initial(run, analysis):
+    weights = run.bundle['weights']
+    known = {'none': 'random weights', 'imagenet': 'weights trained on ImageNet'}
+    start = known.get(weights['started_from'], f"weights from {Path(str(weights['started_from'])).name}")
+    return f"Started from {start}. SHA-256 of the final weights: {weights['sha256']}."
+
+# %% ../../nbs/report/checklist.ipynb #words-training
+def _stage_text(stage):
+    frozen = ' with a frozen body' if stage.frozen else ''
+    rate = f'rate {stage.lr:g}' if stage.lr else 'the rate that lr_find chose'
+    return f"{format_count(stage.epochs, 'epoch')}{frozen} at {rate}"
+
+def _training(run, analysis):
+    t, h = run.recipe.training, run.history
+    seen = f" {h['images'].sum():,.0f} images seen in {h['seconds'].sum():,.0f} s." if {'images', 'seconds'} <= set(h) else ''
+    return (f"{t.schedule.replace('_', '-').capitalize()} schedule, stages: {'; '.join(map(_stage_text, t.stages))}. Batch {t.bs}, "
+            f"weight decay {t.wd:g}, imbalance by {t.imbalance.replace('_', ' ')}. Augmentation: rotation to {t.rotate:g} degrees, "
+            f"zoom to {t.zoom:g}, lighting {t.lighting:g}, mirroring {'on' if t.flip else 'off'}. Seed {run.recipe.seed}.{seen}")
+
+# %% ../../nbs/report/checklist.ipynb #words-selection
+def _selection(run, analysis):
+    best, epochs = run.state.get('best_epoch', 'not recorded'), run.state.get('epochs', len(run.history))
+    return (f'The epoch with the best {run.recipe.training.monitor} on the validation split: epoch {best} of {epochs}. '
+            'How many other runs were tried is not recorded by a run.')
+
+def _ensemble(run, analysis): return 'None: a single network, a single run.'
+
+# %% ../../nbs/report/checklist.ipynb #words-evaluation
+_METRICS = ('AUC, average precision, sensitivity, specificity, predictive values at stated prevalences, likelihood ratios, F1, '
+            'Matthews, Brier, calibration slope and error, net benefit')
+
+def _metrics(run, analysis):
+    if not run.operating_point: return f'{_METRICS}; predictions by the highest probability.'
+    return f'{_METRICS}; predictions at the frozen threshold {run.threshold:.4g} (point {run.operating_point.hash}).'
+
+def _uncertainty(run, analysis):
+    r = run.result
+    return (f'{format_percent(r.level)} intervals from {r.n_boot:,} bootstrap resamples of patient groups within classes '
+            f'(seed {r.seed}); Wilson intervals where few groups err; pairs of AUCs by the paired bootstrap; Holm over subgroups.')
+
+def _robustness(run, analysis):
+    verdicts = _verdicts(run, 'A5', 'A6', 'A7', 'A8', 'A9', 'A10')
+    return f'{describe_headline(run.audit.headline)} {verdicts}' if verdicts else ''
+
+# %% ../../nbs/report/checklist.ipynb #words-tests
+def _explained(run, analysis): return _verdicts(run, 'A21')
+
+def _internal(run, analysis):
+    r = run.result
+    if 'auc' not in r.estimates: return f"The {run.split} split: {_estimates(run, 'accuracy', 'balanced_accuracy')}."
+    return (f"The {run.split} split, {format_count(r.n_images, 'image')} of {format_count(r.n_groups, 'group')}: "
+            f"AUC {format_estimate(*r['auc'][:3])}.")
+
+def _external(run, analysis):
+    return ' '.join(f'{t.name}: {describe_external_test(t, run.result)}' for t in run.external_tests)
+
+# %% ../../nbs/report/checklist.ipynb #words-results
+def _flow(run, analysis):
+    n, used = len(run.table), len(run.rows)
+    return f'{n:,} rows in = {used:,} used + {n - used:,} excluded; flow diagram in this report.'
+
+def _characteristics(run, analysis):
+    rows = run.rows
+    return (f"Table 1 in this report: {format_count(rows['patient'].nunique(), 'patient')}, age recorded for "
+            f"{rows['age_years'].notna().sum():,} and sex for {rows['sex'].notna().sum():,} of {len(rows):,} images.")
+
+def _performance(run, analysis):
+    return _estimates(run, 'auc', 'average_precision', 'accuracy', 'balanced_accuracy', 'brier') + '.'
+
+# %% ../../nbs/report/checklist.ipynb #words-accuracy
+def _at_prevalence(r):
+    "Both predictive values of one row of `RunAnalysis.predictive_values`"
+    ppv, npv = (format_estimate(r[m], r[f'{m}_low'], r[f'{m}_high']) for m in ('ppv', 'npv'))
+    return f"at {format_percent(r['prevalence'])} prevalence PPV {ppv}, NPV {npv}"
+
+def _accuracy(run, analysis):
+    own = _estimates(run, 'recall', 'specificity')
+    if analysis is None: return f'{own}; predictive values at other prevalences: not computed.'
+    stated = '; '.join(_at_prevalence(r) for r in analysis.predictive_values.iloc[:-1].to_dict('records'))
+    return (f'{own}; {stated}. Threshold regret: the best threshold for these very images would have gained '
+            f'{format_number(analysis.regret.regret)} of accuracy.')
+
+def _failures(run, analysis):
+    errors = list_errors(run)
+    return (f"{format_count(len(errors), 'wrong prediction')} in {format_count(errors['group'].nunique(), 'patient group')}, listed "
+            'worst first in this report with probability, source and group; errors by attribute tested there.')
+
+# %% ../../nbs/report/checklist.ipynb #words-end
+def _limitations(run, analysis):
+    n = pd.Series([limit.status for limit in list_limits(run, analysis)], dtype=object).value_counts(sort=False)
+    counts = ', '.join(f'{status} {k}' for status, k in n.items())
+    return f"{format_count(n.sum(), 'limitation')} written by the run, listed in this report: {counts}."
+
+def _protocol(run, analysis):
+    n, split = run.test_log.evaluations, run.split
+    log = f'how often the {split} split was evaluated is not recorded' if n is None else \
+        f"the {split} split was evaluated {format_count(n, 'time')} (test_log.jsonl)"
+    return f"Recipe {run.state['recipe']}, SHA-256 {run.state['recipe_hash']}; {log}."
+
+def _available(run, analysis):
+    return (f"Software covid_cxr {run.state['versions'].get('covid_cxr')}; model file weights.safetensors "
+            f"(SHA-256 {run.bundle['weights']['sha256'][:12]}); data: no image is passed on, the recipe and table.csv name them.")
+
+# %% ../../nbs/report/checklist.ipynb #question
+Answerer = Literal['run', 'draft', 'authors']
+
+@dataclass(frozen=True)
+class Question:
+    "One item of CLAIM 2024, in our words"
+    section: str                       # of the paper it belongs to
+    name: str                          # what is asked
+    by: Answerer                       # who answers it
+    answer: Callable[..., str] | None  # (run, analysis) -> text, '' when there is nothing to say; None: people only
+    needed: str                        # what to do when it is not reported
+
+# %% ../../nbs/report/checklist.ipynb #items-list
+_FRONT, _INTRO, _DESIGN, _DATA = 'Title and abstract', 'Introduction', 'Methods: design', 'Methods: data'
+_REF, _SPLITS, _MODEL = 'Methods: reference standard', 'Methods: partitions', 'Methods: model'
+_TRAIN, _EVAL, _RES, _END = 'Methods: training', 'Methods: evaluation', 'Results', 'Discussion and other'
+_AUDIT = 'run covid-cxr audit RUN: '
+
+_QUESTIONS = (
+    Question(_FRONT, 'names the AI technique', 'draft', _title, 'name the technique in the title'),
+    Question(_FRONT, 'structured summary', 'draft', _abstract, 'write an abstract'),
+    Question(_INTRO, 'background, intended use and role', 'draft', _background, 'say what it is meant for'),
+    Question(_INTRO, 'aims and hypotheses', 'draft', _aims, 'state the hypothesis'),
+    Question(_DESIGN, 'prospective or retrospective', 'draft', _design, 'say which'),
+    Question(_DESIGN, 'goal of the study', 'draft', _goal, 'say which'),
+    Question(_DATA, 'sources of the data', 'run', _sources, 'name the collections and versions'),
+    Question(_DATA, 'inclusion and exclusion', 'run', _eligibility, 'state the rules'),
+    Question(_DATA, 'preprocessing', 'run', _preprocessing, 'state the steps'),
+    Question(_DATA, 'subsets of the data', 'run', _subset, 'state what was selected'),
+    Question(_DATA, 'de-identification', 'draft', _deidentified, 'say how it was done'),
+    Question(_DATA, 'missing data', 'run', _missing, 'say what was missing'),
+    Question(_DATA, 'how the images were acquired', 'run', _acquisition, 'state device and protocol'),
+    Question(_REF, 'definition of the reference standard', 'draft', _reference, 'define it'),
+    Question(_REF, 'why this reference standard', 'authors', None, 'give the reason, and its known weaknesses'),
+    Question(_REF, 'who set the labels', 'draft', _annotators, 'name readers and their training'),
+    Question(_REF, 'labels of the test split', 'draft', _test_labels, 'say how they were made'),
+    Question(_REF, 'agreement between and within readers', 'authors', None, 'two or more readings of the same images'),
+    Question(_SPLITS, 'how splits were assigned', 'run', _assigned, 'state it'),
+    Question(_SPLITS, 'level at which splits are disjoint', 'run', _disjoint, 'state it'),
+    Question(_SPLITS, 'sample size', 'run', _sample_size, 'justify it'),
+    Question(_MODEL, 'architecture, inputs, outputs', 'run', _model, 'describe it'),
+    Question(_MODEL, 'software', 'run', _software, 'list versions'),
+    Question(_MODEL, 'initial weights', 'run', _initial, 'state them'),
+    Question(_TRAIN, 'training procedure', 'run', _training, 'describe it'),
+    Question(_TRAIN, 'how the final model was chosen', 'run', _selection, 'describe it'),
+    Question(_TRAIN, 'ensembling', 'run', _ensemble, 'describe it'),
+    Question(_EVAL, 'metrics', 'run', _metrics, 'name them'),
+    Question(_EVAL, 'uncertainty and tests', 'run', _uncertainty, 'describe them'),
+    Question(_EVAL, 'robustness', 'run', _robustness, _AUDIT + 'baselines that saw no lung, changed images'),
+    Question(_EVAL, 'explanations', 'run', _explained, _AUDIT + 'attribution maps with their randomised twins (A21)'),
+    Question(_EVAL, 'internal evaluation', 'run', _internal, 'report it'),
+    Question(_EVAL, 'external evaluation', 'run', _external, 'run covid-cxr external RUN SOURCE --data DIR'),
+    Question(_EVAL, 'registration', 'authors', None, 'give the number of the registration, or say "not registered"'),
+    Question(_RES, 'flow of cases', 'run', _flow, 'draw it'),
+    Question(_RES, 'characteristics of each split', 'run', _characteristics, 'tabulate them'),
+    Question(_RES, 'performance with uncertainty', 'run', _performance, 'report it'),
+    Question(_RES, 'diagnostic accuracy', 'run', _accuracy, 'report it'),
+    Question(_RES, 'analysis of errors', 'run', _failures, 'look at them'),
+    Question(_END, 'limitations', 'draft', _limitations, 'state them'),
+    Question(_END, 'implications for practice', 'authors', None, 'say what it may be used for, and by whom'),
+    Question(_END, 'protocol', 'run', _protocol, 'give a reference'),
+    Question(_END, 'availability of software, model and data', 'run', _available, 'state it'),
+    Question(_END, 'funding, role of funders, interests', 'authors', None, 'name them'),
+)
+ITEMS = dict(enumerate(_QUESTIONS, 1))   # number -> what is asked
+
 # %% ../../nbs/report/checklist.ipynb #answers
-def read_answers(run) -> dict: # {item number: text}; 'signed' under 0 when there is one
+@dataclass(frozen=True)
+class Answers:
+    "What the authors of a run say"
+    texts: dict[int, str]  # number of the item -> their words
+    signed: str = ''       # '' when the drafts have not been signed
+
+def read_answers(
+    run: str | Path, # run directory
+) -> Answers:
     "The authors' answers, or none; a number that is no item is refused"
     path = Path(run) / 'answers.toml'
-    if not path.is_file(): return {}
-    try: said = tomllib.loads(path.read_text(encoding='utf-8'))
+    if not path.is_file(): return Answers({})
+    try: stated = tomllib.loads(path.read_text(encoding='utf-8'))
     except tomllib.TOMLDecodeError as e: raise RunError(f'{path} is not valid TOML: {e}.') from e
-    claim = said.get('claim', {})
-    for k in claim:
-        if not (k.isdigit() and int(k) in ITEMS): raise RunError(f"{path}: '{k}' is no item of CLAIM 2024; the items are 1 to 44.")
-    return {int(k): str(v).strip() for k, v in claim.items() if str(v).strip()} | ({0: str(said['signed'])} if said.get('signed') else {})
+    texts = {k: str(v).strip() for k, v in stated.get('claim', {}).items()}
+    for k in texts:
+        if not (k.isdigit() and int(k) in ITEMS):
+            raise RunError(f"{path}: '{k}' is no item of CLAIM 2024; the items are 1 to {len(ITEMS)}.")
+    return Answers({int(k): v for k, v in texts.items() if v}, str(stated.get('signed') or ''))
+
+# %% ../../nbs/report/checklist.ipynb #item
+ItemStatus = Literal['FROM THE RUN', 'DRAFT, UNSIGNED', 'ANSWERED', 'NOT REPORTED']
+
+@dataclass(frozen=True)
+class ChecklistItem:
+    "One item of the checklist of a run, answered or not"
+    number: int         # 1 to 44
+    section: str        # of the paper it belongs to
+    name: str           # what is asked, in our words
+    status: ItemStatus
+    text: str           # the answer, or what is missing
+
+def _item(number, question, said, answered):
+    "What the run says and what its authors say about one item"
+    about = number, question.section, question.name
+    if answered: return ChecklistItem(*about, 'ANSWERED', f'{answered} (the run says: {said})' if said else answered)
+    if not said: return ChecklistItem(*about, 'NOT REPORTED', f'Needed: {question.needed}.')
+    return ChecklistItem(*about, 'FROM THE RUN' if question.by == 'run' else 'DRAFT, UNSIGNED', said)
 
 # %% ../../nbs/report/checklist.ipynb #checklist
-def checklist_items(f: RunData,
-                d: RunAnalysis = None,     # of `facts.derive`
-                answers: dict = None,  # of `read_answers`; None: read from the run
-               ) -> list:              # of 44 `ChecklistItem`, by number
-    "The checklist of a run: all 44 items, always"
-    answers, out = read_answers(f.run) if answers is None else answers, []
-    for n, (section, name, kind, say, needed) in ITEMS.items():
-        text = say(f, d).strip() if say else ''
-        status = NOT_REPORTED if not text else FILLED if kind == 'A' else DRAFT
-        if n in answers: status, text = ANSWERED, f'{answers[n]}{" (the run says: " + text + ")" if text else ""}'
-        out.append(ChecklistItem(n, section, name, status, text or f'Needed: {needed}.'))
-    return out
+def checklist_items(
+    run: RunData,
+    analysis: RunAnalysis | None = None, # of `context.analyse_run`
+    answers: Answers | None = None,      # None: read from the run
+) -> list[ChecklistItem]:                # all 44, by number
+    "The checklist of a run: all items, always"
+    answers = answers or read_answers(run.path)
+    said = {n: q.answer(run, analysis).strip() if q.answer else '' for n, q in ITEMS.items()}
+    return [_item(n, q, said[n], answers.texts.get(n, '')) for n, q in ITEMS.items()]
 
-def checklist_counts(items) -> dict: # status -> how many
+def checklist_counts(items: Sequence[ChecklistItem]) -> dict[ItemStatus, int]:
     "How many items have which status"
-    return {s: sum(i.status == s for i in items) for s in (FILLED, DRAFT, ANSWERED, NOT_REPORTED)}
+    return {status: sum(i.status == status for i in items) for status in choices(ItemStatus)}

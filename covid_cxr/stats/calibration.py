@@ -5,21 +5,26 @@
 # %% ../../nbs/stats/calibration.ipynb #imports
 from __future__ import annotations
 import math, warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
-from ..evaluate import (BINARY, EvaluationError, UndefinedMetric, to_plain, check_scores, compute_metrics, few_error_size, group_resamples,
-                                percentile_interval, predictive_values, wilson)
+from ..evaluate import (BINARY, EvaluationError, UndefinedMetric, check_scores, compute_metrics, few_error_size,
+                                group_resamples, percentile_interval, predictive_values, to_plain, wilson)
+from ..words import format_count, format_estimate, format_number
 
 # %% auto #0
-__all__ = ['reliability', 'calibration_error', 'brier_parts', 'Calibration', 'calibration', 'fit_temperature',
-           'apply_temperature', 'predictive_values_at', 'shift_prevalence', 'net_benefit']
+__all__ = ['SlopeVerdict', 'OffsetVerdict', 'reliability', 'ECE', 'calibration_error', 'BrierParts', 'brier_parts', 'Coefficient',
+           'Calibration', 'describe_calibration', 'calibration', 'fit_temperature', 'apply_temperature',
+           'predictive_values_at', 'shift_prevalence', 'net_benefit']
 
 # %% ../../nbs/stats/calibration.ipynb #reliability
-def _two(y_true, y_prob, groups, classes):
+def _two_classes(y_true, y_prob, groups, classes):
     s = check_scores(y_true, y_prob, groups, classes)
     if len(s.classes) != 2:
-        raise EvaluationError(f'{len(s.classes)} classes; judge one class against the rest at a time: pass y == class and its probability.')
+        raise EvaluationError(f'{len(s.classes)} classes; evaluate one class against the rest at a time: '
+                              f'pass y == class and its probability.')
     return s
 
 def _bins(score, bins):
@@ -29,12 +34,14 @@ def _bins(score, bins):
     first = stats.rankdata(score, method='min') - 1                # equal scores, equal place
     return np.unique((first * bins // len(score)).astype(np.int64), return_inverse=True)[1].reshape(-1)
 
-def reliability(y_true, y_prob,       # (n,) labels and probabilities of the positive class
-                bins = 15,            # of equal mass
-                classes = BINARY, level = .95,
-               ) -> pd.DataFrame:     # n, positive, mean_prob, share, low, high of every bin
-    "Mean probability and share of positives in bins of equally many images, with Wilson intervals (images counted as patients)"
-    s = _two(y_true, y_prob, None, classes)
+def reliability(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities of the positive class
+    bins: int = 15,                        # of equal mass
+    classes: Sequence = BINARY,            # (negative, positive)
+    level: float = .95,                    # of the intervals
+) -> pd.DataFrame:                         # n, positive, mean_prob, share, low, high of every bin
+    "Mean probability and share of positives per bin, with Wilson intervals (images counted as patients)"
+    s = _two_classes(y_true, y_prob, None, classes)
     b = _bins(s.score, bins)
     n = np.bincount(b)
     k, total = np.bincount(b, s.y, len(n)), np.bincount(b, s.score, len(n))
@@ -42,7 +49,9 @@ def reliability(y_true, y_prob,       # (n,) labels and probabilities of the pos
     return pd.DataFrame(dict(n=n, positive=k.astype(int), mean_prob=total / n, share=k / n, low=low, high=high))
 
 # %% ../../nbs/stats/calibration.ipynb #slope
-def _logit(p): p = np.clip(p, 1e-6, 1 - 1e-6); return np.log(p / (1 - p))
+def _logit(p):
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    return np.log(p / (1 - p))
 
 def _fit_logistic(X, y, offset, group, steps=60):
     "(coefficients, robust standard errors) of a logistic regression by Newton's method; NaN where there is no maximum"
@@ -57,111 +66,188 @@ def _fit_logistic(X, y, offset, group, steps=60):
         beta = beta + scale * step
         if abs(beta).max() > 50: return nothing, nothing            # runs away: separable
         if abs(scale * step).max() < 1e-10: break
-    scores = np.zeros((group.max() + 1, X.shape[1])); np.add.at(scores, group, X * (y - p)[:, None])
+    scores = np.zeros((group.max() + 1, X.shape[1]))
+    np.add.at(scores, group, X * (y - p)[:, None])
     G, inv = len(scores), np.linalg.inv(H)
     return beta, np.sqrt(np.diag(inv @ (G / max(G - 1, 1) * scores.T @ scores) @ inv))
 
 def _slope_offset(s):
     "Slope, its standard error, offset at slope 1, its standard error"
     if len(np.unique(s.y)) < 2: return (np.nan,) * 4
-    x, one = _logit(s.score), np.ones((len(s.y), 1))
-    (_, b), (_, se) = _fit_logistic(np.column_stack([one, x]), s.y, 0., s.group) if np.ptp(x) > 1e-12 else ((np.nan, np.nan),) * 2
+    x, one, b, se = _logit(s.score), np.ones((len(s.y), 1)), np.nan, np.nan
+    if np.ptp(x) > 1e-12: (_, b), (_, se) = _fit_logistic(np.column_stack([one, x]), s.y, 0., s.group)
     (a,), (sa,) = _fit_logistic(one, s.y, x, s.group)
     return float(b), float(se), float(a), float(sa)
 
 # %% ../../nbs/stats/calibration.ipynb #ece
+class ECE(NamedTuple):
+    "Expected calibration error beside what a perfectly calibrated model would show on as many patients; NaN without images"
+    ece: float
+    ece_debiased: float
+    null_low: float     # band of a perfect model
+    null_high: float
+    p_null: float       # share of perfect models with an error as large
+    bins: int           # that were filled
+
+    @property
+    def beyond_null(self) -> bool:
+        "Is the error larger than a perfect model's?"
+        return bool(self.ece > self.null_high)
+
 def _ece(b, score, y, n): return float(abs(np.bincount(b, y - score, len(n))).sum() / n.sum())
 
 def _redrawn(s, b, n, prob, n_sim, rng):
     "(n_sim,) calibration errors when the truth is drawn from `prob` (n,), once per patient"
     return np.array([_ece(b, s.score, rng.random(s.n_groups)[s.group] < prob, n) for _ in range(n_sim)])
 
-def calibration_error(y_true, y_prob,      # (n,) labels and probabilities
-                      groups = None,       # (n,) patient groups: one truth each
-                      bins = 15, classes = BINARY, n_sim = 1000, seed = 0, level = .95,
-                     ) -> dict:            # ece, ece_debiased, null_low, null_high, p_null, bins
+# %% ../../nbs/stats/calibration.ipynb #calibration-error
+def calibration_error(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities
+    groups: ArrayLike | None = None,       # (n,) patient groups: one truth each
+    bins: int = 15,                        # of equal mass
+    classes: Sequence = BINARY,            # (negative, positive)
+    n_sim: int = 1000,                     # simulated truths
+    seed: int = 0, level: float = .95,
+) -> ECE:
     "Expected calibration error, debiased, with the band that a perfectly calibrated model would show"
-    s = _two(y_true, y_prob, groups, classes)
-    if not len(s.y): return dict(ece=np.nan, ece_debiased=np.nan, null_low=np.nan, null_high=np.nan, p_null=np.nan, bins=0)
+    s = _two_classes(y_true, y_prob, groups, classes)
+    if not len(s.y): return ECE(np.nan, np.nan, np.nan, np.nan, np.nan, 0)
     rng, b = np.random.default_rng(seed), _bins(s.score, bins)
     n = np.bincount(b)
     ece, own = _ece(b, s.score, s.y, n), (np.bincount(b, s.y) / n)[b]
     again, null = (_redrawn(s, b, n, prob, n_sim, rng) for prob in (own, s.score))
     low, high = np.quantile(null, [(1 - level) / 2, (1 + level) / 2])
-    return dict(ece=ece, ece_debiased=float(np.clip(2 * ece - again.mean(), 0, 1)), null_low=float(low), null_high=float(high),
-                p_null=float((1 + (null >= ece - 1e-12).sum()) / (1 + n_sim)), bins=len(n))
+    p_null = (1 + (null >= ece - 1e-12).sum()) / (1 + n_sim)
+    return ECE(ece, float(np.clip(2 * ece - again.mean(), 0, 1)), float(low), float(high), float(p_null), len(n))
 
 # %% ../../nbs/stats/calibration.ipynb #brier
-def brier_parts(y_true, y_prob,           # (n,) labels and probabilities
-                bins = 15, classes = BINARY,
-               ) -> dict:                 # brier = reliability - resolution + uncertainty + rest
+class BrierParts(NamedTuple):
+    "brier = reliability - resolution + uncertainty + rest; NaN without images"
+    brier: float
+    reliability: float   # added by poor calibration
+    resolution: float    # taken off by the ranking
+    uncertainty: float   # added by the mix of classes
+    rest: float          # spread within bins
+
+def brier_parts(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities
+    bins: int = 15,                        # of equal mass
+    classes: Sequence = BINARY,            # (negative, positive)
+) -> BrierParts:
     "The Brier score and its parts"
-    s = _two(y_true, y_prob, None, classes)
-    if not len(s.y): return dict.fromkeys(('brier', 'reliability', 'resolution', 'uncertainty', 'rest'), np.nan)
+    s = _two_classes(y_true, y_prob, None, classes)
+    if not len(s.y): return BrierParts(*[np.nan] * 5)
     b = _bins(s.score, bins)
     n, mean = np.bincount(b), s.y.mean()
     share, prob = np.bincount(b, s.y) / n, np.bincount(b, s.score) / n
-    w = n / n.sum()
-    out = dict(brier=float(((s.score - s.y) ** 2).mean()), reliability=float(w @ (prob - share) ** 2), resolution=float(w @ (share - mean) ** 2),
-               uncertainty=float(mean * (1 - mean)))
-    return dict(out, rest=out['brier'] - out['reliability'] + out['resolution'] - out['uncertainty'])
+    w, brier, uncertainty = n / n.sum(), float(((s.score - s.y) ** 2).mean()), float(mean * (1 - mean))
+    cost, gain = float(w @ (prob - share) ** 2), float(w @ (share - mean) ** 2)
+    return BrierParts(brier, cost, gain, uncertainty, brier - cost + gain - uncertainty)
 
-# %% ../../nbs/stats/calibration.ipynb #calibration
+# %% ../../nbs/stats/calibration.ipynb #calibration-result
+SlopeVerdict = Literal['too confident', 'not confident enough', 'compatible with 1', 'not estimable']
+OffsetVerdict = Literal['too low', 'too high', 'compatible with 0', 'not estimable']
+
+class Coefficient(NamedTuple):
+    "A number of a regression with its interval; NaN: it cannot be fitted"
+    value: float
+    low: float
+    high: float
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    "How far the probabilities of these images can be believed; (value, low, high) where there is an interval"
-    n_images: int; n_groups: int; level: float
-    slope: tuple; offset: tuple
-    error: dict                 # of `calibration_error`
-    brier: dict                 # of `brier_parts`
+    "How far the probabilities of these images can be believed"
+    n_images: int
+    n_groups: int
+    level: float                                 # of the intervals
+    slope: Coefficient
+    offset: Coefficient
+    error: ECE
+    brier: BrierParts
     curve: pd.DataFrame = field(repr=False)      # of `reliability`
 
     @property
-    def words(self) -> str:
-        "The verdict in a sentence"
-        if np.isnan(self.error['ece']): return 'no images: nothing is known about calibration.'
-        (b, b_low, b_high), (a, a_low, a_high), e = self.slope, self.offset, self.error
-        if np.isnan(b): sure = 'no slope can be fitted (the classes are separated, constant, or one is missing)'
-        else: sure = 'too sure of itself' if b_high < 1 else 'not sure enough' if b_low > 1 else 'slope compatible with 1'
-        if not np.isnan(a): sure += '; probabilities too low on the whole' if a_low > 0 else '; probabilities too high on the whole' if a_high < 0 else ''
-        more = 'more than' if e['ece'] > e['null_high'] else 'no more than'
-        return f"{sure}; calibration error {e['ece']:.3f}, {more} a perfect model shows on these patients ({e['null_low']:.3f} to {e['null_high']:.3f})."
-    def to_dict(self) -> dict:
-        "Plain Python that JSON can hold; NaN is None"
-        return to_plain(dict({k: v for k, v in vars(self).items() if k != 'curve'}, curve=self.curve.to_dict('list'), words=self.words))
-    def __str__(self):
-        ci = lambda t: f'{t[0]:.3f} [{t[1]:.3f}, {t[2]:.3f}]'
-        e = self.error
-        return '\n'.join([f'{self.n_images} images, {self.n_groups} groups', f'slope  {ci(self.slope)}', f'offset {ci(self.offset)}',
-                          f"ECE    {e['ece']:.3f}, debiased {e['ece_debiased']:.3f}, perfect model {e['null_low']:.3f} to {e['null_high']:.3f}",
-                          f"Brier  {self.brier['brier']:.3f}", self.words])
+    def slope_verdict(self) -> SlopeVerdict:
+        "Does the model state too extreme probabilities, or too cautious ones?"
+        if np.isnan(self.slope.value): return 'not estimable'
+        if self.slope.high < 1: return 'too confident'
+        return 'not confident enough' if self.slope.low > 1 else 'compatible with 1'
 
-def calibration(y_true, y_prob,       # (n,) labels and probabilities of TEST images
-                groups = None,        # (n,) patient groups
-                bins = 15, classes = BINARY, n_sim = 1000, seed = 0, level = .95,
-               ) -> Calibration:
-    "Slope, offset, calibration error with its null, Brier parts and reliability curve"
-    s, z = _two(y_true, y_prob, groups, classes), stats.norm.ppf(.5 + level / 2)
+    @property
+    def offset_verdict(self) -> OffsetVerdict:
+        "Are the probabilities too low or too high on the whole?"
+        if np.isnan(self.offset.value): return 'not estimable'
+        if self.offset.low > 0: return 'too low'
+        return 'too high' if self.offset.high < 0 else 'compatible with 0'
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python that JSON can hold, with the verdicts; NaN is None"
+        parts = dict(error=self.error._asdict(), brier=self.brier._asdict(), curve=self.curve.to_dict('list'))
+        verdicts = dict(slope_verdict=self.slope_verdict, offset_verdict=self.offset_verdict)
+        return to_plain({**vars(self), **parts, **verdicts})
+
+    def __str__(self) -> str:
+        e = self.error
+        null = f'perfect model {format_number(e.null_low)} to {format_number(e.null_high)}'
+        return '\n'.join([
+            f'{format_count(self.n_images, "image")}, {format_count(self.n_groups, "group")}',
+            f'slope  {format_estimate(*self.slope)}', f'offset {format_estimate(*self.offset)}',
+            f'ECE    {format_number(e.ece)}, debiased {format_number(e.ece_debiased)}, {null}',
+            f'Brier  {format_number(self.brier.brier)}', describe_calibration(self)])
+
+# %% ../../nbs/stats/calibration.ipynb #describe-calibration
+def describe_calibration(c: Calibration) -> str:
+    "What may be said about the probabilities, in words without a capital letter and a full stop"
+    e = c.error
+    if np.isnan(e.ece): return 'no images: nothing is known about calibration'
+    text = {'too confident': 'the model is too confident', 'not confident enough': 'the model is not confident enough',
+            'compatible with 1': 'slope compatible with 1',
+            'not estimable': 'no slope can be fitted (the classes are separated, constant, or one is missing)'}[c.slope_verdict]
+    if c.offset_verdict in ('too low', 'too high'): text += f'; probabilities {c.offset_verdict} on the whole'
+    more = 'more than' if e.beyond_null else 'no more than'
+    return (f'{text}; calibration error {format_number(e.ece)}, {more} a perfect model shows on these patients '
+            f'({format_number(e.null_low)} to {format_number(e.null_high)})')
+
+# %% ../../nbs/stats/calibration.ipynb #calibration
+def calibration(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities of TEST images
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    bins: int = 15,                        # of equal mass
+    classes: Sequence = BINARY,            # (negative, positive)
+    n_sim: int = 1000,                     # simulated truths for the calibration error
+    seed: int = 0, level: float = .95,
+) -> Calibration:
+    "Slope, offset, calibration error beside a perfect model's, Brier parts and reliability curve"
+    s, z = _two_classes(y_true, y_prob, groups, classes), stats.norm.ppf(.5 + level / 2)
     b, se, a, sa = _slope_offset(s)
     if np.isnan(b):
-        warnings.warn('calibration slope: undefined for one class, constant scores or classes without overlap', UndefinedMetric, stacklevel=2)
-    return Calibration(len(s.y), s.n_groups, level, (b, b - z * se, b + z * se), (a, a - z * sa, a + z * sa),
-                       calibration_error(y_true, y_prob, groups, bins, classes, n_sim, seed, level), brier_parts(y_true, y_prob, bins, classes),
-                       reliability(y_true, y_prob, bins, classes, level))
+        warnings.warn('calibration slope: undefined for one class, constant scores or classes without overlap',
+                      UndefinedMetric, stacklevel=2)
+    return Calibration(len(s.y), s.n_groups, level,
+                       Coefficient(b, b - z * se, b + z * se), Coefficient(a, a - z * sa, a + z * sa),
+                       calibration_error(y_true, y_prob, groups, bins, classes, n_sim, seed, level),
+                       brier_parts(y_true, y_prob, bins, classes), reliability(y_true, y_prob, bins, classes, level))
 
-# %% ../../nbs/stats/calibration.ipynb #temperature
-def fit_temperature(logits,           # (n,) of the positive class, or (n, k)
-                    y_true,           # (n,) labels of VALIDATION images
-                    classes = None,   # names, in the order of the columns; None: 0..k-1
-                   ) -> float:        # T; above 1: the model was too sure
-    "The temperature that makes the log loss of validation images smallest"
+# %% ../../nbs/stats/calibration.ipynb #fit-temperature
+def _check_logits(logits):
+    "(n, k) logits from (n,) of the positive class, or (n, k)"
     z = np.asarray(logits, float)
     z = np.column_stack([np.zeros(len(z)), z]) if z.ndim == 1 else z
     if z.ndim != 2 or not np.isfinite(z).all():
         raise EvaluationError(f'logits have shape {np.shape(logits)} or are not finite; give (n,) or (n, k) real numbers.')
+    return z
+
+def fit_temperature(
+    logits: ArrayLike,                # (n,) of the positive class, or (n, k)
+    y_true: ArrayLike,                # (n,) labels of VALIDATION images
+    classes: Sequence | None = None,  # names, in the order of the columns; None: 0..k-1
+) -> float:                           # T; above 1: the model was too confident
+    "The temperature that makes the log loss of validation images smallest"
+    z = _check_logits(logits)
     k = z.shape[1]
     y = check_scores(y_true, np.full((len(z), k), 1 / k), None, range(k) if classes is None else classes).y
-    if len(np.unique(y)) < 2: raise EvaluationError('fit_temperature: the validation images are all of one class or none; a temperature needs both.')
+    if len(np.unique(y)) < 2:
+        raise EvaluationError('fit_temperature: the validation images are all of one class or none; a temperature needs both.')
     def loss(log_t):
         a = z * math.exp(-log_t)
         top = a.max(1, keepdims=True)
@@ -169,13 +255,15 @@ def fit_temperature(logits,           # (n,) of the positive class, or (n, k)
     span = math.log(100)
     best = optimize.minimize_scalar(loss, bounds=(-span, span), method='bounded', options=dict(xatol=1e-6)).x
     if abs(best) > .99 * span or loss(best) < 1e-9:
-        warnings.warn(f'temperature {math.exp(best):.3g} means nothing: the validation images are separated without error, or carry no signal',
-                      UndefinedMetric, stacklevel=2)
+        warnings.warn(f'temperature {math.exp(best):.3g} means nothing: the validation images are separated without error, '
+                      f'or carry no signal', UndefinedMetric, stacklevel=2)
     return float(math.exp(best))
 
-def apply_temperature(y_prob,           # (n,) or (n, k) probabilities
-                      temperature,      # from `fit_temperature`
-                     ):                 # the same shape
+# %% ../../nbs/stats/calibration.ipynb #apply-temperature
+def apply_temperature(
+    y_prob: ArrayLike,   # (n,) or (n, k) probabilities
+    temperature: float,  # from `fit_temperature`
+) -> np.ndarray:         # the same shape
     "Probabilities at another temperature; order and AUC stay as they are"
     p = np.asarray(y_prob, float)
     if not temperature > 0: raise EvaluationError(f'temperature={temperature}; give a number above 0.')
@@ -185,42 +273,53 @@ def apply_temperature(y_prob,           # (n,) or (n, k) probabilities
     q = q / q.sum(1, keepdims=True)
     return q[:, 1] if p.ndim == 1 else q
 
-# %% ../../nbs/stats/calibration.ipynb #use-at
-def predictive_values_at(y_true, y_prob,                    # (n,) labels and probabilities of TEST images
-           threshold,                         # the frozen one
-           prevalences = (.01, .05, .2),      # of the places of use
-           groups = None, classes = BINARY, n_boot = 2000, seed = 0, level = .95,
-          ) -> pd.DataFrame:                  # prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high, false_alarms_per_hit, of
-    "Predictive values at stated prevalences with intervals over patients; the collection's own prevalence last, and named"
-    s = _two(y_true, y_prob, groups, classes)
-    if any(not 0 < v < 1 for v in prevalences): raise EvaluationError(f'prevalences={prevalences}; give shares between 0 and 1.')
-    calls = (s.score >= threshold).astype(np.int64)
-    if not len(s.y): raise EvaluationError('predictive_values_at: no images.')
-    pick = lambda m: (m['recall'], m['specificity'])
-    sens, spec = pick(compute_metrics(s, calls, np.ones((1, len(s.y)))))
-    draws = [np.concatenate(v) for v in zip(*(pick(compute_metrics(s, calls, w)) for w in group_resamples(s, n_boot, seed)))]
-    draws = [_redrawn_share(m, v, d, s, calls, seed) for m, v, d in zip(('recall', 'specificity'), (sens[0], spec[0]), draws)]
-    rows = []
-    for v in (*prevalences, s.y.mean()):
-        row = dict(prevalence=float(v))
-        for name, value, drawn in zip(('ppv', 'npv'), predictive_values(sens, spec, v), predictive_values(*draws, v)):
-            low, high, _ = percentile_interval(drawn, level)
-            row.update({name: float(value[0]), f'{name}_low': low, f'{name}_high': high})
-        rows.append(dict(row, false_alarms_per_hit=float((1 - spec[0]) * (1 - v) / (sens[0] * v)) if sens[0] * v > 0 else np.nan, of='stated'))
-    rows[-1]['of'] = 'this collection, as collected'
-    return pd.DataFrame(rows)
-
-def _redrawn_share(metric, value, draws, s, calls, seed):
-    "Resamples of a share; where hardly anybody erred, draws of what the share may truly be (Jeffreys' prior) at its effective number of patients"
-    n = None if np.isnan(value) else few_error_size(metric, value, draws, s, calls)
+# %% ../../nbs/stats/calibration.ipynb #predictive-values-at
+def _redrawn_share(metric, value, draws, s, predicted, seed):
+    "Resamples of a share; with very few errors, draws of what it may truly be (Jeffreys' prior) at its effective patients"
+    n = None if np.isnan(value) else few_error_size(metric, value, draws, s, predicted)
     if n is None: return draws
     return np.random.default_rng([seed, len(metric)]).beta(value * n + .5, (1 - value) * n + .5, len(draws))
 
+def _prevalence_row(prevalence, sens, spec, draws, level):
+    "Predictive values at one prevalence with their intervals"
+    row = dict(prevalence=float(prevalence))
+    values, drawn = predictive_values(sens, spec, prevalence), predictive_values(*draws, prevalence)
+    for name, value, d in zip(('ppv', 'npv'), values, drawn):
+        low, high, _ = percentile_interval(d, level)
+        row.update({name: float(value), f'{name}_low': low, f'{name}_high': high})
+    hits = sens * prevalence
+    row['false_alarms_per_hit'] = float((1 - spec) * (1 - prevalence) / hits) if hits > 0 else np.nan
+    return row
+
+def predictive_values_at(
+    y_true: ArrayLike, y_prob: ArrayLike,           # (n,) labels and probabilities of TEST images
+    threshold: float,                               # the frozen one
+    prevalences: Sequence[float] = (.01, .05, .2),  # of the places of use
+    groups: ArrayLike | None = None,                # (n,) patient groups
+    classes: Sequence = BINARY,                     # (negative, positive)
+    n_boot: int = 2000, seed: int = 0, level: float = .95,
+) -> pd.DataFrame:       # prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high, false_alarms_per_hit, of
+    "Predictive values at stated prevalences with intervals over patients; the collection's own prevalence last, and named"
+    s = _two_classes(y_true, y_prob, groups, classes)
+    if any(not 0 < v < 1 for v in prevalences):
+        raise EvaluationError(f'prevalences={prevalences}; give shares between 0 and 1.')
+    predicted = (s.score >= threshold).astype(np.int64)
+    if not len(s.y): raise EvaluationError('predictive_values_at: no images.')
+    pick = lambda m: (m['recall'], m['specificity'])
+    sens, spec = (v[0] for v in pick(compute_metrics(s, predicted, np.ones((1, len(s.y))))))
+    draws = zip(*(pick(compute_metrics(s, predicted, w)) for w in group_resamples(s, n_boot, seed)))
+    redrawn = [_redrawn_share(m, v, np.concatenate(d), s, predicted, seed)
+               for m, v, d in zip(('recall', 'specificity'), (sens, spec), draws)]
+    rows = [dict(_prevalence_row(v, sens, spec, redrawn, level), of='stated') for v in (*prevalences, s.y.mean())]
+    rows[-1]['of'] = 'this collection, as collected'
+    return pd.DataFrame(rows)
+
 # %% ../../nbs/stats/calibration.ipynb #shift
-def shift_prevalence(y_prob,      # (n,) probabilities of the positive class
-                     old: float,  # prevalence that they were made for
-                     new: float,  # prevalence of the place of use
-                    ):            # (n,)
+def shift_prevalence(
+    y_prob: ArrayLike,  # (n,) probabilities of the positive class
+    old: float,         # prevalence that they were made for
+    new: float,         # prevalence of the place of use
+) -> np.ndarray:        # (n,)
     "Probabilities at another prevalence, by Bayes' rule; the order of the images stays"
     for v in (old, new):
         if not 0 < v < 1: raise EvaluationError(f'prevalence={v}; give a share between 0 and 1.')
@@ -229,27 +328,43 @@ def shift_prevalence(y_prob,      # (n,) probabilities of the positive class
     return a / (a + b)
 
 # %% ../../nbs/stats/calibration.ipynb #benefit
-def net_benefit(y_true, y_prob,                          # (n,) labels and probabilities
-                thresholds = None,                       # probabilities at which one would act; None: .01 to .99
-                prevalence = None,                       # of the place of use, where the probabilities are moved to; None: as collected
-                groups = None, classes = BINARY, n_boot = 0, seed = 0, level = .95,
-               ) -> pd.DataFrame:                        # threshold, model, low, high, treat_all, treat_none
-    "Decision curve: net benefit of acting on the model, on everybody and on nobody"
-    s = _two(y_true, y_prob, groups, classes)
+def _acting_thresholds(thresholds, prevalence):
+    "Checked probabilities at which one would act"
     t = np.arange(.01, 1, .01) if thresholds is None else np.atleast_1d(np.asarray(thresholds, float))
-    if ((t <= 0) | (t >= 1)).any(): raise EvaluationError(f'threshold {t[(t <= 0) | (t >= 1)][0]} is no price; give probabilities between 0 and 1.')
-    if prevalence is not None and not 0 < prevalence < 1: raise EvaluationError(f'prevalence={prevalence}; give a share between 0 and 1.')
-    p = s.score if prevalence is None or len(np.unique(s.y)) < 2 else shift_prevalence(s.score, s.y.mean(), prevalence)
-    odds, over = t / (1 - t), p[:, None] >= t - 1e-12
-    def benefit(w):                                      # (b, n) weights -> (b, len(t))
-        P, n = (w @ s.y)[:, None], w.sum(1)[:, None]
-        with np.errstate(invalid='ignore', divide='ignore'):
-            tpr, fpr, share = w @ (over & (s.y[:, None] == 1)) / P, w @ (over & (s.y[:, None] == 0)) / (n - P), P / n
-            v = share if prevalence is None else prevalence
-            return np.where(v == 0, 0, tpr * v) - np.where(v == 1, 0, fpr * (1 - v)) * odds
-    model, v = benefit(np.ones((1, len(s.y))))[0], (s.y.mean() if len(s.y) else np.nan) if prevalence is None else prevalence
-    out = pd.DataFrame(dict(threshold=t, model=model, low=np.nan, high=np.nan, treat_all=v - (1 - v) * odds, treat_none=0.))
+    bad = t[(t <= 0) | (t >= 1)]
+    if len(bad): raise EvaluationError(f'threshold {bad[0]} is no price; give probabilities between 0 and 1.')
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise EvaluationError(f'prevalence={prevalence}; give a share between 0 and 1.')
+    return t
+
+def _benefit(w, y, acted, odds, prevalence):
+    "(b, t) net benefit under weights w (b, n), where acted (n, t) says who is treated at every threshold"
+    P, n = (w @ y)[:, None], w.sum(1)[:, None]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        tpr, fpr = w @ (acted & (y[:, None] == 1)) / P, w @ (acted & (y[:, None] == 0)) / (n - P)
+        v = P / n if prevalence is None else prevalence
+        return np.where(v == 0, 0, tpr * v) - np.where(v == 1, 0, fpr * (1 - v)) * odds
+
+def net_benefit(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities
+    thresholds: ArrayLike | None = None,   # probabilities at which one would act; None: .01 to .99
+    prevalence: float | None = None,       # of the place of use; probabilities are moved there; None: as collected
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    classes: Sequence = BINARY,            # (negative, positive)
+    n_boot: int = 0,                       # resamples; 0: no intervals
+    seed: int = 0, level: float = .95,
+) -> pd.DataFrame:                         # threshold, model, low, high, treat_all, treat_none
+    "Decision curve: net benefit of acting on the model, on all patients and on none"
+    s, t = _two_classes(y_true, y_prob, groups, classes), _acting_thresholds(thresholds, prevalence)
+    p, odds = s.score, t / (1 - t)
+    if prevalence is not None and len(np.unique(s.y)) == 2: p = shift_prevalence(p, s.y.mean(), prevalence)
+    acted = p[:, None] >= t - 1e-12
+    model = _benefit(np.ones((1, len(s.y))), s.y, acted, odds, prevalence)[0]
+    v = prevalence
+    if v is None: v = s.y.mean() if len(s.y) else np.nan
+    treat_all = v - (1 - v) * odds
+    out = pd.DataFrame(dict(threshold=t, model=model, low=np.nan, high=np.nan, treat_all=treat_all, treat_none=0.))
     if n_boot and len(s.y):
-        draws = np.concatenate([benefit(w) for w in group_resamples(s, n_boot, seed)])
+        draws = np.concatenate([_benefit(w, s.y, acted, odds, prevalence) for w in group_resamples(s, n_boot, seed)])
         out[['low', 'high']] = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0).T
     return out

@@ -6,18 +6,27 @@
 from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
+from typing import Any, Literal, Mapping, NamedTuple, Sequence
 import numpy as np, pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 from ..core import nearest
-from ..evaluate import (ALIASES, BINARY, METRICS, EvaluationError, check_scores, compute_metrics, evaluate, group_resamples,
-                                percentile_interval, wilson)
+from ..evaluate import (ALIASES, BINARY, METRICS, EvaluationError, check_scores, compute_metrics, evaluate,
+                                group_resamples, metric_name, percentile_interval, to_plain, wilson)
+from ..words import format_count, format_estimate, format_number, format_p
 
 # %% auto #0
-__all__ = ['auc_covariance', 'Difference', 'compare_auc', 'paired_difference', 'mcnemar_exact', 'sign_flip', 'compare_accuracy',
-           'holm', 'mcnemar_power', 'n_needed', 'auc_half_width', 'precision_table', 'subgroups', 'worst_gap',
+__all__ = ['PairedVerdict', 'AucCovariance', 'auc_covariance', 'Difference', 'describe_paired', 'compare_auc',
+           'paired_difference', 'sign_flip', 'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed',
+           'auc_half_width', 'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup',
            'check_published']
 
 # %% ../../nbs/stats/paired.ipynb #delong
+class AucCovariance(NamedTuple):
+    "AUCs of r models on the same images; NaN where a class is missing"
+    auc: np.ndarray          # (r,)
+    covariance: np.ndarray   # (r, r); NaN where a class has fewer than two groups
+
 def _placements(y, score):
     "Share of negatives below every positive, and of positives above every negative; ties count half"
     pos, neg = score[y == 1], score[y == 0]
@@ -25,138 +34,220 @@ def _placements(y, score):
     both, m, n = ranks(np.r_[pos, neg]), len(pos), len(neg)
     return (both[:m] - ranks(pos)) / n, 1 - (both[m:] - ranks(neg)) / m
 
-def auc_covariance(y_true,           # (n,) labels
-                   y_probs,          # list of (n,) probabilities, one per model
-                   groups = None,    # (n,) patient groups; None: DeLong, every image for itself
-                   classes = BINARY, # (negative, positive)
-                  ) -> tuple:        # (r,) AUCs and their (r, r) covariance; NaN where a class has fewer than two groups
+def _sum_within_patients(centred, group, n_groups):
+    "(r, n_groups) scores of images (r, n), summed within patients"
+    sums = np.zeros((len(centred), n_groups))
+    for total, c in zip(sums, centred): np.add.at(total, group, c)
+    return sums
+
+# %% ../../nbs/stats/paired.ipynb #auc-covariance
+def auc_covariance(
+    y_true: ArrayLike,                # (n,) labels
+    y_probs: Sequence,                # r times (n,) probabilities, one per model
+    groups: ArrayLike | None = None,  # (n,) patient groups; None: DeLong, every image for itself
+    classes: Sequence = BINARY,       # (negative, positive)
+) -> AucCovariance:
     "AUCs of several models on the same images and their covariance (DeLong; Obuchowski with groups)"
     s = [check_scores(y_true, p, groups, classes) for p in y_probs]
     y, g, r = s[0].y, s[0].group, len(s)
-    if len(s[0].classes) != 2: raise EvaluationError(f'auc_covariance: {len(s[0].classes)} classes; compare one class against the rest at a time.')
-    if len(np.unique(y)) < 2: return np.full(r, np.nan), np.full((r, r), np.nan)
+    if len(s[0].classes) != 2:
+        raise EvaluationError(f'auc_covariance: {len(s[0].classes)} classes; compare one class against the rest at a time.')
+    if len(np.unique(y)) < 2: return AucCovariance(np.full(r, np.nan), np.full((r, r), np.nan))
     V, W = (np.array(v) for v in zip(*(_placements(y, x.score) for x in s)))
     auc, m, n = V.mean(1), V.shape[1], W.shape[1]
-    sums = np.zeros((2, r, s[0].n_groups))                         # centred scores, summed within patients
-    for k in range(r): np.add.at(sums[0, k], g[y == 1], V[k] - auc[k]); np.add.at(sums[1, k], g[y == 0], W[k] - auc[k])
     G = [len(np.unique(g[y == 1])), len(np.unique(g[y == 0])), s[0].n_groups]
-    if min(G[:2]) < 2: return auc, np.full((r, r), np.nan)
-    s10, s01, s11 = (G[i] / (G[i] - 1) * a @ b.T for i, (a, b) in enumerate(((sums[0], sums[0]), (sums[1], sums[1]), (sums[0], sums[1]))))
-    return auc, s10 / m ** 2 + s01 / n ** 2 + (s11 + s11.T) / (m * n)
+    if min(G[:2]) < 2: return AucCovariance(auc, np.full((r, r), np.nan))
+    a = _sum_within_patients(V - auc[:, None], g[y == 1], s[0].n_groups)
+    b = _sum_within_patients(W - auc[:, None], g[y == 0], s[0].n_groups)
+    s10, s01, s11 = (k / (k - 1) * u @ v.T for k, u, v in zip(G, (a, b, a), (a, b, b)))
+    return AucCovariance(auc, s10 / m ** 2 + s01 / n ** 2 + (s11 + s11.T) / (m * n))
 
-# %% ../../nbs/stats/paired.ipynb #compare-auc
+# %% ../../nbs/stats/paired.ipynb #difference
+PairedVerdict = Literal['first is better', 'second is better', 'not distinguishable', 'not estimable']
+
 @dataclass(frozen=True)
 class Difference:
     "A paired difference, first model minus second"
-    what: str; first: float; second: float; difference: float
-    low: float; high: float; level: float
-    p: float                     # two-sided, of no difference
-    n_images: int; n_groups: int
-    margin: float = None         # of non-inferiority; None: not asked
-    p_margin: float = None       # one-sided, of "worse by the margin or more"
-    note: str = ''
+    what: str                      # the metric
+    first: float
+    second: float
+    difference: float
+    low: float                     # of the difference
+    high: float
+    level: float                   # of the interval
+    p: float                       # two-sided, of no difference
+    n_images: int
+    n_groups: int
+    margin: float | None = None    # of non-inferiority; None: not asked
+    p_margin: float | None = None  # one-sided, of "worse by the margin or more"
+    note: str = ''                 # what a reader must know
+    only_first: int | None = None  # images that only the first got right; None: not a comparison of predictions
+    only_second: int | None = None
 
     @property
-    def words(self) -> str:
-        "What may be said: 'better' only when the interval and the test agree"
-        if np.isnan(self.p): return f'{self.what}: not estimable'
+    def verdict(self) -> PairedVerdict:
+        "Better only when the interval and the test agree"
+        if np.isnan(self.p): return 'not estimable'
         sure = self.p < 1 - self.level
-        verdict = 'the first is better' if sure and self.low > 0 else 'the second is better' if sure and self.high < 0 else 'not distinguishable'
-        if self.margin is None: return verdict
-        return f"{verdict}; the first is {'not worse' if self.low > -self.margin else 'not shown to be not worse'} by {self.margin:g} or more"
-    def to_dict(self) -> dict: return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dict(asdict(self), words=self.words).items()}
-    def __str__(self):
-        return (f'{self.what}: {self.first:.3f} against {self.second:.3f}, difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], '
-                f'p = {self.p:.3g} ({self.n_images} images, {self.n_groups} groups): {self.words}' + (f' ({self.note})' if self.note else ''))
+        if sure and self.low > 0: return 'first is better'
+        if sure and self.high < 0: return 'second is better'
+        return 'not distinguishable'
 
+    @property
+    def non_inferior(self) -> bool | None:
+        "Is the first not worse by the margin or more? None: not asked, or not estimable"
+        if self.margin is None or np.isnan(self.p): return None
+        return bool(self.low > -self.margin)
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python for JSON, with the verdict; NaN is None"
+        return to_plain(dict(asdict(self), verdict=self.verdict, non_inferior=self.non_inferior))
+
+    def __str__(self) -> str:
+        notes = [self.note] if self.note else []
+        if self.only_first is not None: notes.append(f'{self.only_first} images only the first got right, {self.only_second} only the second')
+        return (f'{self.what}: {format_number(self.first)} against {format_number(self.second)}, difference '
+                f'{format_estimate(self.difference, self.low, self.high, signed=True)}, {format_p(self.p)} '
+                f'({format_count(self.n_images, "image")}, {format_count(self.n_groups, "group")}): {describe_paired(self)}'
+                + ''.join(f' ({n})' for n in notes))
+
+# %% ../../nbs/stats/paired.ipynb #describe-paired
+def describe_paired(
+    d: Difference,
+    first: str = 'the first',    # name of the first model
+    second: str = 'the second',
+) -> str:
+    "What may be said about a difference, in words without a capital letter and a full stop"
+    better = {'first is better': f'{first} is better', 'second is better': f'{second} is better'}
+    text = better.get(d.verdict, d.verdict)
+    if d.non_inferior is None: return text
+    shown = 'not worse' if d.non_inferior else 'not shown to be not worse'
+    return f'{text}; {first} is {shown} by {d.margin:g} or more'
+
+# %% ../../nbs/stats/paired.ipynb #compare-auc
 def _check_margin(margin):
     if margin is not None and not 0 < margin < 1:
         raise EvaluationError(f'margin={margin}; give the largest loss that would not matter, such as .02, written down beforehand.')
 
-def compare_auc(y_true,           # (n,) labels
-                first, second,    # (n,) probabilities of two models for the same images
-                groups = None,    # (n,) patient groups
-                margin = None,    # of non-inferiority, in AUC; None: not asked
-                classes = BINARY, # (negative, positive)
-                level = .95,      # of the interval
-               ) -> Difference:
+def _normal_p(d, se):
+    "Two-sided p of a difference with this standard error; NaN where it has none"
+    if d == 0 and se == 0: return 1.
+    return 2 * stats.norm.sf(abs(d) / se) if se > 0 else np.nan
+
+def compare_auc(
+    y_true: ArrayLike,                     # (n,) labels
+    first: ArrayLike, second: ArrayLike,   # (n,) probabilities of two models for the same images
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    margin: float | None = None,           # of non-inferiority, in AUC; None: not asked
+    classes: Sequence = BINARY,            # (negative, positive)
+    level: float = .95,                    # of the interval
+) -> Difference:
     "Paired comparison of two AUCs (DeLong; Obuchowski's clustered form with groups)"
     _check_margin(margin)
     s = check_scores(y_true, first, groups, classes)
     auc, cov = auc_covariance(y_true, [first, second], groups, classes)
     d, var = auc[0] - auc[1], cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
-    se, z = math.sqrt(max(var, 0.)) if var == var else np.nan, stats.norm.ppf(.5 + level / 2)
+    se = math.sqrt(max(var, 0.)) if not np.isnan(var) else np.nan
     if se < 1e-12: se = 0.                                # rounding
-    p = 1. if d == 0 and se == 0 else np.nan if se == 0 or se != se else 2 * stats.norm.sf(abs(d) / se)
-    pm = None if margin is None else np.nan if not se > 0 else stats.norm.sf((d + margin) / se)
-    low, high = (d - z * se, d + z * se) if p == p else (np.nan, np.nan)
-    return Difference('AUC', *map(float, (*auc, d, low, high)), level, float(p), len(s.y), s.n_groups, margin, None if pm is None else float(pm))
+    p, p_margin, z = _normal_p(d, se), None, stats.norm.ppf(.5 + level / 2)
+    if margin is not None: p_margin = float(stats.norm.sf((d + margin) / se)) if se > 0 else np.nan
+    low, high = (np.nan, np.nan) if np.isnan(p) else (d - z * se, d + z * se)
+    return Difference('AUC', float(auc[0]), float(auc[1]), float(d), float(low), float(high), level, float(p),
+                      len(s.y), s.n_groups, margin, p_margin)
 
 # %% ../../nbs/stats/paired.ipynb #paired-difference
-def paired_difference(y_true, first, second,          # (n,) labels; (n,) probabilities of two models
-                      groups = None,                  # (n,) patient groups
-                      metric = 'auc',                 # any of `METRICS`
-                      thresholds = (.5, .5),          # frozen threshold of each model
-                      margin = None,                  # of non-inferiority; None: not asked
-                      classes = BINARY, n_boot = 2000, seed = 0, level = .95,
-                     ) -> Difference:
+def _two_scores(y_true, first, second, groups, classes):
+    "Checked scores of two models on the same images"
+    s = [check_scores(y_true, p, groups, classes) for p in (first, second)]
+    if len(s[0].classes) != 2:
+        raise EvaluationError(f'paired_difference: {len(s[0].classes)} classes; compare one class against the rest at a time.')
+    return s
+
+def _bootstrap_p(draws, margin):
+    "Two-sided p of no difference, and one-sided p of 'worse by the margin or more' (None: not asked), from resamples"
+    ok = draws[~np.isnan(draws)]
+    p = min(1., 2 * (1 + min((ok <= 0).sum(), (ok >= 0).sum())) / (1 + len(ok)))
+    return float(p), None if margin is None else float((1 + (ok <= -margin).sum()) / (1 + len(ok)))
+
+def paired_difference(
+    y_true: ArrayLike,                             # (n,) labels
+    first: ArrayLike, second: ArrayLike,           # (n,) probabilities of two models for the same images
+    groups: ArrayLike | None = None,               # (n,) patient groups
+    metric: str = 'auc',                           # any of `METRICS`
+    thresholds: tuple[float, float] = (.5, .5),    # frozen threshold of each model
+    margin: float | None = None,                   # of non-inferiority; None: not asked
+    classes: Sequence = BINARY,                    # (negative, positive)
+    n_boot: int = 2000, seed: int = 0, level: float = .95,
+) -> Difference:
     "Paired bootstrap over patients of the difference in any metric"
     _check_margin(margin)
-    metric = ALIASES.get(metric, metric)
-    if metric not in METRICS: raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, METRICS)} (known: {', '.join(METRICS)})")
-    s = [check_scores(y_true, p, groups, classes) for p in (first, second)]
-    if len(s[0].classes) != 2: raise EvaluationError(f'paired_difference: {len(s[0].classes)} classes; compare one class against the rest at a time.')
-    calls = [(x.score >= t).astype(np.int64) for x, t in zip(s, thresholds)]
-    both = lambda w: [compute_metrics(x, c, w)[metric] for x, c in zip(s, calls)]
-    a, b = (v[0] for v in both(np.ones((1, len(s[0].y)))))
+    name, s = metric_name(metric), _two_scores(y_true, first, second, groups, classes)
+    predicted = [(x.score >= t).astype(np.int64) for x, t in zip(s, thresholds)]
+    both = lambda w: [compute_metrics(x, c, w)[name] for x, c in zip(s, predicted)]
+    a, b = (float(v[0]) for v in both(np.ones((1, len(s[0].y)))))
     draws = np.concatenate([np.subtract(*both(w)) for w in group_resamples(s[0], n_boot, seed)])
     low, high, note = percentile_interval(draws, level)
-    ok = draws[~np.isnan(draws)]
-    p = min(1., 2 * (1 + min((ok <= 0).sum(), (ok >= 0).sum())) / (1 + len(ok))) if low == low else np.nan
-    pm = None if margin is None else (1 + (ok <= -margin).sum()) / (1 + len(ok)) if low == low else np.nan
-    return Difference(metric.replace('_', ' '), *map(float, (a, b, a - b, low, high)), level, float(p), len(s[0].y), s[0].n_groups, margin,
-                      None if pm is None else float(pm), note='; '.join(filter(None, (note, 'paired bootstrap'))))
+    p, p_margin = _bootstrap_p(draws, margin)
+    if np.isnan(low): p, p_margin = np.nan, None if margin is None else np.nan
+    return Difference(name.replace('_', ' '), a, b, a - b, low, high, level, p, len(s[0].y), s[0].n_groups, margin,
+                      p_margin, note='; '.join(filter(None, (note, 'paired bootstrap'))))
 
 # %% ../../nbs/stats/paired.ipynb #mcnemar
-def mcnemar_exact(b: int, # images that only the first got right
-                  c: int, # images that only the second got right
-                 ) -> float:
+def sign_flip(
+    steps: ArrayLike,  # (g,) one whole number per patient: images only the first got right minus those of the second
+) -> float:
+    "Two-sided exact p of all sign assignments: could chance have given a sum as far from zero?"
+    steps = np.asarray(steps, dtype=np.int64).ravel()
+    sizes, top = abs(steps[steps != 0]), int(abs(steps).sum())
+    if not len(sizes): return 1.
+    prob = np.zeros(2 * top + 1)       # of every sum from -top to top
+    prob[top] = 1.
+    for k in sizes:
+        new = np.zeros_like(prob)
+        new[k:] += prob[:-k] / 2
+        new[:-k] += prob[k:] / 2
+        prob = new
+    return float(min(1., prob[abs(np.arange(-top, top + 1)) >= abs(steps.sum())].sum()))
+
+def mcnemar_exact(
+    b: int,  # images that only the first got right
+    c: int,  # images that only the second got right
+) -> float:
     "Two-sided exact p of McNemar's test"
     return sign_flip(np.r_[np.ones(int(b)), -np.ones(int(c))])
 
-def sign_flip(stakes) -> float: # (g,) whole numbers, one per patient: images only the first got right minus images only the second did
-    "Two-sided exact p of all sign assignments: could coin tosses have given a sum as far from zero?"
-    stakes = np.asarray(stakes, dtype=np.int64).ravel()
-    sizes, top = abs(stakes[stakes != 0]), int(abs(stakes).sum())
-    if not len(sizes): return 1.
-    prob = np.zeros(2 * top + 1); prob[top] = 1.       # of every sum from -top to top
-    for k in sizes:
-        new = np.zeros_like(prob); new[k:] += prob[:-k] / 2; new[:-k] += prob[k:] / 2
-        prob = new
-    return float(min(1., prob[abs(np.arange(-top, top + 1)) >= abs(stakes.sum())].sum()))
+# %% ../../nbs/stats/paired.ipynb #compare-accuracy
+def _no_images(what, level):
+    "A difference that nothing is known about"
+    nan = np.nan
+    return Difference(what, nan, nan, nan, nan, nan, level, nan, 0, 0, only_first=0, only_second=0)
 
-def compare_accuracy(y_true, first, second, # (n,) labels; (n,) called classes of two models
-                  groups = None,         # (n,) patient groups
-                  level = .95,
-                 ) -> Difference:
+def compare_accuracy(
+    y_true: ArrayLike,                    # (n,) labels
+    first: ArrayLike, second: ArrayLike,  # (n,) predicted classes of two models
+    groups: ArrayLike | None = None,      # (n,) patient groups
+    level: float = .95,                   # of the interval
+) -> Difference:
     "Paired comparison of two accuracies: exact McNemar, over patients when groups are given"
     y, a, b = (np.asarray(v, dtype=object) for v in (y_true, first, second))
-    if not len(y) == len(a) == len(b): raise EvaluationError(f'{len(y)} labels, {len(a)} and {len(b)} calls; give one of each per image.')
+    n = len(y)
+    if not n == len(a) == len(b):
+        raise EvaluationError(f'{n} labels, {len(a)} and {len(b)} predictions; give one of each per image.')
+    if not n: return _no_images('accuracy', level)
     right = [(y == v).astype(int) for v in (a, b)]
-    group = check_scores(np.zeros(len(y), int), np.zeros(len(y)), groups).group if len(y) else np.empty(0, int)
-    stakes = np.bincount(group, weights=right[0] - right[1]).round().astype(int) if len(y) else np.empty(0, int)
-    n, g = len(y), len(stakes)
-    if not n: return Difference('accuracy', *[np.nan] * 5, level, np.nan, 0, 0)
-    d = (right[0] - right[1]).mean()
-    sizes = np.bincount(group)
-    se = math.sqrt(g / (g - 1) * ((stakes - d * sizes) ** 2).sum()) / n if g > 1 else np.nan
+    group = check_scores(np.zeros(n, int), np.zeros(n), groups).group
+    steps = np.bincount(group, weights=right[0] - right[1]).round().astype(int)
+    d, sizes, g = (right[0] - right[1]).mean(), np.bincount(group), len(steps)
+    se = math.sqrt(g / (g - 1) * ((steps - d * sizes) ** 2).sum()) / n if g > 1 else np.nan
     z = stats.norm.ppf(.5 + level / 2)
-    only = (right[0] > right[1]).sum(), (right[0] < right[1]).sum()
-    return Difference('accuracy', *map(float, (right[0].mean(), right[1].mean(), d, d - z * se, d + z * se)), level, sign_flip(stakes), n, g,
-                      note=f'{only[0]} images only the first got right, {only[1]} only the second')
+    return Difference('accuracy', float(right[0].mean()), float(right[1].mean()), float(d), float(d - z * se),
+                      float(d + z * se), level, sign_flip(steps), n, g,
+                      only_first=int((right[0] > right[1]).sum()), only_second=int((right[0] < right[1]).sum()))
 
 # %% ../../nbs/stats/paired.ipynb #holm
-def holm(p) -> np.ndarray: # p-values, NaN allowed; the same number comes back
+def holm(
+    p: ArrayLike,  # (m,) p-values, NaN allowed
+) -> np.ndarray:   # (m,)
     "p-values adjusted for all comparisons made (Holm)"
     p = np.asarray(p, float)
     out, ok = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
@@ -165,25 +256,29 @@ def holm(p) -> np.ndarray: # p-values, NaN allowed; the same number comes back
     return out
 
 # %% ../../nbs/stats/paired.ipynb #power
-def mcnemar_power(n: int,             # images (patients, when they have several)
-                  discordant: float,  # share of images that exactly one model gets right
-                  difference: float,  # in accuracy, as a share
-                  alpha = .05,        # two-sided
-                 ) -> float:          # chance that the exact McNemar test finds it
+def mcnemar_power(
+    n: int,              # images (patients, when they have several)
+    discordant: float,   # share of images that exactly one model gets right
+    difference: float,   # in accuracy, as a share
+    alpha: float = .05,  # two-sided
+) -> float:              # chance that the exact McNemar test finds it
     "Exact power of McNemar's test"
     if not 0 < abs(difference) <= discordant <= 1:
-        raise EvaluationError(f'difference={difference}, discordant={discordant}: models can differ by no more than the share of images on which they disagree.')
-    d = np.arange(n + 1)
-    weight, favour, power = stats.binom.pmf(d, n, discordant), (discordant + difference) / (2 * discordant), 0.
-    for k in d[weight > 1e-10]:
+        raise EvaluationError(f'difference={difference}, discordant={discordant}: models can differ by no more than the '
+                              f'share of images on which they disagree.')
+    weight, favour = stats.binom.pmf(np.arange(n + 1), n, discordant), (discordant + difference) / (2 * discordant)
+    power = 0.
+    for k in np.flatnonzero(weight > 1e-10):
         b = np.arange(k + 1)
         reject = 2 * stats.binom.cdf(np.minimum(b, k - b), k, .5) < alpha
         power += weight[k] * stats.binom.pmf(b[reject], k, favour).sum()
     return float(power)
 
-def n_needed(discordant: float, difference: float, # as in `mcnemar_power`
-             power = .8, alpha = .05,
-            ) -> int:                              # images (patients, when they have several)
+def n_needed(
+    discordant: float, difference: float,  # as in `mcnemar_power`
+    power: float = .8,                     # chance to find it
+    alpha: float = .05,
+) -> int:                                  # images (patients, when they have several)
     "How many images the exact McNemar test needs for this power"
     if not 0 < power < 1: raise EvaluationError(f'power={power}; give a chance between 0 and 1, such as .8.')
     hi = 16
@@ -197,10 +292,11 @@ def n_needed(discordant: float, difference: float, # as in `mcnemar_power`
     return hi
 
 # %% ../../nbs/stats/paired.ipynb #auc-width
-def auc_half_width(auc,                        # expected AUC
-                   n_pos: int, n_neg: int,     # images (patients, when they have several)
-                   level = .95,
-                  ) -> float:                  # half the width of the interval
+def auc_half_width(
+    auc: float,                # expected AUC
+    n_pos: int, n_neg: int,    # images (patients, when they have several)
+    level: float = .95,
+) -> float:                    # half the width of the interval; NaN without both classes
     "How precisely an AUC will be known, from the counts alone (Hanley and McNeil)"
     if not 0 <= auc <= 1: raise EvaluationError(f'auc={auc}; give a share from 0 to 1.')
     if min(n_pos, n_neg) < 1: return np.nan
@@ -208,21 +304,28 @@ def auc_half_width(auc,                        # expected AUC
     var = (auc * (1 - auc) + (n_pos - 1) * (q1 - auc * auc) + (n_neg - 1) * (q2 - auc * auc)) / (n_pos * n_neg)
     return float(stats.norm.ppf(.5 + level / 2) * math.sqrt(var))
 
-def precision_table(n_pos: int, n_neg: int,    # of the test part: images, or patients when they have several
-                    values = (.8, .9, .95, .98), level = .95,
-                   ) -> pd.DataFrame:
-    "What these counts can say, for a protocol: half-widths of AUC, accuracy, sensitivity and specificity at several true values"
-    half = lambda v, n: np.nan if n == 0 else float(np.subtract(*wilson(v * n, n, level)[::-1]) / 2)
-    row = lambda v: dict(true_value=v, auc=auc_half_width(v, n_pos, n_neg, level), accuracy=half(v, n_pos + n_neg), sensitivity=half(v, n_pos), specificity=half(v, n_neg))
-    return pd.DataFrame([row(v) for v in values])
+def _half_width(share, n, level):
+    low, high = wilson(share * n, n, level)
+    return float((high - low) / 2)
 
-# %% ../../nbs/stats/paired.ipynb #subgroups
+def precision_table(
+    n_pos: int, n_neg: int,                          # of the test split: images, or patients when they have several
+    values: Sequence[float] = (.8, .9, .95, .98),    # true values
+    level: float = .95,
+) -> pd.DataFrame:
+    "What these counts can say, for a protocol: half-widths of AUC, accuracy, sensitivity and specificity at several true values"
+    return pd.DataFrame([dict(true_value=v, auc=auc_half_width(v, n_pos, n_neg, level),
+                              accuracy=_half_width(v, n_pos + n_neg, level), sensitivity=_half_width(v, n_pos, level),
+                              specificity=_half_width(v, n_neg, level)) for v in values])
+
+# %% ../../nbs/stats/paired.ipynb #subgroup-row
 def _gap(s, inside):
     "AUC inside minus AUC outside, and its two-sided p; the patients of the two sides count as different ones"
     auc, var = [], []
-    for part in (inside, ~inside):
-        a, c = auc_covariance(s.y[part], [s.score[part]], s.group[part] if s.grouped else None)
-        auc.append(a[0]); var.append(c[0, 0])
+    for side in (inside, ~inside):
+        a, c = auc_covariance(s.y[side], [s.score[side]], s.group[side] if s.grouped else None)
+        auc.append(a[0])
+        var.append(c[0, 0])
     gap, total = auc[0] - auc[1], sum(var)
     return gap, 2 * stats.norm.sf(abs(gap) / math.sqrt(total)) if total > 0 else np.nan
 
@@ -237,59 +340,94 @@ def _subgroup_row(s, inside, threshold, least, **kw):
     gap, p = _gap(s, inside)
     return dict(row, auc_gap=gap, p=p, note='')
 
-def subgroups(y_true, y_prob,       # (n,) labels and probabilities
-              by,                   # DataFrame or dict of (n,) columns; NaN means not recorded
-              groups = None,        # (n,) patient groups
-              threshold = .5,       # the frozen one
-              classes = BINARY, least = 20, n_boot = 1000, seed = 0, level = .95,
-             ) -> pd.DataFrame:     # one row per value of every column; `auc_gap` to the rest, `p_holm` over all rows
+# %% ../../nbs/stats/paired.ipynb #subgroups
+def _column_values(column, values, n):
+    "(n,) values of a column as text; what was not recorded is a value of its own"
+    values = pd.Series(np.asarray(values, dtype=object))
+    if len(values) != n: raise EvaluationError(f"subgroups: column '{column}' has {len(values)} values for {n} images.")
+    return values.where(values.notna(), 'not recorded').astype(str)
+
+def subgroups(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities
+    by: Mapping | pd.DataFrame,            # columns of (n,) values; NaN means not recorded
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    threshold: float = .5,                 # the frozen one
+    classes: Sequence = BINARY,            # (negative, positive)
+    least: int = 20,                       # images of each class that a subgroup needs
+    n_boot: int = 2000, seed: int = 0, level: float = .95,
+) -> pd.DataFrame:                         # one row per value; `auc_gap` to the rest, `p_holm` over all rows
     "Metrics of every subgroup, or 'not estimable', with the gap to the rest and its corrected p"
     s = check_scores(y_true, y_prob, groups, classes)
-    if len(s.classes) != 2: raise EvaluationError(f'subgroups: {len(s.classes)} classes; judge one class against the rest at a time.')
+    if len(s.classes) != 2:
+        raise EvaluationError(f'subgroups: {len(s.classes)} classes; evaluate one class against the rest at a time.')
     rows = []
     for column, values in dict(by).items():
-        values = pd.Series(np.asarray(values, dtype=object))
-        if len(values) != len(s.y): raise EvaluationError(f"subgroups: column '{column}' has {len(values)} values for {len(s.y)} images.")
-        values = values.where(values.notna(), 'not recorded').astype(str)
+        values = _column_values(column, values, len(s.y))
         for v in sorted(values.unique()):
-            rows.append(dict(column=column, value=v, **_subgroup_row(s, (values == v).to_numpy(), threshold, least, n_boot=n_boot, seed=seed, level=level)))
+            inside = (values == v).to_numpy()
+            row = _subgroup_row(s, inside, threshold, least, n_boot=n_boot, seed=seed, level=level)
+            rows.append(dict(column=column, value=v, **row))
     estimates = [m + e for m in ('auc', 'recall', 'specificity') for e in ('', '_low', '_high')]
     numbers = ['images', 'groups', 'positive', 'negative', *estimates, 'auc_gap', 'p']
     out = pd.DataFrame(rows).reindex(columns=['column', 'value', *numbers, 'note'])
     out.insert(out.columns.get_loc('p') + 1, 'p_holm', holm(out['p'].to_numpy(float)))
     return out
 
-def worst_gap(table: pd.DataFrame, # from `subgroups`
-              alpha = .05,         # chance of any false alarm
-             ) -> dict:            # column, value, auc, auc_gap, p_holm, alarm
+# %% ../../nbs/stats/paired.ipynb #worst-gap
+class WorstSubgroup(NamedTuple):
+    "The subgroup that lies furthest below the rest; `column` is None and numbers are NaN when none can be compared"
+    column: str | None
+    value: str | None
+    auc: float
+    auc_gap: float     # to the rest; negative: worse
+    p_holm: float      # corrected for all subgroups
+    alarm: bool        # worse than the rest, and more than chance
+
+def worst_gap(
+    table: pd.DataFrame,  # from `subgroups`
+    alpha: float = .05,   # chance of any false alarm
+) -> WorstSubgroup:
     "The subgroup that lies furthest below the rest, and whether that is more than chance"
     known = table[table['p_holm'].notna()]
-    nothing = dict(column=None, value=None, auc=np.nan, auc_gap=np.nan, p_holm=np.nan, alarm=False, words='no subgroup can be compared with the rest')
-    if not len(known): return nothing
+    if not len(known): return WorstSubgroup(None, None, np.nan, np.nan, np.nan, False)
     w = known.loc[known['auc_gap'].idxmin()]
     alarm = bool(w['auc_gap'] < 0 and w['p_holm'] < alpha)
-    words = f"worst subgroup {w['column']} = {w['value']}: AUC {w['auc']:.3f}, {w['auc_gap']:+.3f} to the rest, corrected p = {w['p_holm']:.3g}"
-    return dict(column=w['column'], value=w['value'], auc=float(w['auc']), auc_gap=float(w['auc_gap']), p_holm=float(w['p_holm']), alarm=alarm,
-                words=words + ('' if alarm else ': not more than chance'))
+    return WorstSubgroup(w['column'], w['value'], float(w['auc']), float(w['auc_gap']), float(w['p_holm']), alarm)
+
+def describe_worst_subgroup(w: WorstSubgroup) -> str:
+    "The worst subgroup in words without a capital letter and a full stop"
+    if w.column is None: return 'no subgroup can be compared with the rest'
+    text = (f'worst subgroup {w.column} = {w.value}: AUC {format_number(w.auc)}, '
+            f'{format_number(w.auc_gap, signed=True)} to the rest, corrected {format_p(w.p_holm)}')
+    return text if w.alarm else f'{text}: not more than chance'
 
 # %% ../../nbs/stats/paired.ipynb #published
 def _digits(v): return max(len(str(v).partition('.')[2]), 0)
 
-def check_published(n_pos: int, n_neg: int,  # images of each class
-                    decimals: int = None,    # digits behind the point of every number, as shares; None: as printed (.932 has three)
-                    **published,             # accuracy=, sensitivity=, specificity=, precision=, npv=, f1=, ...: shares, as numbers or as printed text
-                   ) -> pd.DataFrame:        # one row per confusion matrix that gives these digits; none: the numbers are inconsistent
+def _check_published_metric(name, value):
+    "The metric that a published number is of"
+    metric = ALIASES.get(name, name)
+    if metric not in METRICS or METRICS[metric].needs != 'predictions':
+        raise EvaluationError(f"'{name}' is no metric of a confusion matrix{nearest(name, [*METRICS, *ALIASES])}")
+    if not metric.startswith('lr_') and not -1 <= float(value) <= 1:
+        raise EvaluationError(f'{name}={value}; give a share such as .932, not a percentage.')
+    return METRICS[metric]
+
+def check_published(
+    n_pos: int, n_neg: int,         # images of each class
+    decimals: int | None = None,    # digits behind the point of every share; None: as printed (.932 has three)
+    **published: float | str,       # accuracy=, sensitivity=, specificity=, precision=, ...: shares, or printed text
+) -> pd.DataFrame:                  # one row per confusion matrix that gives these digits; none: they are inconsistent
     "All whole-number confusion matrices that reproduce published numbers, whether they were rounded or cut"
-    if n_pos < 0 or n_neg < 0 or n_pos + n_neg == 0: raise EvaluationError(f'n_pos={n_pos}, n_neg={n_neg}; give the numbers of images of each class.')
+    if n_pos < 0 or n_neg < 0 or n_pos + n_neg == 0:
+        raise EvaluationError(f'n_pos={n_pos}, n_neg={n_neg}; give the numbers of images of each class.')
     tp, tn = (v.ravel() for v in np.meshgrid(np.arange(n_pos + 1), np.arange(n_neg + 1), indexing='ij'))
     fn, fp = n_pos - tp, n_neg - tn
+    matrix = np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
     keep = np.ones(len(tp), bool)
     for name, value in published.items():
-        metric, v = ALIASES.get(name, name), float(value)
-        if metric not in METRICS or METRICS[metric].needs != 'calls':
-            raise EvaluationError(f"'{name}' is no metric of a confusion matrix{nearest(name, [*METRICS, *ALIASES])}")
-        if not metric.startswith('lr_') and not -1 <= v <= 1: raise EvaluationError(f'{name}={value}; give a share such as .932, not a percentage.')
-        m, unit = METRICS[metric], 10. ** -(_digits(value) if decimals is None else decimals)
-        x = m.compute(tp, fp, fn, tn) if m.scope == 'two' else m.compute(np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2))
-        keep &= (x >= v - unit / 2 - 1e-9) & (x < v + unit + 1e-9)         # rounded (half up or half to even) or cut off
+        m, v = _check_published_metric(name, value), float(value)
+        unit = 10. ** -(_digits(value) if decimals is None else decimals)
+        x = m.compute(tp, fp, fn, tn) if m.scope == 'two' else m.compute(matrix)
+        keep &= (x >= v - unit / 2 - 1e-9) & (x < v + unit + 1e-9)     # rounded (half up or half to even) or cut off
     return pd.DataFrame(dict(tp=tp, fp=fp, fn=fn, tn=tn))[keep].reset_index(drop=True)

@@ -1,31 +1,36 @@
-"""The record of every look at a test part: it counts, it notices tampering, it survives processes that die or write at once."""
+"""The record of every evaluation on a test split: it counts, it notices tampering, it survives processes that die or write at once."""
 import json, shutil, signal, subprocess, sys, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT
 from covid_cxr.core import CxrError, RunError, sha256_file, write_json
-from covid_cxr.runs.test_log import TEST_LOG, TestLogError, log_test_evaluation, count_test_evaluations, test_log_head, describe_test_evaluations, read_test_log
+from covid_cxr.runs.test_log import (TEST_LOG, TestLogError, count_test_evaluations, describe_test_evaluations, log_head,
+                                     log_test_evaluation, read_test_log)
+
+TestLogError.__test__ = False            # an error, no test
 
 
-def _run(folder, looks=0, **more):
-    write_json(folder / 'run.json', dict(dict(status='training', recipe_hash='a' * 64, started='2020-06-22T10:00:00Z', table_sha256='b' * 64), **more))
-    for i in range(looks): log_test_evaluation(folder, 'audit', metrics=dict(auc=.8 + i / 100, f1=float('nan')), threshold=.3)
+def _run(folder, entries=0, **more):
+    state = dict(status='training', recipe_hash='a' * 64, started='2020-06-22T10:00:00Z', table_sha256='b' * 64)
+    write_json(folder / 'run.json', dict(state, **more))
+    for i in range(entries): log_test_evaluation(folder, 'audit', metrics=dict(auc=.8 + i / 100, f1=float('nan')), threshold=.3)
     return folder
 
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory):
-    "Four looks, as bytes; the folder may be changed and is put back"
-    run = _run(tmp_path_factory.mktemp('chain'), looks=4)
+    "Four entries, as bytes; the folder may be changed and is put back"
+    run = _run(tmp_path_factory.mktemp('chain'), entries=4)
     return run, (run / TEST_LOG).read_bytes()
 
 
-def test_a_second_look_increments(tmp_path):
+def test_a_second_evaluation_increments(tmp_path):
     run = _run(tmp_path / 'r')
     for n in (1, 2, 3):
         e = log_test_evaluation(run, 'audit')
-        assert e['n'] == n == count_test_evaluations(run) and json.loads((run / 'run.json').read_text())['ledger'] == test_log_head(e)
-    assert describe_test_evaluations(run) == 'this test part was read 3 times' and count_test_evaluations(run, 'nih') == 0 and issubclass(TestLogError, CxrError)
+        assert e.n == n == count_test_evaluations(run) and json.loads((run / 'run.json').read_text())['test_log'] == log_head(e)
+    assert describe_test_evaluations(run) == 'this test split was evaluated 3 times'
+    assert count_test_evaluations(run, 'nih') == 0 and issubclass(TestLogError, CxrError)
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,9 +65,13 @@ def test_any_other_order_or_selection_is_noticed(chain, order, keep):
 def test_the_line_is_named(chain):
     run, good = chain
     lines = good.splitlines(keepends=True)
-    cases = {'line 3 .* was edited': [*lines[:2], lines[2].replace(b'0.82', b'0.92'), lines[3]], 'line 2 .* it is entry 3: an entry was removed': [lines[0], *lines[2:]],
-             'line 2 .* the order was changed': [lines[0], lines[2], lines[1], lines[3]], 'has 3 whole entries and run.json remembers 4: the last ones were removed': lines[:3],
-             'line 4 is cut off': [*lines[:3], lines[3][:30]], 'line 5 .* does not fit': [*lines, lines[3]], 'line 1 .* is no entry': [b'[1]\n', *lines[1:]]}
+    cases = {'line 3 .* was edited': [*lines[:2], lines[2].replace(b'0.82', b'0.92'), lines[3]],
+             'line 2 .* it is entry 3: an entry was removed': [lines[0], *lines[2:]],
+             'line 2 .* the order was changed': [lines[0], lines[2], lines[1], lines[3]],
+             'has 3 whole entries and run.json remembers 4: the last ones were removed': lines[:3],
+             'line 4 is cut off': [*lines[:3], lines[3][:30]],
+             'line 5 .* does not fit': [*lines, lines[3]],
+             'line 1 .* is no entry': [b'[1]\n', *lines[1:]]}
     try:
         for words, bad in cases.items():
             (run / TEST_LOG).write_bytes(b''.join(bad))
@@ -72,15 +81,17 @@ def test_the_line_is_named(chain):
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
     run = _run(tmp_path / 'r')
-    code = 'import sys\nfrom covid_cxr.runs.test_log import log_test_evaluation\nfor i in range(15): log_test_evaluation(sys.argv[1], sys.argv[2])'
+    code = '''import sys
+from covid_cxr.runs.test_log import log_test_evaluation
+for i in range(15): log_test_evaluation(sys.argv[1], sys.argv[2])'''
     several = [subprocess.Popen([sys.executable, '-c', code, run, f'process {i}'], cwd=ROOT) for i in range(4)]
     assert [p.wait() for p in several] == [0] * 4
     entries = read_test_log(run)
-    assert len(entries) == 60 == json.loads((run / 'run.json').read_text())['ledger']['entries']
-    assert {e['what'] for e in entries} == {f'process {i}' for i in range(4)}
+    assert len(entries) == 60 == json.loads((run / 'run.json').read_text())['test_log']['entries']
+    assert {e.what for e in entries} == {f'process {i}' for i in range(4)}
 
 
-def test_a_killed_writer_leaves_a_ledger_that_holds(tmp_path):
+def test_a_killed_writer_leaves_a_log_that_holds(tmp_path):
     run, chance = _run(tmp_path / 'r'), np.random.default_rng(3)
     code = 'import sys\nfrom covid_cxr.runs.test_log import log_test_evaluation\nwhile True: log_test_evaluation(sys.argv[1], "audit")'
     for _ in range(4):
@@ -88,51 +99,54 @@ def test_a_killed_writer_leaves_a_ledger_that_holds(tmp_path):
         end = time.time() + 30
         while len(read_test_log(run)) <= before and time.time() < end: time.sleep(.01)
         time.sleep(chance.random() * .05)
-        p.send_signal(signal.SIGKILL); p.wait()
+        p.send_signal(signal.SIGKILL)
+        p.wait()
         assert len(read_test_log(run)) > before
     n = len(read_test_log(run))
-    assert log_test_evaluation(run, 'audit')['n'] == n + 1 and [e['n'] for e in read_test_log(run)] == list(range(1, n + 2))
+    assert log_test_evaluation(run, 'audit').n == n + 1 and [e.n for e in read_test_log(run)] == list(range(1, n + 2))
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path):
-    run = _run(tmp_path / 'r', looks=1)
-    (run / TEST_LOG).unlink(); (run / TEST_LOG).mkdir()
+    run = _run(tmp_path / 'r', entries=1)
+    (run / TEST_LOG).unlink()
+    (run / TEST_LOG).mkdir()
     with pytest.raises(RunError, match='cannot open'): log_test_evaluation(run, 'audit')
 
 
 def test_training_writes_the_first_entry(phantom_run):
     entries, e = read_test_log(phantom_run), json.loads((phantom_run / 'evaluation.json').read_text())
     first = entries[0]
-    assert first['what'] == 'train' and first['part'] == 'test' and first['threshold'] == e['operating_point']['threshold']
-    assert first['metrics']['auc'] == e['test']['estimates']['auc']['value'] and first['images'] == e['test']['n_images']
-    assert first['predictions_sha256'] == sha256_file(phantom_run / 'predictions.csv') and first['table_sha256'] == sha256_file(phantom_run / 'table.csv')
-    assert 'this test part was read 1 time\n' in (phantom_run / 'summary.txt').read_text()
+    assert first.what == 'train' and first.split == 'test' and first.threshold == e['operating_point']['threshold']
+    assert first.metrics['auc'] == e['test']['estimates']['auc']['value'] and first.images == e['test']['n_images']
+    assert first.predictions_sha256 == sha256_file(phantom_run / 'predictions.csv')
+    assert first.table_sha256 == sha256_file(phantom_run / 'table.csv')
+    assert 'this test split was evaluated 1 time\n' in (phantom_run / 'summary.txt').read_text()
 
 
-def test_showing_and_resuming_is_no_second_look(phantom_run, tmp_path):
-    "A finished run shown again; and one that was killed between the look and its end"
+def test_showing_and_resuming_is_no_second_evaluation(phantom_run, tmp_path):
+    "A finished run shown again; and one that was killed between the evaluation and its end"
     from covid_cxr.recipe import load_recipe
     from covid_cxr.runs.train import train
     run = tmp_path / 'run'
     shutil.copytree(phantom_run, run)
-    kept = (run / 'ledger.jsonl').read_bytes().splitlines(keepends=True)[:1]              # only the training's own look, whatever other tests have looked at
+    kept = (run / TEST_LOG).read_bytes().splitlines(keepends=True)[:1]      # only the training's own entry, whatever other tests evaluated
     first = read_test_log(run)[0]
-    (run / 'ledger.jsonl').write_bytes(b''.join(kept))
-    write_json(run / 'run.json', dict(json.loads((run / 'run.json').read_text()), ledger=dict(entries=1, head=first['hash'])))
+    (run / TEST_LOG).write_bytes(b''.join(kept))
+    write_json(run / 'run.json', dict(json.loads((run / 'run.json').read_text()), test_log=dict(entries=1, head=first.hash)))
     before, lines = len(read_test_log(run)), []
     assert before == 1
     train(load_recipe(run / 'recipe.toml'), out=run, device='cpu', log=lines.append)
     assert 'already finished' in lines[0] and len(read_test_log(run)) == before
     state = json.loads((run / 'run.json').read_text())
-    unfinished = {k: v for k, v in state.items() if k not in ('finished', 'ledger')}      # without the head: killed between the line and run.json
+    unfinished = {k: v for k, v in state.items() if k not in ('finished', 'test_log')}   # no head: killed between the line and run.json
     write_json(run / 'run.json', dict(unfinished, status='training'))
     train(load_recipe(run / 'recipe.toml'), out=run, device='cpu', log=lines.append)
     now = json.loads((run / 'run.json').read_text())
-    assert now['status'] == 'finished' and len(read_test_log(run)) == before == now['ledger']['entries']
+    assert now['status'] == 'finished' and len(read_test_log(run)) == before == now['test_log']['entries']
     assert (run / 'predictions.csv').read_bytes() == (phantom_run / 'predictions.csv').read_bytes()
 
 
-def test_a_tampered_ledger_stops_the_run_in_one_sentence(phantom_run, tmp_path, capsys):
+def test_a_tampered_log_stops_the_run_in_one_sentence(phantom_run, tmp_path, capsys):
     from covid_cxr.cli import main
     run = tmp_path / 'run'
     shutil.copytree(phantom_run, run, ignore=shutil.ignore_patterns('cache'))

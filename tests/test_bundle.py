@@ -1,0 +1,280 @@
+"""Bundles from anywhere end in an answer or in one sentence, however they were changed; what is exported, replaced and pickled."""
+import copy, hashlib, json, math, os, random, resource, shutil, struct, subprocess, sys, threading, time, warnings
+from pathlib import Path
+import numpy as np, pytest
+from conftest import ROOT
+from covid_cxr.bundle import (DESCRIPTION, LARGEST_IMAGE, MANIFEST, MOST_CLASSES, PICKLE, SCHEMA, WEIGHTS, check_description,
+                              check_manifest, export_bundle, find_bundle, load_model, read_bundle, write_manifest)
+from covid_cxr.cli import main
+from covid_cxr.core import BundleError, RunError, write_json
+from covid_cxr.predict import load_predictor
+
+ATTACK = os.environ.get('HYPOTHESIS_PROFILE') == 'attack'
+ODD = (float('nan'), float('inf'), -float('inf'), 0, -1, 1, 2, 1e308, -1e-308, 10**400, 300_000, 4096, .5, True, False, None,
+       '', 'x', '=1+1', 'a\x1b[31m', 'x' * 10_000, '../..', [], {}, [[]], [None], {'a': 1}, ['a', 'b'], ['a', 'a'], [1, 2], [[1, 2], [3]])
+
+
+def _places(values, path=()):
+    "Every place in a JSON value"
+    yield path
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for k, v in items: yield from _places(v, (*path, k))
+
+
+def _mutated(values, rng):
+    "The JSON text of a value in which one to three things were changed"
+    values = copy.deepcopy(values)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        *start, last = rng.choice([p for p in _places(values) if p])
+        place = values
+        for k in start: place = place[k]
+        how = rng.random()
+        if how < .2 and isinstance(place, dict): del place[last]
+        elif how < .3 and isinstance(place, dict): place[rng.choice(('x', 'classes', 'gate', ''))] = rng.choice(ODD)
+        elif how < .4 and isinstance(place[last], list): place[last] = place[last] * rng.choice((0, 2, 1000))
+        elif how < .45: place[last] = [f'class {i}' for i in range(300_000)]
+        elif how < .6 and isinstance(place[last], (int, float)): place[last] = place[last] * rng.choice((-1, 1e6, 1e-6, 64))
+        else: place[last] = rng.choice(ODD)
+    text = json.dumps(values).encode()
+    if rng.random() < .15:                      # bytes, not values
+        i = rng.randrange(len(text))
+        text = rng.choice((text[:i], text[:i] + b'\xff' + text[i + 1:], text[:i] + text[i + 7:], text[:i] + b'[' * 50_000 + text[i:], b''))
+    return text
+
+
+def _mutated_weights(data, rng):
+    "A safetensors file in which the header or the values were changed"
+    n = int.from_bytes(data[:8], 'little')
+    header, body = json.loads(data[8:8 + n]), data[8 + n:]
+    kind = rng.randrange(6)
+    if kind == 0: return data[:rng.choice((0, 3, 8, 20, 8 + n, len(data) - 4))]
+    if kind == 1: return rng.choice((2**63, 2**64 - 1, 0, 1, len(data), n + 1, n - 1, 10**8)).to_bytes(8, 'little') + data[8:]
+    if kind == 2:
+        i = rng.randrange(8 + n, len(data) - 4)
+        return data[:i] + struct.pack('<f', rng.choice((float('nan'), float('inf'), 3e38, 0.))) + data[i + 4:]
+    if kind == 3: return data + b'\0' * rng.choice((1, 8, 1000))
+    text = _mutated(header, rng)
+    return len(text).to_bytes(8, 'little') + text + body
+
+
+def _ends_well(folder, picture):
+    "What a changed bundle ends in: 'answer', 'declined' or 'refused'; anything else is an error"
+    start = time.perf_counter()
+    try: p = load_predictor(folder).predict(picture, ood='off')
+    except BundleError as e:
+        assert 20 < len(str(e)) < 1000 and '\n' not in str(e) and '\x1b' not in str(e), str(e)
+        return 'refused'
+    finally: assert time.perf_counter() - start < 10
+    if p.label is None: return 'declined'
+    assert all(math.isfinite(v) for v in p.probabilities.values()) and p.label in p.probabilities
+    return 'answer'
+
+
+def attack(bundle, work, n, seed=7):
+    "Run in a process of its own: n changed descriptions, n changed weights; prints what they ended in, and the memory in kB"
+    warnings.simplefilter('ignore')
+    rng, work = random.Random(seed), Path(work)
+    shutil.copytree(bundle, work)
+    good, weights = json.loads((work / DESCRIPTION).read_text()), (work / WEIGHTS).read_bytes()
+    (work / MANIFEST).unlink()
+    picture, ends = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8), {}
+    load_predictor(work).predict(picture)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(2 * n):
+        new = weights if i < n else _mutated_weights(weights, rng)
+        (work / WEIGHTS).write_bytes(new)
+        described = dict(good, weights=dict(good['weights'], sha256=hashlib.sha256(new).hexdigest()))
+        (work / DESCRIPTION).write_bytes(_mutated(described, rng) if i < n else json.dumps(described).encode())
+        kind = 'json ' if i < n else 'weights '
+        try: end = kind + _ends_well(work, picture)
+        except Exception as e: raise AssertionError(f'mutation {i}: {(work / DESCRIPTION).read_bytes()[:400]}') from e
+        ends[end] = ends.get(end, 0) + 1
+    print(json.dumps(dict(ends, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before=before)))
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    "A bundle of a small network, with an out-of-distribution check, and the Learner that made it"
+    from covid_cxr.core import new_table
+    from covid_cxr.data import cxr_dls
+    from covid_cxr.learner import cxr_learner
+    from covid_cxr.bundle import save_bundle
+    from covid_cxr.ood import fit_ood_check
+    from covid_cxr.phantom import make_phantom
+    from PIL import Image
+    tmp = tmp_path_factory.mktemp('secret-folder')
+    rows = []
+    for i in range(8):
+        Image.fromarray(make_phantom(seed=1, patient=i, size=32, lesion=.6 * (i % 2)).image).save(tmp / f'{i}.png')
+        rows.append(dict(path=f'{tmp}/{i}.png', image_id=f'{i}', patient=f'{i}', group=f'{i}', label=('no', 'yes')[i % 2],
+                         split='valid' if i > 5 else 'train'))
+    learn = cxr_learner(cxr_dls(new_table(rows, 'x'), size=32, bs=2, device='cpu'), 'cnn3', 'none', path=tmp)
+    check = fit_ood_check([make_phantom(seed=2, patient=i, size=32).image for i in range(30)])
+    folder = save_bundle(learn, tmp / 'b', threshold=.4, temperature=2., synthetic=True, ood_check=check)
+    return folder, learn, rows
+
+
+@pytest.fixture
+def copied(bundle, tmp_path): return Path(shutil.copytree(bundle[0], tmp_path / 'copy'))
+
+
+def _edit(folder, reseal=False, **changes):
+    write_json(folder / DESCRIPTION, dict(json.loads((folder / DESCRIPTION).read_text()), **changes))
+    if reseal: write_manifest(folder, [n for n in os.listdir(folder) if n != MANIFEST])
+
+
+def test_changed_bundles_end_in_an_answer_or_a_sentence(bundle, tmp_path):
+    n = 600 if ATTACK else 60
+    code = 'import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_bundle import attack\nattack(*sys.argv[2:4], int(sys.argv[4]))'
+    words = [sys.executable, '-c', code, *map(str, (ROOT / 'tests', bundle[0], tmp_path / 'work', n))]
+    p = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=1800)
+    assert p.returncode == 0, p.stderr[-2000:]
+    ends = json.loads(p.stdout.splitlines()[-1])
+    assert ends.get('json refused', 0) > n / 3 and ends.get('json answer', 0) > n / 20 and ends.get('weights refused', 0) > n / 3
+    assert ends['memory'] < 2_000_000 and ends['memory'] - ends['before'] < 500_000, ends
+
+
+@pytest.mark.parametrize('field, values', [
+    ('mean', (float('nan'), 1e9, '0', None, True)), ('std', (0, -1, float('nan'), float('inf'))),
+    ('threshold', (-.1, 1.1, float('nan'), None)),
+    ('temperature', (0, float('inf'), -1, 1e-9)), ('classes', (['a'], ['a', 'a'], ['a', ''], ['a', 3], ['a', 'b\x1b[31m'], 'ab', {})),
+    ('image', ({}, {'size': 2 * LARGEST_IMAGE}, {'size': 64, 'how': 'x'}, {'size': '64'})), ('arch', ('alexnet', None, [])),
+    ('weights', ({}, {'sha256': 'x'}, {'sha256': '0' * 64, 'file': '../w'})), ('synthetic', (0, 'no')), ('not_for', ('', 'x' * 2000, None)),
+    ('ood_check', ({}, {'version': 1}, []))])
+def test_every_field_is_bounded_for_reader_and_writer(bundle, copied, field, values):
+    good = json.loads((copied / DESCRIPTION).read_text())
+    assert field in {f.name for f in SCHEMA}
+    for v in values:
+        with pytest.raises(BundleError): check_description(dict(good, **{field: v}))
+        (copied / DESCRIPTION).write_text(json.dumps(dict(good, **{field: v})))
+        with pytest.raises(BundleError): load_predictor(copied)
+    with pytest.raises(BundleError, match=f'{MOST_CLASSES:,} different'):
+        check_description(dict(good, classes=[str(i) for i in range(MOST_CLASSES + 1)]))
+
+
+def test_a_probability_that_is_no_number_is_no_class(bundle, copied):
+    import torch
+    predictor = load_predictor(copied)
+    with torch.no_grad(): predictor.model[1][-1].bias.fill_(float('nan'))
+    p = predictor.predict(bundle[2][0]['path'], ood='off')
+    assert p.label is None and p.probabilities is None and 'no finite probability' in p.declined
+
+
+def test_what_is_hashed_is_what_is_loaded(bundle, copied):
+    from safetensors.numpy import load_file, save_file
+    b, w = read_bundle(copied), copied / WEIGHTS
+    save_file({k: -v for k, v in load_file(w).items()}, w)
+    with pytest.raises(BundleError, match='replaced'): load_model(b)
+
+
+def test_weights_of_another_network_or_that_are_no_numbers(bundle, copied):
+    from safetensors.numpy import load_file, save_file
+    w = copied / WEIGHTS
+    state = load_file(w)
+    first = next(iter(state))
+    for change, word in ((lambda s: s.pop(first), 'is missing'), (lambda s: s.update(more=s[first]), 'none of its own'),
+                         (lambda s: s.update({first: s[first].astype('float64')}), 'impossible'),
+                         (lambda s: s.update({first: s[first][:1]}), 'of shape'),
+                         (lambda s: s.update({first: s[first] * np.float32('nan')}), 'not all finite')):
+        new = dict(state)
+        change(new)
+        save_file(new, w)
+        _edit(copied, weights=dict(file=WEIGHTS, sha256=hashlib.sha256(w.read_bytes()).hexdigest()))
+        (copied / MANIFEST).unlink(missing_ok=True)
+        with pytest.raises(BundleError, match=word): load_predictor(copied)
+
+
+def test_a_bundle_is_replaced_without_a_moment_of_absence(bundle, tmp_path):
+    "One thread writes it again and again, another reads it: always one of the bundles, whole"
+    from covid_cxr.bundle import save_bundle
+    folder, (_, learn, _) = tmp_path / 'b', bundle
+    save_bundle(learn, folder, threshold=.1, pickle=False)
+    def write():
+        for i in range(12): save_bundle(learn, folder, threshold=(i % 9 + 1) / 10, pickle=False)
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = 0
+    while writer.is_alive() or not seen:
+        find_bundle(folder)                     # never absent
+        seen += 1
+    writer.join()
+    assert seen > 3 and [p.name for p in tmp_path.iterdir()] == ['b'] and check_manifest(folder).status == 'verified'
+
+
+def test_files_have_the_rights_that_the_person_sets(bundle, tmp_path):
+    from covid_cxr.bundle import save_bundle
+    old = os.umask(0o027)
+    try: folder = save_bundle(bundle[1], tmp_path / 'b')
+    finally: os.umask(old)
+    assert {f.name: f.stat().st_mode & 0o777 for f in folder.iterdir()} == dict.fromkeys((DESCRIPTION, WEIGHTS, MANIFEST, PICKLE), 0o640)
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_export_copies_what_the_format_names(bundle, copied, tmp_path, capsys):
+    (tmp_path / 'secret').write_text('KEY')
+    (copied / 'notes.txt').symlink_to(tmp_path / 'secret')
+    (copied / 'planted.pkl').write_bytes(b'pickle')
+    assert main(['export', str(copied), '--out', str(tmp_path / 'out')]) == 0
+    assert sorted(os.listdir(tmp_path / 'out')) == [DESCRIPTION, MANIFEST, WEIGHTS]
+    assert check_manifest(tmp_path / 'out').status == 'verified' and 'KEY' not in (tmp_path / 'out' / DESCRIPTION).read_text()
+    assert main(['export', str(copied), '--pickle', '--out', str(tmp_path / 'all')]) == 0 and (tmp_path / 'all' / PICKLE).exists()
+    assert check_manifest(tmp_path / 'all').status == 'verified' and 'declines nothing' in capsys.readouterr().out
+    (copied / PICKLE).unlink()
+    (copied / PICKLE).symlink_to(tmp_path / 'secret')
+    assert main(['export', str(copied), '--pickle', '--out', str(tmp_path / 'no')]) == 1 and not (tmp_path / 'no').exists()
+    (copied / MANIFEST).unlink()                # an old bundle: its copy stays unverified, and a link is no pickle
+    with pytest.raises(RunError, match='a link'): export_bundle(copied, tmp_path / 'no', pickle=True)
+    assert check_manifest(export_bundle(copied, tmp_path / 'old')).status == 'unverified'
+    _edit(copied, reseal=True)
+    _edit(copied, threshold=.9)
+    with pytest.raises(BundleError, match='ALTERED'): export_bundle(copied, tmp_path / 'no')
+
+
+def test_the_pickle_says_what_the_bundle_says(bundle, tmp_path):
+    "One answer from both at any threshold and temperature; no folder of this machine in the file"
+    from covid_cxr.bundle import export_pickle, save_bundle
+    from fastai.learner import load_learner
+    folder, learn, rows = bundle
+    raw = (folder / PICKLE).read_bytes()
+    assert b'secret-folder' not in raw and b'PosixPath' not in raw and os.fsencode(Path(rows[0]['path']).parent.name) not in raw
+    p = load_predictor(folder).predict(rows[0]['path'], ood='off').probabilities['yes']
+    for threshold in (p - .01, p + .01):
+        mine = load_predictor(save_bundle(learn, tmp_path / 'b', threshold, 2., pickle=False)).predict(rows[0]['path'], ood='off')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            again = load_learner(export_pickle(learn, tmp_path / 'p.pkl', threshold, 2.))
+        with again.no_bar(): label, _, probs = again.predict(rows[0]['path'])
+        assert label == mine.label and abs(float(probs[1]) - mine.probabilities['yes']) < 1e-5 and again.loss_func.threshold == threshold
+    assert type(learn.loss_func).__name__ != 'FrozenDecision'               # the Learner itself is as it was
+
+
+def test_altered_and_unverified_are_said_on_the_command_line(bundle, copied, capsys):
+    def said(folder):
+        assert main(['predict', str(folder), bundle[2][0]['path'], '--ood', 'off']) == 0
+        return capsys.readouterr().err
+    assert 'ALTERED' not in said(copied) and 'UNVERIFIED' not in said(copied)
+    _edit(copied, threshold=.9)
+    assert said(copied).count(f'ALTERED: {DESCRIPTION} in {copied}') == 1
+    (copied / MANIFEST).unlink()
+    assert 'note: UNVERIFIED' in said(copied)
+
+
+def test_names_that_are_formulas_or_commands(bundle, copied, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = '=cmd|calc!A0.png', '+1.png', '-1.png', '@a.png', 'a\x1b[31m.png', os.fsdecode(b'b\xff.png')
+    for name in names: shutil.copy(bundle[2][0]['path'], name)
+    files = sorted(p for p in os.listdir() if p.endswith('.png'))
+    assert main(['predict', str(copied), '--out', 'o.csv', '--ood', 'off', '--', *files]) == 0
+    cells = [line.split(',')[0] for line in Path('o.csv').read_text(encoding='utf-8').splitlines()[1:]]
+    assert len(cells) == 6 and not any(c.startswith(('=', '+', '-', '@')) for c in cells) and './=cmd|calc!A0.png' in cells
+    assert '\x1b' not in capsys.readouterr().out
+    assert main(['predict', str(copied), 'gone\x1b[31m.png']) == 1 and '\x1b' not in capsys.readouterr().err
+
+
+def test_a_large_bundle_is_read_in_small_batches(bundle, tmp_path, monkeypatch):
+    import dataclasses
+    predictor, seen = load_predictor(bundle[0]), []
+    predictor.rule = dataclasses.replace(predictor.rule, size=LARGEST_IMAGE)
+    monkeypatch.setattr(predictor, '_answers', lambda paths, pictures, ood: seen.append(len(paths)) or [])
+    list(predictor.stream([bundle[2][0]['path']] * 3, bs=8))
+    assert seen == [1, 1, 1]

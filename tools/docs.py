@@ -1,0 +1,223 @@
+"""Build the docs site from the notebooks and docstrings:
+
+    python tools/docs.py [--out _docs]      _docs/html/index.html; any warning is an error
+
+Each notebook becomes a page: its prose, its visible examples with their saved outputs, and for every exported
+function its signature, its one-line promise and a table of its parameters. Nothing is executed.
+"""
+import argparse, base64, html, importlib, inspect, json, re, shutil, subprocess, sys
+from pathlib import Path
+from notebooks import ROOT, exported_module, sidebar
+
+GROUPS = (  # caption of the navigation -> sections of nbs/sidebar.yml
+    ('Tutorials', ('Tutorials',)), ('How-to', ('How-to',)), ('Results', ('Results',)), ('Five articles', ('articles',)),
+    ('Reference', None), ('Words', ('Words',)))
+TITLE = 'covid_cxr'
+
+
+def _cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+
+def _directive(source, word): return bool(re.search(rf'^#\|\s*{word}\b', source, re.M))
+
+
+def _without_directives(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
+
+
+# --- API ----------------------------------------------------------------------------------------------------------
+
+def _kind(annotation):
+    "An annotation as text; '' when there is none"
+    if annotation in (inspect.Parameter.empty, None): return ''
+    return annotation if isinstance(annotation, str) else getattr(annotation, '__name__', str(annotation))
+
+
+def _parameter_rows(function):
+    from fastcore.docments import docments
+    notes = docments(function, full=True)
+    for name, d in notes.items():
+        kind = _kind(d.anno)
+        default = '' if name == 'return' or d.default is inspect.Parameter.empty else repr(d.default)
+        if name in ('self', 'cls') or not (kind or d.docment): continue
+        yield '**returns**' if name == 'return' else f'`{name}`', kind, default, (d.docment or '').replace('\n', ' ')
+
+
+def _table_row(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
+
+
+def _quoted(text): return f'`{text}`' if text else ''
+
+
+def _signature(name, obj):
+    try: text = str(inspect.signature(obj))
+    except (TypeError, ValueError): return name
+    text = text.replace("'", '')
+    if len(name + text) <= 90: return name + text
+    inside, _, returns = text[1:].rpartition(')')
+    return f'{name}(\n    ' + ',\n    '.join(_split_parameters(inside)) + f'\n){returns}'
+
+
+def _split_parameters(text):
+    "'a: int, b: tuple[int, str] = (1, 2)' -> its two parts"
+    parts, depth = [''], 0
+    for c in text:
+        depth += (c in '([{') - (c in ')]}')
+        if c == ',' and not depth: parts.append('')
+        else: parts[-1] += c
+    return [p.strip() for p in parts]
+
+
+def _target(module, name):
+    "Anchor of a public name; targets know no capitals, so a class and a function of one name are kept apart"
+    return f'api-{module}-{"class-" if name[0].isupper() else ""}{name}'.lower()
+
+
+def api(module, name):
+    "Markdown of one public function or class: signature, promise, parameters"
+    obj = getattr(importlib.import_module(f'covid_cxr.{module}'), name)
+    if not (inspect.isclass(obj) or inspect.isfunction(obj)): return ''
+    rows = list(_parameter_rows(obj)) if inspect.isfunction(obj) else []
+    promise = inspect.getdoc(obj).splitlines()[0] if obj.__doc__ else ''
+    lines = [f'({_target(module, name)})=', '```python', _signature(name, obj), '```', '', promise, '']
+    if rows:
+        lines += [_table_row(('', 'type', 'default', 'meaning')), _table_row(['---'] * 4)]
+        lines += [*(_table_row((a, _quoted(b), _quoted(c), d)) for a, b, c, d in rows), '']
+    return '\n'.join(lines)
+
+
+def _public_names(source):
+    import ast
+    return [n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+
+
+def exported_names():
+    "name -> (module, page) of every exported function and class; a name of two modules belongs to the first"
+    out = {}
+    for _, names in sidebar():
+        for n in names:
+            module = exported_module(ROOT / 'nbs' / n)
+            if not module: continue
+            for c in _cells(ROOT / 'nbs' / n):
+                source = ''.join(c['source'])
+                if c['cell_type'] == 'code' and _directive(source, 'export'):
+                    for name in _public_names(source): out.setdefault(name, (module[:-3].replace('/', '.'), n[:-6]))
+    return out
+
+
+# --- pages --------------------------------------------------------------------------------------------------------
+
+def _linked(text, names):
+    "`name` in prose -> a link to its place in the reference"
+    def one(m):
+        name = m[1].split('(')[0].split('.')[-1]
+        return f'[{m[0]}](#{_target(names[name][0], name)})' if name in names else m[0]
+    text = re.sub(r'\]\(([\w/.-]+)\.ipynb\)', r'](\1.md)', text)             # a link to another notebook is one to its page
+    return re.sub(r'(?<![`\[])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)', one, text)
+
+
+def _figure(data, kind, page, number, folder):
+    file = folder / 'figures' / f'{page.replace("/", "-")}-{number}.{kind}'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(base64.b64decode(''.join(data)))
+    return f'![](/figures/{file.name})\n'
+
+
+def _output(o, page, number, folder):
+    data = o.get('data', {})
+    for mime, kind in (('image/png', 'png'), ('image/jpeg', 'jpg')):
+        if mime in data: return _figure(data[mime], kind, page, number, folder)
+    if 'text/markdown' in data: return ''.join(data['text/markdown']) + '\n'
+    if 'text/html' in data:
+        inside = re.sub(r'\n\s*\n', '\n', ''.join(data['text/html']))
+        return f'<div class="output">\n{inside}\n</div>\n'
+    text = ''.join(o.get('text') or data.get('text/plain') or '')
+    return f'```text\n{text.rstrip()}\n```\n' if text.strip() else ''
+
+
+def _fence(source): return f'```python\n{source}\n```\n'
+
+
+FIGURES = 'https://raw.githubusercontent.com/covid-cxr/covid_cxr/main/nbs/figures/'     # as the README needs them
+
+
+def _own_figures(text, folder):
+    "The README's figures from the site itself, so that a page asks no other host"
+    for name in re.findall(re.escape(FIGURES) + r'([\w.-]+)', text):
+        (folder / 'figures').mkdir(exist_ok=True)
+        shutil.copy(ROOT / 'nbs/figures' / name, folder / 'figures' / name)
+    return text.replace(FIGURES, '/figures/')
+
+
+def page_text(name, names, folder):
+    "One notebook as a MyST page"
+    module, out, figures = exported_module(ROOT / 'nbs' / name), [], 0
+    for c in _cells(ROOT / 'nbs' / name):
+        source = ''.join(c['source'])
+        if c['cell_type'] == 'markdown': out.append(_linked(source, names) + '\n')
+        if c['cell_type'] != 'code' or _directive(source, '(hide|default_exp)') or not source.strip(): continue
+        if _directive(source, 'export'):
+            out += [api(module[:-3].replace('/', '.'), n) for n in _public_names(source)]
+            continue
+        if not _directive(source, 'echo: *false'): out.append(_fence(_without_directives(source)))
+        for o in c['outputs']:
+            figures += 1
+            out.append(_output(o, name[:-6], figures, folder))
+    return _own_figures('\n'.join(out), folder)
+
+
+def _toctree(caption, names, hidden=True):
+    options = [f':caption: {caption}', ':maxdepth: 1', *([':hidden:'] if hidden else [])]
+    return '\n'.join(['```{toctree}', *options, '', *(n[:-6] for n in names), '```', ''])
+
+
+def _index(page):
+    sections = [(s, [n for n in names if n != 'index.ipynb']) for s, names in sidebar()]
+    named = {s for _, wanted in GROUPS if wanted for s in wanted}
+    out = [page]
+    for caption, wanted in GROUPS:
+        if wanted: names = [n for s, ns in sections if s in wanted for n in ns]
+        else: names = [n for s, ns in sections if s not in named for n in ns]
+        if names: out.append(_toctree(caption, names))
+    return '\n'.join(out)
+
+
+CONF = '''
+project, author, copyright = 'covid_cxr', 'The covid_cxr authors', '2026 onwards, The covid_cxr authors'
+extensions = ['myst_parser']
+myst_enable_extensions = ['colon_fence', 'dollarmath']
+myst_heading_anchors = 4
+html_theme, html_title, html_static_path, html_css_files = 'furo', 'covid_cxr', ['_static'], ['docs.css']
+html_show_sphinx = False
+'''
+CSS = '''
+.output table { border-collapse: collapse; border: 0; }
+.output th, .output td { border: 0; border-bottom: 1px solid var(--color-background-border); padding: .25rem .6rem; text-align: right; }
+.output { overflow-x: auto; margin: .5rem 0 1rem; font-size: .85rem; }
+.output table, .table-wrapper table { font-size: .85rem; font-variant-numeric: tabular-nums; }
+.table-wrapper { overflow-x: auto; }
+img { background: #fff; }
+'''
+
+
+def build(out):
+    src = out / 'source'
+    shutil.rmtree(out, ignore_errors=True)
+    (src / '_static').mkdir(parents=True)
+    (src / 'conf.py').write_text(CONF)
+    (src / '_static/docs.css').write_text(CSS)
+    names = exported_names()
+    for _, pages in sidebar():
+        for n in pages:
+            text, to = page_text(n, names, src), src / (n[:-6] + '.md')
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(_index(text) if n == 'index.ipynb' else text, encoding='utf-8')
+    command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html', str(src), str(out / 'html')]
+    return subprocess.run(command).returncode
+
+
+if __name__ == '__main__':
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument('--out', type=Path, default=ROOT / '_docs')
+    code = build(ap.parse_args().out)
+    print('docs: _docs/html/index.html' if code == 0 else 'the docs have warnings; see above')
+    sys.exit(code)
