@@ -12,6 +12,13 @@ MAIN = 'from covid_cxr.cli import main; raise SystemExit(main())'
 SMALL = ['--set', 'data.phantom_patients=40', '--set', 'training.bs=8', '--set', 'training.num_it=40', '--set', 'evaluation.n_boot=200',
          '--size', '64', '--device', 'cpu']
 
+ATTACK = os.environ.get('HYPOTHESIS_PROFILE') == 'attack'      # `make attack`
+
+
+def examples(n):
+    "Examples of a property test: many times more under `make attack`"
+    return 20 * n if ATTACK else n
+
 
 def cli(*args, **kw):
     "covid-cxr in a fresh process; returns the finished process with its text"

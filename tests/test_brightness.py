@@ -2,6 +2,7 @@
 import io, itertools, struct, warnings, zlib
 import numpy as np, pytest
 from PIL import Image
+from conftest import examples
 from hypothesis import HealthCheck, given, settings, strategies as st
 from covid_cxr.brightness import DEPTHS, Refused, Stored, find_range, read_dicom, robust_ends, to_grey, to_levels
 from covid_cxr.core import ImageError, new_table
@@ -144,7 +145,7 @@ def test_a_window_is_not_guessed_a_second_time(share, tmp_path):
         assert gap(file, IMAGE * share) <= 1
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_windows_and_tables_are_pydicoms(data, tmp_path):
     "Modality and VOI transformations against pydicom.pixels, for random windows, signs and rescales"
@@ -284,7 +285,7 @@ def test_tiff_white_is_zero_is_never_white(tmp_path):
         assert gap(tiff(tmp_path / 'a.tif', [(1 << used) - 1 - levels(used)], bits, photometric=0)) <= 1
 
 
-@settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(used=st.sampled_from((8, 10, 12, 14)), value=st.integers(0, 65535), y=st.integers(0, N - 1), x=st.integers(0, N - 1))
 def test_one_hot_or_dead_pixel_changes_nothing_else(used, value, y, x, tmp_path):
     a = levels(used)
@@ -310,7 +311,7 @@ def test_hot_pixels_of_a_large_picture(tmp_path):
     assert robust_ends(np.arange(900).reshape(30, 30)) == (0, 899)                      # too few pixels to leave any out
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300), deadline=None, database=None)
 @given(low=st.integers(-32768, 65535), span=st.integers(0, 65535), bits=st.integers(1, 16), signed=st.booleans(), inverted=st.booleans())
 def test_laws_of_the_range(low, span, bits, signed, inverted):
     "Whatever occurs lies within the range; the picture uses no level above white; order is kept, or turned around"

@@ -30,7 +30,7 @@ def _mutated(values, rng):
         for k in start: place = place[k]
         how = rng.random()
         if how < .2 and isinstance(place, dict): del place[last]
-        elif how < .3 and isinstance(place, dict): place[rng.choice(('x', 'classes', 'gate', ''))] = rng.choice(ODD)
+        elif how < .3 and isinstance(place, dict): place[rng.choice(('x', 'classes', 'ood_check', ''))] = rng.choice(ODD)
         elif how < .4 and isinstance(place[last], list): place[last] = place[last] * rng.choice((0, 2, 1000))
         elif how < .45: place[last] = [f'class {i}' for i in range(300_000)]
         elif how < .6 and isinstance(place[last], (int, float)): place[last] = place[last] * rng.choice((-1, 1e6, 1e-6, 64))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
-from conftest import DATA, ROOT, needs_data
+from conftest import DATA, ROOT, examples, needs_data
 from covid_cxr import cache as cache_module, images as images_module
 from covid_cxr.cache import CacheWarning, ImageCache, _entries, check_images
 from covid_cxr.core import ImageError, new_table, used
@@ -44,7 +44,7 @@ def test_first_and_later_readings_are_what_load_image_makes(rule, files, tmp_pat
     assert right(again, files) and again.stats().misses == 0
 
 
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_is_ever_trusted(data, tmp_path):
     image = tmp_path / 'a.png'

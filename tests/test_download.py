@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from covid_cxr.curate import download as dl
-from conftest import ROOT
+from conftest import ROOT, examples
 from covid_cxr.core import CxrError
 from covid_cxr.curate.download import (DOWNLOADS, ArchiveError, DownloadError, check_folder, content_id, download, fetch, hash_folder,
                                 kaggle_command, kaggle_credentials, manifest_text, unpack)
@@ -564,7 +564,7 @@ def test_what_stands_in_the_way_stays(tmp_path):
 
 @given(st.text(st.characters(), min_size=1, max_size=20) | st.lists(st.sampled_from(['..', '.', 'a', '', 'C:', '\\', '~', '\x00', 'CON']),
                                                                     min_size=1, max_size=6).map('/'.join))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_name_leads_out(tmp_path, name):
     "Whatever the name: refused, or a path below the folder that joins to itself"
     try: parts = dl._safe_parts(name, 'x')
@@ -574,7 +574,7 @@ def test_no_name_leads_out(tmp_path, name):
     assert Path(at) == tmp_path.joinpath(*parts) and (at + os.sep).startswith(str(tmp_path) + os.sep)
 
 @given(st.sampled_from(['zip', 'tar', 'tgz']), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind, changes):
     "Any bytes changed in an archive: one of our refusals, or files below the folder; never another exception, never a rest"
     home = tmp_path/kind

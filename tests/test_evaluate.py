@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from sklearn import metrics as sk
-from conftest import ROOT
+from conftest import ROOT, examples
 
 from covid_cxr.core import CxrError, choices, write_json
 from covid_cxr.evaluate import (GOALS, METRICS, Evaluation, EvaluationError, Needs, OperatingPoint, Scope, UndefinedMetric, UnmetGoal,
@@ -17,8 +17,8 @@ from covid_cxr.stats.paired import (auc_covariance, check_published, compare_acc
                                     describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, n_needed, paired_difference,
                                     sign_flip, subgroups, worst_gap)
 
-FEW = settings(max_examples=150, deadline=None, derandomize=True)
-FEWER = settings(FEW, max_examples=60)           # where one example takes a tenth of a second
+FEW = settings(max_examples=examples(150), deadline=None, derandomize=True)
+FEWER = settings(FEW, max_examples=examples(60))           # where one example takes a tenth of a second
 
 
 def quiet(f, *args, **kw):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, PIL.Image, PIL.ImageFile, pytest
 from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
-from conftest import DATA, ROOT, needs_data
+from conftest import DATA, ROOT, examples, needs_data
 from covid_cxr.core import ImageError, choices
 from covid_cxr.brightness import MAX_PIXELS, Grey, to_levels
 from covid_cxr.images import (REDUCED_MEAN, REDUCED_P99, BlankImage, How, ImageRule, _decode, apply_rule, file_facts, fit_to,
@@ -456,7 +456,7 @@ def test_every_cut_is_refused_or_leaves_the_pixels_whole(kind, tmp_path):
             assert differ <= (64 if kind == 'jpg' else 0), n                     # of a JPEG, at most the one last block of 8 x 8 pixels
 
 
-@settings(max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(250), deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(['png', 'png16', 'jpg', 'progressive', 'gif', 'tif', 'bmp', 'webp', 'dcm']), data=st.data())
 def test_no_other_error_escapes_from_random_damage(kind, data, tmp_path):
     "Bytes changed, cut out and put in at random: a picture or an ImageError with the name, never anything else"
@@ -530,7 +530,7 @@ def test_threads_read_what_one_thread_reads(tmp_path):
     assert threading.active_count() < 20
 
 
-@settings(max_examples=120, deadline=None, database=None)
+@settings(max_examples=examples(120), deadline=None, database=None)
 @given(h=st.integers(32, 200), w=st.integers(32, 200), size=st.integers(16, 130), how=st.sampled_from(choices(How)),
        top=st.sampled_from([1, 255, 256, 1023, 4095, 65535]), seed=st.integers(0, 99))
 def test_laws_of_fitting(h, w, size, how, top, seed):

@@ -283,7 +283,8 @@ model = {arch = "cnn3", weights = "none"}
 training = {bs = 8, opt = "sgd", stages = [{epochs = 1, lr = 9.9}]}
 evaluation = {n_boot = 100}
 ''')
-    _refused(cli('train', tmp_path / 'r.toml', '--data', tmp_path / 'data', '--out', tmp_path / 'run', '--device', 'cpu'), 'no longer a number')
+    p = cli('train', tmp_path / 'r.toml', '--data', tmp_path / 'data', '--out', tmp_path / 'run', '--device', 'cpu')
+    _refused(p, 'no longer a number')
 
 
 def test_a_run_on_phantoms_is_found_from_any_folder(phantom_run, tmp_path):

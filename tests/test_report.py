@@ -281,7 +281,8 @@ def test_leaks_alterations_broken_logs_and_a_missing_test_split_are_said_in_red(
 
 def test_a_run_without_a_test_split_says_so_in_red(copy):
     e = json.loads((copy / 'evaluation.json').read_text())
-    write_json(copy / 'evaluation.json', e | dict(split='valid', valid=e['test']))
+    n = int((pd.read_csv(copy / 'predictions.csv')['split'] == 'valid').sum())
+    write_json(copy / 'evaluation.json', e | dict(split='valid', valid=e['test'] | dict(n_images=n)))
     assert 'no_test_split' in kinds(copy) and 'NO TEST SPLIT' in texts(copy)
     assert any(limit.where == 'test split' for limit in list_limits(read_run_data(copy)))
 

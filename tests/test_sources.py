@@ -2,7 +2,7 @@
 import csv, gzip, io, json, os, warnings
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from conftest import DATA, needs_data
+from conftest import DATA, examples, needs_data
 from covid_cxr.core import COLUMNS, FINDINGS, NUMERIC, SYNTHETIC, CxrError, SourceError, VocabularyError, used
 from covid_cxr.sources import (FILE_MISSING, NO_FILE_NAMED, NOT_XRAY_CT, NOT_XRAY_VOLUME, SOURCES, Source, ages_in_years,
                                coronahack_overlap, list_sources, parse_kaggle_name, read_actualmed, read_coronahack,
@@ -231,7 +231,7 @@ def test_no_source_is_left_off_this_list():
 CELL = st.text(st.characters(exclude_categories=('Cs', 'Cc')), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(rows=st.lists(st.lists(CELL, min_size=3, max_size=3), max_size=5), sep=st.sampled_from(',;\t'), bom=st.booleans(),
        crlf=st.booleans(), zipped=st.booleans())
 def test_read_metadata_gives_back_what_a_spreadsheet_wrote(tmp_path_factory, rows, sep, bom, crlf, zipped):

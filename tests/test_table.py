@@ -2,7 +2,7 @@
 import os, warnings
 import numpy as np, pandas as pd, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from conftest import DATA, needs_data
+from conftest import DATA, examples, needs_data
 from covid_cxr.core import SPLITS, LeakError, Reason, Step, TableError, choices, exclude, new_table, used
 from covid_cxr.reading import FILE_MISSING
 from covid_cxr.table import (AGE_BANDS, NOT_RECORDED, age_bands, as_task, check_split, count_unknown_patients, crossing_groups,
@@ -10,7 +10,7 @@ from covid_cxr.table import (AGE_BANDS, NOT_RECORDED, age_bands, as_task, check_
                              label_of_findings, reconcile, split_by_group, split_by_source, split_by_time, split_official,
                              split_random, use_fold)
 
-def laws(n): return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def laws(n): return settings(max_examples=examples(n), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FINDINGS = ('No Finding', 'Pneumonia/Viral/COVID-19', 'Pneumonia/Bacterial')
 CLASS = {'No Finding': 'normal', 'Pneumonia/Viral/COVID-19': 'covid', 'Pneumonia/Bacterial': 'bacterial'}
 

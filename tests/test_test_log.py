@@ -2,7 +2,7 @@
 import json, shutil, signal, subprocess, sys, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from conftest import ROOT
+from conftest import ROOT, examples
 from covid_cxr.core import CxrError, RunError, sha256_file, write_json
 from covid_cxr.runs.test_log import (TEST_LOG, TestLogError, count_test_evaluations, describe_test_evaluations, log_head,
                                      log_test_evaluation, read_test_log)
@@ -33,7 +33,7 @@ def test_a_second_evaluation_increments(tmp_path):
     assert count_test_evaluations(run, 'nih') == 0 and issubclass(TestLogError, CxrError)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_noticed(chain, data):
     "Whatever byte is changed, and to whatever: refused, or (only the end of the last line) an entry fewer than run.json remembers"
@@ -46,7 +46,7 @@ def test_any_changed_byte_is_noticed(chain, data):
     finally: (run / TEST_LOG).write_bytes(good)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.permutations(range(4)), st.integers(0, 4))
 def test_any_other_order_or_selection_is_noticed(chain, order, keep):
     run, good = chain
