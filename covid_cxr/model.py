@@ -135,6 +135,8 @@ def _read_state(path):
     for key in ('state_dict', 'model'): state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise WeightsError(f'the weights file {path} is not a dictionary of tensors; save model.state_dict() and give that.')
+    bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
+    if bad: raise WeightsError(f"the weights file {path} holds values that are no numbers (in '{bad[0]}'); give another one.")
     return state
 
 # %% ../nbs/model.ipynb #imagenet-state

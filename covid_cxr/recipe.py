@@ -311,10 +311,14 @@ def _options(v, where):
     def check(x, at):
         if isinstance(x, dict): return {str(k): check(y, f'{at}.{k}') for k, y in x.items()}
         if isinstance(x, list): return [check(y, f'{at}[{i}]') for i, y in enumerate(x)]
-        if isinstance(x, (int, float)) and not abs(x) < 1e300: raise RecipeError(f'{at} = {str(x)[:40]} is no finite number.')
+        _check_finite(x, at)
         if isinstance(x, tuple(_KINDS)): return x
         raise RecipeError(f'{at} = {x!r} must be text, a number, true, false, a list or names with values.')
     return check(v, where)
+
+def _check_finite(v, where):
+    if isinstance(v, (int, float)) and not abs(v) < 1e300:
+        raise RecipeError(f'{where} = {str(v)[:40]} is no finite number.')
 
 def _value(kind, v, where):
     "One value as its field's type; a whole number may stand for a fraction, one text for a list of one"
@@ -325,7 +329,7 @@ def _value(kind, v, where):
         if not isinstance(v, list): raise RecipeError(f'{where} = {v!r} must be a list.')
         return [_value(_inner(kind), x, f'{where}[{i}]') for i, x in enumerate(v)]
     if typing.get_origin(kind) is dict: return _options(v, where)
-    if isinstance(v, (int, float)) and not abs(v) < 1e300: raise RecipeError(f'{where} = {str(v)[:40]} is no finite number.')
+    _check_finite(v, where)
     if kind is float and isinstance(v, int) and not isinstance(v, bool): return float(v)
     if isinstance(v, kind) and not (kind is int and isinstance(v, bool)): return v
     article = '' if kind in (str, bool) else 'a '

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Iterable, Iterator, Mapping
 import covid_cxr
 from ..bundle import update_manifest
 from ..core import CxrError, RunError, sha256_file, sha256_text, versions, write_json
-from .folder import OLD_FILES, OLD_KEYS, find_file, read_json, read_run_state, rename_old_keys
+from .folder import OLD_FILES, OLD_KEYS, find_file, read_json, read_run_state, reading, rename_old_keys
 from ..words import format_count
 
 # %% auto #0
@@ -74,9 +74,10 @@ def _parse_line(line, where):
     try:
         entry = json.loads(line)
         kept, _, _ = entry['hash'], entry['n'], entry['previous']
+        sound = _seal(entry) == kept and _line(entry) == line
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise TestLogError(f'{where} is no entry of a test log ({e}); {_CURE}.') from e
-    if _seal(entry) != kept or _line(entry) != line:
+    if not sound:
         raise TestLogError(f'{where} was edited: its content does not give the fingerprint it carries; {_CURE}.')
     return entry
 
@@ -199,10 +200,12 @@ def _unrecorded(run, state):
     if state.get('status') != 'finished' or not file.is_file(): return None
     e = rename_old_keys(read_json(file), 'evaluation.json')
     if e.get('split') != 'test': return None
-    metrics = {m: (v or {}).get('value') for m, v in e['test']['estimates'].items() if m in ('auc', 'accuracy')}
+    with reading(file):
+        metrics = {m: (v or {}).get('value') for m, v in e['test']['estimates'].items() if m in ('auc', 'accuracy')}
+        threshold = e['test'].get('threshold')
     return _entry([], state, dict(
         time=state.get('finished'), what='train', split='test', table=state.get('table_sha256'), metrics=metrics,
-        images=None, predictions=_sha_of(run / 'predictions.csv'), threshold=e['test'].get('threshold'),
+        images=None, predictions=_sha_of(run / 'predictions.csv'), threshold=threshold,
         note='added later: until then this run kept no test log, and may have been evaluated more often'))
 
 # %% ../../nbs/runs/test_log.ipynb #append
