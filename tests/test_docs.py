@@ -48,3 +48,15 @@ def test_every_name_of_the_sidebar_has_a_page_of_docs():
     import docs, notebooks
     named = {s for _, sections in docs.GROUPS if sections for s in sections}
     assert named <= {s for s, _ in notebooks.sidebar()}, named
+
+
+def test_wheel_and_sdist_hold_every_file_of_the_package():
+    from fnmatch import fnmatch
+    setup, manifest = (ROOT / 'setup.py').read_text(), (ROOT / 'MANIFEST.in').read_text()
+    patterns = re.search(r"package_data=\{'covid_cxr': \[([^]]+)\]", setup)[1].replace("'", '').replace(',', ' ').split()
+    package = ROOT / 'covid_cxr'
+    files = [str(p.relative_to(package)) for p in package.rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')]
+    assert files and all(any(fnmatch(f, p) for p in patterns) for f in files), files
+    assert all(any(fnmatch(f, f'*{k.lstrip("*")}') for k in manifest.splitlines()[1].split()[2:]) for f in files), files
+    for name in ('settings.ini', 'README.md', 'LICENSE'): assert name in manifest.splitlines()[0]
+    for wing in {p.parent for p in package.rglob('*.py')}: assert (wing / '__init__.py').is_file(), wing
