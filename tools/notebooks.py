@@ -2,7 +2,6 @@
 
     python tools/notebooks.py run nbs/core.ipynb ...      execute top to bottom, save outputs, clean, export
     python tools/notebooks.py export [nbs/x.ipynb ...]    export without executing (all, unless named)
-    python tools/notebooks.py index                       write covid_cxr/_modidx.py
     python tools/notebooks.py readme                      execute nbs/index.ipynb and write README.md
     python tools/notebooks.py check                       exit 1, naming the file, when anything is out of step
 """
@@ -76,12 +75,6 @@ def export(dest, paths=None):
         if exported_module(p): nb_export(str(p), lib_path=str(dest))
 
 
-def index():
-    "Write covid_cxr/_modidx.py, which links names to their notebooks"
-    from nbdev.doclinks import _build_modidx
-    _build_modidx()
-
-
 def readme_text():
     "nbs/index.ipynb as Markdown: hidden cells dropped, code fenced as Python, printed results as text"
     cells, out = json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))['cells'], [BANNER]
@@ -152,7 +145,6 @@ if __name__ == '__main__':
             print('ran', a.relative_to(ROOT))
         export(ROOT / 'covid_cxr', args)
     elif cmd == 'export': export(ROOT / 'covid_cxr', args)
-    elif cmd == 'index': index()
     elif cmd == 'readme':
         run(ROOT / 'nbs/index.ipynb')
         (ROOT / 'README.md').write_text(readme_text(), encoding='utf-8')
