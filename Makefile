@@ -17,16 +17,19 @@ BIN := .venv/bin
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q
 FAST := tests/test_structure.py tests/test_words.py tests/test_table.py tests/test_evaluate.py tests/test_sources.py tests/test_cache.py tests/test_plots.py tests/test_docs.py
 
-.PHONY: demo check test test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
+.PHONY: demo check test test-static test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/covid-cxr demo --out demo
 
-check: test-sync test-types
+check: test-static
 	$(PYTEST) -n 2 --dist worksteal $(FAST)
 
-test: test-sync test-types test-notebooks test-pytest
+test: test-static test-notebooks test-pytest
+
+test-static: .venv/installed
+	@$(MAKE) --no-print-directory -j 2 --output-sync test-sync test-types
 
 test-sync: .venv/installed
 	$(BIN)/python tools/notebooks.py check

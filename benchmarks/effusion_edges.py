@@ -3,15 +3,18 @@
     python benchmarks/effusion_edges.py      ->  benchmarks/results/effusion_edges.json
 
 Each strip is 8 % of the side, of the image as it is stored (0 black, 255 white), by finding and view; means over images, with the
-95 % bootstrap interval over patients.
+95 % bootstrap interval over patients. Beside it: the views of all images of the collection, by finding. `--views` counts them alone.
 """
-import argparse
+import argparse, json
+from pathlib import Path
 from record import RESULTS, about, write_result
 import pandas as pd
 from covid_cxr.core import data_folder, used
 from covid_cxr.images import read_grey, to_8bit
 from covid_cxr.recipe import build_table, load_recipe
+from covid_cxr.sources import read_nih
 from covid_cxr.stats.bootstrap import patient_mean
+from covid_cxr.table import label_for
 
 OUT, SHARE = RESULTS / 'effusion_edges.json', .08
 STRIPS = ('top', 'bottom', 'left', 'right', 'inside')
@@ -39,10 +42,18 @@ def measure(data):
     return [row(view, label, s, x) for view, label, x in by_label for s in STRIPS]
 
 
+def count_views(data):
+    "Images of the whole collection by finding and view; no image is read"
+    t = used(label_for(read_nih(Path(data) / 'nih-chest-xrays', csv='nih.csv.gz', files='ignore'), 'effusion_vs_no_finding'))
+    return {label: {view: int(n) for view, n in rows['view'].value_counts().items()} for label, rows in t.groupby('label')}
+
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', default=str(data_folder()), help='folder that holds nih-chest-xrays')
     p.add_argument('--out', default=str(OUT))
+    p.add_argument('--views', action='store_true', help='count the views alone; the measured rows stay as they are')
     a = p.parse_args()
-    write_result(a.out, dict(about(), share=SHARE, rows=measure(a.data)))
+    kept = json.loads(Path(a.out).read_text(encoding='utf-8')) if a.views else dict(about(), share=SHARE, rows=measure(a.data))
+    write_result(a.out, dict(kept, views=dict(about(), counts=count_views(a.data))))
     print(a.out)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple
-from .core import BundleError, CxrError, RunError, choices, nearest, versions, write_json
+from .core import BundleError, CxrError, RunError, choices, nearest, sha256_file, versions, write_json
+from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
 from .settings import Arch
-from .words import format_bytes, format_count, join_words, printable
+from .words import format_bytes, join_words, printable
 if TYPE_CHECKING:
     from fastai.learner import Learner
     from torch import nn
@@ -83,6 +84,10 @@ def _read_manifest(folder):
     return seals if inside else None
 
 # %% ../nbs/bundle.ipynb #write-manifest
+def _write_seals(folder, seals):
+    files = {name: seals[name]._asdict() for name in sorted(seals)}
+    return write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1, files=files))
+
 def write_manifest(
     folder: str | os.PathLike,
     names: Iterable[str],           # files in it, e.g. 'plots/roc.png'
@@ -90,10 +95,9 @@ def write_manifest(
 ) -> Path:
     "Write manifest.json: size and SHA-256 of these files"
     folder = Path(folder)
-    seals = {n: _seal_of(folder, n) for n in sorted(set(names) - {MANIFEST})}
+    seals = {n: _seal_of(folder, n) for n in {*names} - {MANIFEST}}
     if state is not None: seals[_STATE] = _seal_state(json.loads(json.dumps(state)))
-    return write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1,
-                                              files={n: s._asdict() for n, s in seals.items()}))
+    return _write_seals(folder, seals)
 
 @contextlib.contextmanager
 def _alone(folder) -> Iterator[None]:
@@ -122,8 +126,7 @@ def update_manifest(
         for n in names:
             seals.pop(n, None)
             if (folder / n).is_file(): seals[n] = _seal_of(folder, n)
-        write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1,
-                                           files={n: s._asdict() for n, s in sorted(seals.items())}))
+        _write_seals(folder, seals)
 
 # %% ../nbs/bundle.ipynb #check-manifest
 def check_manifest(
@@ -220,23 +223,26 @@ def _check_fields(b, where):
         if f.needed and f.name not in b: raise BundleError(f"{where} lacks '{f.name}'; export the run again.")
     odd = next((k for k in b if k not in known), None)
     if odd is not None:
-        raise BundleError(f'{where} has an unknown field {reprlib.repr(odd)}{nearest(odd, known)}; export the run again.')
+        hint = nearest(odd, known)
+        raise BundleError(f'{where} has an unknown field {reprlib.repr(odd)}{hint}; export the run again.')
     for f in SCHEMA:
         if f.name in b and not f.fits(b[f.name]):
             raise BundleError(f"{where} has {f.name} {reprlib.repr(b[f.name])}; it must be {f.must_be}.")
+
+def _check_parts(b, where):
+    "The image rule and the out-of-distribution check are such that this version can use them"
+    try:
+        ImageRule.from_dict(b['image'])
+        if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
+    except CxrError as e: raise BundleError(f'{where}: {printable(e)[:400]}') from e
 
 def check_description(
     description: dict[str, Any],   # as bundle.json holds it, under today's names
     where: str = 'this bundle',    # for the error sentence
 ) -> None:
     "Refuse a description that is not what `SCHEMA` says, or whose image rule or check this version cannot use"
-    b = description
-    _check_fields(b, where)
-    try:
-        ImageRule.from_dict(b['image'])
-        if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
-    except BundleError: raise
-    except CxrError as e: raise BundleError(f'{where}: {printable(e)[:400]}') from e
+    _check_fields(description, where)
+    _check_parts(description, where)
 
 # %% ../nbs/bundle.ipynb #swap
 def _to_disk(path):
@@ -288,7 +294,8 @@ def _whole_folder(folder) -> Iterator[Path]:
         yield tmp
         _put_in_place(tmp, folder)
     except OSError as e:
-        raise RunError(f'cannot write the bundle {folder}: {e.strerror or e}; free some space or choose another folder.') from e
+        cure = 'free some space or choose another folder'
+        raise RunError(f'cannot write the bundle {folder}: {e.strerror or e}; {cure}.') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/bundle.ipynb #export-pickle
@@ -326,24 +333,20 @@ def export_pickle(
 # %% ../nbs/bundle.ipynb #describe
 NOT_FOR = 'Research and teaching only. Not a medical device: not for diagnosis, triage or any decision about a patient.'
 
-def _description(info, state, more):
-    "bundle.json"
+def _description(info, state, ood_check, **more):
+    "bundle.json; what the caller of `save_bundle` gives is passed on under its own name"
     from covid_cxr.model import MEAN, STD
-    check = more.pop('ood_check')
-    checks = {} if check is None else dict(ood_check=check.to_dict())
+    checks = {} if ood_check is None else dict(ood_check=ood_check.to_dict())
     weights = dict(file=WEIGHTS, sha256=hashlib.sha256(state).hexdigest(), started_from=Path(info.weights).name)
-    return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, synthetic=bool(more['synthetic']),
-                arch=info.arch, classes=info.classes, image=info.rule.to_dict(), mean=MEAN, std=STD,
-                threshold=more['threshold'], temperature=more['temperature'],
-                operating_point=more['operating_point'] or {}, weights=weights,
-                provenance=more['provenance'] or {}, **checks, versions=versions())
+    return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, arch=info.arch, classes=info.classes,
+                image=info.rule.to_dict(), mean=MEAN, std=STD, weights=weights, **more, **checks, versions=versions())
 
 def _tensors(learn):
     "The weights as bytes; weights that are no numbers are refused"
-    import torch
     from safetensors.torch import save
+    from covid_cxr.model import broken_tensor
     state = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
-    if not all(torch.isfinite(v).all() for v in state.values()):
+    if broken_tensor(state):
         raise BundleError('the weights of this network are no longer numbers; train again with a smaller lr.')
     return save(state)
 
@@ -362,9 +365,9 @@ def save_bundle(
     "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
     from covid_cxr.learner import learner_info
     info, state = learner_info(learn), _tensors(learn)
-    description = _description(info, state, dict(
-        threshold=threshold, temperature=temperature, operating_point=operating_point, provenance=provenance,
-        synthetic=synthetic, ood_check=ood_check))
+    description = _description(
+        info, state, ood_check, synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
+        operating_point=operating_point or {}, provenance=provenance or {})
     check_description(description, f'{folder}')
     with _whole_folder(folder) as tmp:
         (tmp / WEIGHTS).write_bytes(state)
@@ -381,7 +384,7 @@ def find_bundle(
     folder = Path(folder)
     for f in (folder, folder / 'bundle'):
         if (f / DESCRIPTION).is_file(): return f
-    raise BundleError(f"no bundle in {folder}: neither {folder / DESCRIPTION} nor {folder / 'bundle' / DESCRIPTION} exists; "
+    raise BundleError(f"no bundle in {folder}: it holds neither {DESCRIPTION} nor bundle/{DESCRIPTION}; "
                       'give the folder of a finished run or of a bundle.')
 
 # %% ../nbs/bundle.ipynb #read-description
@@ -393,8 +396,8 @@ def _read_object(file):
         large = file.stat().st_size > LARGEST_JSON
         b = None if large else json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, OSError, RecursionError) as e:
-        raise BundleError(f'{file} cannot be read ({str(e)[:100]}); export the run again.') from e
-    if large: raise BundleError(f'{file} is larger than {format_bytes(LARGEST_JSON)}; it is no description of a bundle.')
+        raise BundleError(f'{file} cannot be read ({error_text(e)}); export the run again.') from e
+    if large: raise BundleError(f'{file} is larger than {format_bytes(LARGEST_JSON)}; give a folder of save_bundle.')
     if not isinstance(b, dict) or b.get('format') != FORMAT:
         raise BundleError(f'{file} is not a covid_cxr bundle; give a folder written by save_bundle.')
     return b
@@ -406,8 +409,9 @@ def read_description(
     file = find_bundle(folder) / DESCRIPTION
     b = _read_object(file)
     if b.get('version') != FORMAT_VERSION:
-        raise BundleError(f'{file} has bundle version {reprlib.repr(b.get("version"))}, this library reads {FORMAT_VERSION}; '
-                          'install the version of covid_cxr that wrote it.')
+        version = reprlib.repr(b.get('version'))
+        raise BundleError(f'{file} has bundle version {version}, and this covid_cxr reads {FORMAT_VERSION}; '
+                          'install the one that wrote it.')
     old = [b.pop(k) for k in _OLD_CHECK if k in b]
     b = dict(b, ood_check=next((v for v in (b.get('ood_check'), *old) if v is not None), None))
     _check_fields(b, str(file))
@@ -418,10 +422,10 @@ def _check_weights(b, folder):
     "Refuse weights that are missing or are not those that were written"
     weights = folder / WEIGHTS
     if not weights.is_file(): raise BundleError(f'{weights} is missing; copy the whole folder or export the run again.')
-    try: found = _sha256_start(weights, weights.stat().st_size)
+    try: found = sha256_file(weights)
     except OSError as e: raise BundleError(f'{weights} cannot be read ({e.strerror}); check its permissions.') from e
     if found != b['weights']['sha256']:
-        raise BundleError(f'{weights} is not the file that {DESCRIPTION} describes (SHA-256 differs); copy the folder again.')
+        raise BundleError(f'{weights} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
 
 def read_bundle(
     folder: str | os.PathLike,  # a bundle, or a run directory
@@ -429,18 +433,24 @@ def read_bundle(
     "The description of a bundle, after checking that it is whole and its weights unaltered"
     folder = find_bundle(folder)
     b = read_description(folder)
-    check_description(b, str(folder / DESCRIPTION))
+    _check_parts(b, str(folder / DESCRIPTION))
     _check_weights(b, folder)
     return dict(b, folder=str(folder))
 
 # %% ../nbs/bundle.ipynb #header
 _LONGEST_HEADER = 1_000_000    # bytes; that of the largest network here has 100,000
-_DTYPES = {'torch.float32': ('F32', 4), 'torch.int64': ('I64', 8)}
+_DTYPES = {'torch.float32': 'F32', 'torch.int64': 'I64'}
+_WIDTH = {'F32': 4, 'I64': 8}  # bytes
 
 class _Tensor(NamedTuple):
     "One tensor in the header of a safetensors file"
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self): return math.prod(self.shape) * _WIDTH[self.dtype]
+
+    def __str__(self): return f'{self.dtype} of shape {self.shape}'
 
 def _header_of(data):
     "name -> tensor of a safetensors file, or ValueError"
@@ -448,20 +458,20 @@ def _header_of(data):
     if len(data) < 8 or not 2 <= n <= min(len(data) - 8, _LONGEST_HEADER): raise ValueError('the header is cut off')
     header, size = json.loads(data[8:8 + n]), len(data) - 8 - n
     header.pop('__metadata__', None)
-    width, out = dict(_DTYPES.values()), {}
+    out = {}
     for name, v in header.items():
-        dtype, shape, (start, end) = v['dtype'], tuple(v['shape']), v['data_offsets']
-        whole = all(type(i) is int and i >= 0 for i in (*shape, start, end))
-        if not whole or dtype not in width or not start <= end <= size:
+        tensor, (start, end) = _Tensor(v['dtype'], tuple(v['shape'])), v['data_offsets']
+        whole = all(type(i) is int and i >= 0 for i in (*tensor.shape, start, end))
+        if not whole or tensor.dtype not in _WIDTH or not start <= end <= size:
             raise ValueError(f'the entry of {reprlib.repr(name)} is impossible')
-        if end - start != math.prod(shape) * width[dtype]: raise ValueError(f'{reprlib.repr(name)} has another length')
-        out[name] = _Tensor(dtype, shape)
+        if end - start != tensor.bytes: raise ValueError(f'{reprlib.repr(name)} has another length')
+        out[name] = tensor
     return out
 
 # %% ../nbs/bundle.ipynb #fits
 def _wanted(model):
     "name -> tensor that a network needs"
-    return {k: _Tensor(_DTYPES[str(v.dtype)][0], tuple(v.shape)) for k, v in model.state_dict().items()}
+    return {k: _Tensor(_DTYPES[str(v.dtype)], tuple(v.shape)) for k, v in model.state_dict().items()}
 
 def _misfit(data, wanted):
     "Why these bytes are not the weights that are wanted, or None"
@@ -469,35 +479,33 @@ def _misfit(data, wanted):
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e: return str(e)
     for name in wanted:
         if name not in have: return f"tensor '{name}' is missing"
-        if have[name] != wanted[name]: return f"'{name}' is {have[name].dtype} of shape {have[name].shape}, not {wanted[name].shape}"
+        if have[name] != wanted[name]: return f"'{name}' is {have[name]}, not {wanted[name]}"
     odd = next((name for name in have if name not in wanted), None)
     return None if odd is None else f'tensor {reprlib.repr(odd)} is none of its own'
 
 def _read_weights(bundle, wanted):
     "The bytes of the weights, which are those that the description names"
     file = Path(bundle['folder']) / WEIGHTS
-    width = dict(_DTYPES.values())
-    most = 8 + _LONGEST_HEADER + sum(math.prod(t.shape) * width[t.dtype] for t in wanted.values())
+    most = 8 + _LONGEST_HEADER + sum(t.bytes for t in wanted.values())
     try:
         with open(file, 'rb') as f: data = f.read(most + 1)
     except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); copy the folder again.') from e
-    if hashlib.sha256(data).hexdigest() == bundle['weights']['sha256'] and len(data) <= most: return data
-    raise BundleError(f'{file} is larger than its network or is no longer the file that was described (SHA-256 differs); '
+    if len(data) > most: raise BundleError(f'{file} is larger than its network; export the run again.')
+    if hashlib.sha256(data).hexdigest() == bundle['weights']['sha256']: return data
+    raise BundleError(f'{file} is no longer the file that was described (SHA-256 differs); '
                       'if the bundle was replaced just now, open it again.')
 
 # %% ../nbs/bundle.ipynb #load-model
 def _load_tensors(data, where):
     "Tensors of a safetensors file, all of them numbers"
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
+    from covid_cxr.model import broken_tensor
     try: state = load(data)
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OverflowError) as e:
-        raise BundleError(f'the weights of {where} are damaged ({str(e).splitlines()[0][:80]}); export the run again.') from e
-    bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
-    if bad:
-        raise BundleError(f'the weights of {where} are not all finite numbers ({format_count(len(bad), "tensor")}, first '
-                          f"'{bad[0]}'); train again with a smaller lr.")
+        raise BundleError(f'the weights of {where} are damaged ({error_text(e)}); export the run again.') from e
+    bad = broken_tensor(state)
+    if bad: raise BundleError(f"the weights of {where} are not all finite ('{bad}'); train again with a smaller lr.")
     return state
 
 def load_model(
@@ -510,7 +518,7 @@ def load_model(
     wanted = _wanted(model)
     data = _read_weights(bundle, wanted)
     why = _misfit(data, wanted)
-    if why: raise BundleError(f"the weights of {bundle['folder']} do not fit {bundle['arch']} ({why}); export the run again.")
+    if why: raise BundleError(f"{bundle['folder']}: {WEIGHTS} does not fit {bundle['arch']} ({why}); export it again.")
     model.load_state_dict(_load_tensors(data, bundle['folder']), assign=True)
     return model.eval().to(memory_format=torch.channels_last)
 
@@ -522,10 +530,6 @@ def _copied(files, tmp):
             raise RunError(f'{file} is missing or a link; give the run directory that holds {PICKLE}.')
         shutil.copyfile(file, tmp / n)
 
-def _pickle_integrity(folder):
-    "Is the pickle beside a bundle, or in its run, the one that was written?"
-    return PICKLE not in check_manifest(folder).altered
-
 def export_bundle(
     folder: str | os.PathLike,   # a bundle, or a run directory
     to: str | os.PathLike,       # a new folder
@@ -535,9 +539,9 @@ def export_bundle(
     src, to = find_bundle(folder), Path(to)
     b, integrity = read_bundle(src), check_manifest(src)
     if to.exists() or to.is_symlink(): raise RunError(f'{to} exists already; name a new folder.')
-    if integrity.status == 'altered' or pickle and not _pickle_integrity(folder):
-        names = integrity.altered or (PICKLE,)
-        raise BundleError(f'{describe_integrity(Integrity("altered", names), src)}')
+    if integrity.status == 'altered': raise BundleError(describe_integrity(integrity, src))
+    if pickle and PICKLE in check_manifest(folder).altered:
+        raise BundleError(describe_integrity(Integrity('altered', (PICKLE,)), folder))
     files = {n: src / n for n in (DESCRIPTION, WEIGHTS)}
     if pickle: files[PICKLE] = Path(folder) / PICKLE
     with _whole_folder(to) as tmp:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal
 import numpy as np, pandas as pd, PIL
-from .core import ImageError, Reason, check_choice, exclude, require_columns, sha256_file, used
+from .core import ImageError, Reason, check_choice, exclude, file_identity, require_columns, sha256_file
 from .images import BlankImage, ImageRule, image_errors, image_path, load_image
 from .words import format_count
 
@@ -23,10 +23,7 @@ _FORMAT = 1     # of the entries; grows when their layout changes
 
 def _identity(path: str, strict: bool) -> tuple:
     "What must stay the same for an entry to stay valid"
-    with image_errors(path):
-        if strict: return 'sha256', sha256_file(path)
-        s = os.stat(path)
-        return os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    with image_errors(path): return ('sha256', sha256_file(path)) if strict else file_identity(path)
 
 def _digest(identity: tuple, rule: ImageRule) -> bytes:
     "32 bytes that name an entry"
@@ -92,11 +89,11 @@ def _find_bad(paths: Iterable, read: Callable, workers: int | None) -> dict[Any,
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: causes = list(pool.map(why, every))
     return {p: cause for p, cause in zip(every, causes) if cause is not None}
 
-def _refuse(bad: dict[Any, Reason], n: int) -> None:
-    "One sentence about all unreadable files, naming the first ones"
+def _refuse(bad: dict[Any, Reason], unusable: int, n: int) -> None:
+    "One sentence about the `unusable` of n images whose files are `bad`, naming the first ones"
     named = '; '.join(f'{p}: {reason.detail}' for p, reason in list(bad.items())[:5])
     more = f'; and {len(bad) - 5} more' if len(bad) > 5 else ''
-    raise ImageError(f"{len(bad)} of {format_count(n, 'image')} cannot be used: {named}{more}. "
+    raise ImageError(f"{unusable} of {format_count(n, 'image')} cannot be used: {named}{more}. "
                      "Fetch them again, or pass on_bad='exclude' to leave them out with the reason.")
 
 # %% ../nbs/cache.ipynb #cache-stats
@@ -160,7 +157,7 @@ class ImageCache:
         check_choice('on_bad', on_bad, OnBad, ImageError)
         paths = list(paths)
         bad = _find_bad(paths, self.get, workers)
-        if bad and on_bad == 'raise': _refuse(bad, len(paths))
+        if bad and on_bad == 'raise': _refuse(bad, sum(path in bad for path in paths), len(paths))
         return {path: reason.detail for path, reason in bad.items()}
 
     def stats(self) -> CacheStats:
@@ -234,14 +231,10 @@ class ImageCache:
         "Stop writing, and say so once"
         with self._lock: first, self.writable = self.writable, False
         if first:
-            warnings.warn(f'the image cache {self.folder} cannot be written ({error}); images are decoded anew at every '
-                          'pass: free some space or choose another folder.', CacheWarning, stacklevel=2)
+            warnings.warn(f'the image cache {self.folder} cannot be written ({error}), so every pass decodes anew; '
+                          'free some space or choose another folder.', CacheWarning, stacklevel=2)
 
 # %% ../nbs/cache.ipynb #check
-_NO_FILE = Reason('files', 'image unreadable', 'it names no file')
-
-def _names_a_file(path: object) -> bool: return isinstance(path, (str, os.PathLike)) and bool(os.fspath(path))
-
 def check_images(
     table: pd.DataFrame,
     rule: ImageRule,
@@ -254,10 +247,10 @@ def check_images(
     require_columns(table, ['path', 'excluded'], 'check_images')
     if cache is not None and cache.rule != rule:
         raise ImageError(f'the cache reads by {cache.rule} and the run by {rule}; give both the same rule.')
-    paths = used(table)['path']
+    paths = table['path'].astype(object).where(table['path'].notna(), None)     # None, unlike NaN, is equal to itself
+    in_use = paths[table['excluded'].isna()]
     read = cache.get if cache is not None else lambda p: load_image(p, rule)
-    bad = _find_bad(filter(_names_a_file, paths), read, workers)
-    nameless = {f'row {i}': _NO_FILE for i, p in paths.items() if not _names_a_file(p)}
-    if on_bad == 'raise' and (bad or nameless): _refuse({**bad, **nameless}, len(paths))
-    causes = [bad.get(p) if _names_a_file(p) else _NO_FILE for p in table['path']]
-    return exclude(table, [cause is not None for cause in causes], [cause or _NO_FILE for cause in causes])
+    bad = _find_bad(in_use, read, workers)
+    if bad and on_bad == 'raise': _refuse(bad, int(in_use.isin(list(bad)).sum()), len(in_use))
+    causes = [bad.get(p) for p in paths]
+    return exclude(table, [cause is not None for cause in causes], causes)

@@ -11,194 +11,35 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 from . import __version__
 from .core import CxrError, RecipeError, RunError, Split, choices
-from .words import join_words, printable
+from .words import format_count, join_words, printable, sentence
 
 # %% auto #0
-__all__ = ['COMMANDS', 'OLD_FLAGS', 'Command', 'make_parser', 'renew_command', 'main']
+__all__ = ['COMMANDS', 'OLD_FLAGS', 'Command', 'command', 'make_parser', 'renew_command', 'main']
 
-# %% ../nbs/cli.ipynb #recipe
-def _settings(args):
-    "Fields of a recipe that the command line overrides"
-    settings = {}
-    for text in args.set or []:
-        key, eq, value = text.partition('=')
-        if not eq: raise RecipeError(f"--set {text} has no '='; write --set key=value, e.g. --set training.bs=4.")
-        settings[key.strip()] = value.strip()
-    for flag, key in dict(size='image.size', arch='model.arch', weights='model.weights', seed='seed').items():
-        if getattr(args, flag, None) is not None: settings[key] = getattr(args, flag)
-    return settings
+# %% ../nbs/cli.ipynb #command
+@dataclass(frozen=True)
+class Command:
+    "A verb of the command line"
+    do: Callable[[Namespace], int | None]        # the exit code; None: 0
+    options: Callable[[ArgumentParser], None]
+    example: str
 
-def _recipe(name, args):
-    "The recipe that is named, with the command line's overrides"
-    from covid_cxr.recipe import load_recipe, override, with_epochs
-    recipe = override(load_recipe(name), _settings(args))
-    epochs = getattr(args, 'epochs', None)
-    return recipe if epochs is None else with_epochs(recipe, epochs)
+    @property
+    def name(self) -> str: return self.do.__name__.strip('_')
+    @property
+    def help(self) -> str: return self.do.__doc__ or ''
 
-# %% ../nbs/cli.ipynb #train
-def _report(run, out=None, thumbnails=True):
-    "The page and the model card of a run"
-    from covid_cxr.report.page import write_report
-    page = write_report(run, out=out, thumbnails=thumbnails)
-    print(f'report: {page}\nmodel card: {page.with_name("model-card.md")}')
+COMMANDS: list[Command] = []
 
-def _train(args):
-    "A recipe into a run directory, and its report"
-    from covid_cxr.runs.train import train
-    recipe = _recipe(args.recipe, args)
-    _report(train(recipe, data=args.data, out=args.out, device=args.device, cache_dir=args.cache))
-
-# %% ../nbs/cli.ipynb #demo
-def _new_phantom(recipe, file):
-    "An image of a synthetic patient who is not in the training"
-    from PIL import Image
-    from covid_cxr.phantom import make_phantom
-    patient = recipe.data.phantom_patients + 10_000
-    image = make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image
-    Image.fromarray(image).save(file)
-
-def _demo(args):
-    "Phantoms, training, evaluation, export, and one new image predicted from the bundle"
-    from covid_cxr.predict import load_predictor
-    from covid_cxr.runs.train import train
-    recipe = _recipe('demo', args)
-    out = train(recipe, out=args.out, device=args.device)
-    new = out / 'new-image.png'
-    _new_phantom(recipe, new)
-    p = load_predictor(out).predict(new, ood='warn')
-    probs = ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
-    print(f'new image (a phantom with planted opacities): {new}\nprediction: {p.label}, {probs}, threshold {p.threshold:.3f} '
-          '(SYNTHETIC: says nothing about patients)')
-
-# %% ../nbs/cli.ipynb #predict
-def _answer(p):
-    "One prediction as a line"
-    path = printable(p.path)
-    if p.declined: return f'{path}: declined: {printable(p.declined)}'
-    return f"{path}: {p.label} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
-
-def _predict(args):
-    "A line for every image, and a CSV when one is asked for"
-    from covid_cxr.predict import list_images, load_predictor, save_predictions
-    predictor = load_predictor(args.run, args.device)
-    _say_unverified(predictor.integrity, args.run)
-    found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
-    if args.out: save_predictions(found, args.out)
-    if predictor.synthetic:
-        print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
-    for p in found: print(_answer(p))
-    for p in found:
-        if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
-    print(predictor.bundle['not_for'], file=sys.stderr)
-
-# %% ../nbs/cli.ipynb #evaluate
-def _evaluate(args):
-    "Metrics of a finished run, computed again from its predictions.csv"
-    from covid_cxr.evaluate import evaluate
-    from covid_cxr.runs.folder import RunFolder
-    from covid_cxr.runs.test_log import log_test_evaluation
-    run = RunFolder.open(args.run)
-    _say_unverified(run.integrity, args.run)
-    if run.file('table.csv').is_file(): run.rows              # predictions and table must be of one run
-    p, classes = run.predictions, list(run.classes)
-    rows = p[p['split'] == args.split]
-    if not len(rows):
-        known = join_words(sorted(p['split'].unique()))
-        raise RunError(f"{args.run} has no predictions for the split '{args.split}'; it has {known}.")
-    probs = rows[[f'prob_{c}' for c in classes]].to_numpy()
-    threshold = .5 if run.threshold is None else run.threshold
-    score = probs[:, 1] if len(classes) == 2 else probs
-    result = evaluate(rows['label'].to_numpy(), score, groups=rows['group'].to_numpy(), classes=classes,
-                      threshold=threshold, n_boot=args.n_boot, seed=run.recipe.seed)
-    if args.split == 'test':
-        seen = dict(auc=result['auc']) if 'auc' in result.estimates else {}
-        log_test_evaluation(args.run, 'evaluate', 'test', seen, run.threshold, once=True)
-    if run.synthetic: print('SYNTHETIC PHANTOMS: these numbers say nothing about patients.')
-    print(result)
-
-# %% ../nbs/cli.ipynb #external
-def _external(args):
-    "The frozen model of a run on another collection"
-    from covid_cxr.audit.baselines import external_baselines
-    from covid_cxr.runs.external import external_table, external_test
-    from covid_cxr.runs.folder import RunFolder
-    from covid_cxr.runs.sentences import describe_external_test, format_external_table
-    test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
-                         args.min_age, args.name, on_bad=args.on_bad, duplicates=args.duplicates,
-                         baselines=external_baselines,
-                         check_files=not args.unchecked, device=args.device, n_boot=args.n_boot)
-    run = RunFolder.open(args.run)
-    own = run.result if run.split == 'test' else None
-    print(f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n')
-    print(format_external_table(external_table(run)))
-
-# %% ../nbs/cli.ipynb #audit
-def _audit(args):
-    "What else could explain the number? RUN/audit.json, and the report made anew"
-    from covid_cxr.audit.run import audit_run
-    from covid_cxr.audit.sentences import describe_audit
-    audit = audit_run(args.run, quick=args.quick, cache_dir=args.cache, n_boot=args.n_boot)
-    print(describe_audit(audit, every=args.all))
-    _report(args.run)
-
-def _write_report(args): _report(args.run, args.out, not args.no_thumbnails)
-
-def _compare(args):
-    "Several runs on one test split"
-    from covid_cxr.core import write_json
-    from covid_cxr.runs.compare import compare_runs
-    from covid_cxr.runs.folder import RunFolder
-    from covid_cxr.runs.sentences import describe_comparison
-    for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
-    found = compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot)
-    if args.out: write_json(args.out, found.to_dict())
-    print(describe_comparison(found))
-
-# %% ../nbs/cli.ipynb #export
-def _export(args):
-    "Copy the bundle of a run (and, when asked, the fastai pickle) to a folder that can be given away"
-    from covid_cxr.bundle import export_bundle
-    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle))}')
-    if args.pickle: print('export.pkl decides at the same threshold; it declines nothing: only the bundle asks the ood check.')
-
-def _reproduce(args):
-    "The recipes of the articles, and their tables"
-    from covid_cxr.articles.reproduce import reproduce
-    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
-              epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
-    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
-
-# %% ../nbs/cli.ipynb #data-commands
-def _download(args):
-    "Fetch a collection, or list them"
-    from covid_cxr.curate.download import DOWNLOADS, download
-    if args.source: print(download(args.source, args.out, accept=args.accept, commit=args.commit))
-    else:
-        for d in DOWNLOADS.values(): print(f'{d.name:<20} {d.how:<7} {d.title}')
-
-def _inspect(args):
-    "What came in and why rows are not used: of a recipe's table, or of one collection before any task"
-    from covid_cxr.core import used
-    from covid_cxr.report.quality_page import run_inspection
-    from covid_cxr.duplicates import find_near, fingerprints
-    from covid_cxr.recipe import build_table
-    from covid_cxr.sources import SOURCES, read_source
-    if args.what in SOURCES: table = read_source(args.what, args.data)
-    else: table = build_table(_recipe(args.what, args), args.data, args.cache)
-    seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
-    problems = fingerprints(seen['path'].dropna(), kept)
-    run_inspection(table, find_near(seen, prints=problems), out=args.out, problems=problems)
-
-# %% ../nbs/cli.ipynb #recipes-command
-def _recipes(args):
-    "The shipped recipes, or the fields that a recipe may set"
-    from covid_cxr.recipe import list_recipes, recipe_fields
-    if not args.fields:
-        for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
-        return
-    for f in recipe_fields().itertuples():
-        print(f'{f.field} = {f.default}')
-        print(textwrap.fill(f'{f.meaning} ({f.value})', 100, initial_indent='    ', subsequent_indent='    '))
+def command(
+    options: Callable[[ArgumentParser], None],   # adds the options to a parser
+    example: str,                                # a whole command line
+) -> Callable:                                   # for a function of the parsed arguments; its docstring is the help
+    "A function as a command"
+    def add(do):
+        COMMANDS.append(Command(do, options, example))
+        return do
+    return add
 
 # %% ../nbs/cli.ipynb #shared-options
 def _run_argument(p): p.add_argument('run', metavar='RUN', help='run directory')
@@ -220,38 +61,118 @@ def _recipe_options(p):
     p.add_argument('--epochs', type=int, metavar='N',
                    help="epochs in all: the recipe's stages are cut, or the last one stretched, to N")
     p.add_argument('--arch', choices=choices(Arch), metavar='A', help=f'architecture: {", ".join(choices(Arch))}')
-    p.add_argument('--weights', metavar='W', help="'imagenet', 'none' (train from scratch) or the path of a weights file")
+    p.add_argument('--weights', metavar='W', help="'imagenet', 'none' (from scratch) or the path of a weights file")
     p.add_argument('--seed', type=int, metavar='S', help='every choice of chance in the run')
     p.add_argument('--device', default='auto', metavar='D', help='cpu, cuda or auto (default: a GPU when there is one)')
     _set_option(p)
 
+# %% ../nbs/cli.ipynb #recipe
+def _settings(args):
+    "Fields of a recipe that the command line overrides"
+    settings = {}
+    for text in args.set or []:
+        key, eq, value = text.partition('=')
+        if not eq: raise RecipeError(f"--set {text} has no '='; write --set key=value, e.g. --set training.bs=4.")
+        settings[key.strip()] = value.strip()
+    for flag, key in dict(size='image.size', arch='model.arch', weights='model.weights', seed='seed').items():
+        if getattr(args, flag, None) is not None: settings[key] = getattr(args, flag)
+    return settings
+
+def _recipe(name, args):
+    "The recipe that is named, with the command line's overrides"
+    from covid_cxr.recipe import load_recipe, override, with_epochs
+    recipe = override(load_recipe(name), _settings(args))
+    epochs = getattr(args, 'epochs', None)
+    return recipe if epochs is None else with_epochs(recipe, epochs)
+
+# %% ../nbs/cli.ipynb #demo
 def _demo_options(p):
     p.add_argument('--out', default='demo', metavar='DIR', help='run directory (default: demo)')
     _recipe_options(p)
 
+def _new_phantom(recipe, file):
+    "An image of a synthetic patient who is not in the training"
+    from PIL import Image
+    from covid_cxr.phantom import make_phantom
+    patient = recipe.data.phantom_patients + 10_000
+    image = make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image
+    Image.fromarray(image).save(file)
+
+@command(_demo_options, 'covid-cxr demo --out demo')
+def _demo(args):
+    "the whole job on synthetic radiographs: train, evaluate, export, predict"
+    from covid_cxr.predict import load_predictor
+    from covid_cxr.runs.train import train
+    recipe = _recipe('demo', args)
+    out = train(recipe, out=args.out, device=args.device)
+    new = out / 'new-image.png'
+    _new_phantom(recipe, new)
+    p = load_predictor(out).predict(new, ood='warn')
+    probs = ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
+    print(f'new image (a phantom with planted opacities): {new}')
+    print(f'prediction: {p.label}, {probs}, threshold {p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
+
+# %% ../nbs/cli.ipynb #train
 def _train_options(p):
-    p.add_argument('recipe', metavar='RECIPE', help="name of a shipped recipe (see 'covid-cxr recipes') or path of a TOML file")
+    p.add_argument('recipe', metavar='RECIPE', help="a shipped recipe by name (see 'covid-cxr recipes') or a TOML file")
     p.add_argument('--data', metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/run', metavar='RUN', help='run directory (default: runs/run)')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here, for several runs (default: RUN/cache)')
     _recipe_options(p)
 
-# %% ../nbs/cli.ipynb #data-options
+def _make_report(run, out=None, thumbnails=True):
+    "The page and the model card of a run"
+    from covid_cxr.report.page import write_report
+    page = write_report(run, out=out, thumbnails=thumbnails)
+    print(f'report: {page}\nmodel card: {page.with_name("model-card.md")}')
+
+@command(_train_options, 'covid-cxr train covid-2020 --data data --out runs/first --size 224')
+def _train(args):
+    "train and evaluate what a recipe says, into a run directory; resumes a run that was killed"
+    from covid_cxr.runs.train import train
+    recipe = _recipe(args.recipe, args)
+    _make_report(train(recipe, data=args.data, out=args.out, device=args.device, cache_dir=args.cache))
+
+# %% ../nbs/cli.ipynb #inspect-options
 def _inspect_options(p):
     p.add_argument('what', metavar='RECIPE|SOURCE',
-                   help="a recipe (its whole table), or one collection by name (see 'covid-cxr download' for the names)")
-    p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections, or the collection itself')
-    p.add_argument('--out', metavar='DIR', help='also write text, CSV files and a page with thumbnails of the duplicates here')
+                   help="a recipe (its whole table), or one collection by its name in 'covid-cxr download'")
+    p.add_argument('--data', required=True, metavar='DIR', help='folder of the collections, or the collection itself')
+    p.add_argument('--out', metavar='DIR', help='also write text, CSV files and a page with the duplicates here')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images and fingerprints here, for several calls')
     _set_option(p)
 
+# %% ../nbs/cli.ipynb #inspect
+@command(_inspect_options, 'covid-cxr inspect covid-2020 --data data --out inspection')
+def _inspect(args):
+    "what came in, what is not used and why, duplicates, conflicts, licences"
+    from covid_cxr.core import used
+    from covid_cxr.report.quality_page import run_inspection
+    from covid_cxr.duplicates import find_near, fingerprints
+    from covid_cxr.recipe import build_table
+    from covid_cxr.sources import SOURCES, read_source
+    if args.what in SOURCES: table = read_source(args.what, args.data)
+    else: table = build_table(_recipe(args.what, args), args.data, args.cache)
+    seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
+    problems = fingerprints(seen['path'].dropna(), kept)
+    run_inspection(table, find_near(seen, prints=problems), out=args.out, problems=problems)
+
+# %% ../nbs/cli.ipynb #download
 def _download_options(p):
     p.add_argument('source', nargs='?', metavar='SOURCE', help='name of a collection')
     p.add_argument('--out', default='data', metavar='DIR', help='folder that holds the collections (default: data)')
-    p.add_argument('--accept', action='store_true', help='I have read and accept the licence and account words that are printed')
+    p.add_argument('--accept', action='store_true', help='I have read and accept the printed licence and account terms')
     p.add_argument('--commit', metavar='SHA', help='another commit of a repository than the pinned one')
 
-# %% ../nbs/cli.ipynb #model-options
+@command(_download_options, 'covid-cxr download covid_chestxray --out data --accept')
+def _download(args):
+    "fetch a collection, or say how to get it; without a name: list them"
+    from covid_cxr.curate.download import DOWNLOADS, download
+    if args.source: print(download(args.source, args.out, accept=args.accept, commit=args.commit))
+    else:
+        for d in DOWNLOADS.values(): print(f'{d.name:<20} {d.how:<7} {d.title}')
+
+# %% ../nbs/cli.ipynb #predict-options
 def _predict_options(p):
     from covid_cxr.predict import OnBadFile, OODMode
     p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
@@ -264,10 +185,66 @@ def _predict_options(p):
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
 
+def _say_unverified(integrity, folder):
+    "A note on a run or a bundle without a manifest"
+    from covid_cxr.bundle import describe_integrity
+    if integrity.status == 'unverified':
+        print(f'note: {printable(describe_integrity(integrity, folder))}', file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #predict
+def _answer(p):
+    "One prediction as a line"
+    path = printable(p.path)
+    if p.declined: return f'{path}: declined: {printable(p.declined)}'
+    return f"{path}: {p.label} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
+
+@command(_predict_options, 'covid-cxr predict runs/first chest.png folder/ --out out.csv')
+def _predict(args):
+    "predict image files with a trained run or an exported bundle"
+    from covid_cxr.predict import list_images, load_predictor, save_predictions
+    predictor = load_predictor(args.run, args.device)
+    _say_unverified(predictor.integrity, args.run)
+    found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
+    if args.out: save_predictions(found, args.out)
+    if predictor.synthetic:
+        print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
+    for p in found: print(_answer(p))
+    for p in found:
+        if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
+    print(predictor.bundle['not_for'], file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #evaluate
+def _say_unrecorded(images):
+    "A note on images whose patient is not recorded"
+    if images:
+        print(f'\nThe patient of {format_count(images, "image")} is not recorded: '
+              'their groups are no patients, and the intervals may be too narrow.')
+
 def _evaluate_options(p):
     _run_argument(p)
     p.add_argument('--split', default='test', choices=choices(Split), help='which split (default: test)')
     _boot_option(p)
+
+@command(_evaluate_options, 'covid-cxr evaluate runs/first --split valid')
+def _evaluate(args):
+    "metrics of a finished run, computed again from its predictions.csv with intervals"
+    from covid_cxr.runs.folder import SYNTHETIC_WARNING, RunFolder, evaluate_rows
+    from covid_cxr.runs.test_log import log_test_evaluation
+    run = RunFolder.open(args.run)
+    _say_unverified(run.integrity, args.run)
+    if run.file('table.csv').is_file(): run.rows              # predictions and table must be of one run
+    p = run.predictions
+    rows = p[p['split'] == args.split]
+    if not len(rows):
+        known = join_words(sorted(p['split'].unique()))
+        raise RunError(f"{args.run} has no predictions for the split '{args.split}'; it has {known}.")
+    result = evaluate_rows(rows, run.classes, run.threshold, args.n_boot, run.recipe.seed)
+    if args.split == 'test':
+        seen = dict(auc=result['auc']) if 'auc' in result.estimates else {}
+        log_test_evaluation(args.run, 'evaluate', 'test', seen, run.threshold, once=True)
+    if run.synthetic: print(SYNTHETIC_WARNING)
+    print(result)
+    _say_unrecorded(int(rows['patient'].isna().sum()))
 
 # %% ../nbs/cli.ipynb #external-options
 def _external_options(p):
@@ -277,7 +254,7 @@ def _external_options(p):
     p.add_argument('source', metavar='SOURCE', help="another collection by name (see 'covid-cxr download')")
     p.add_argument('--data', default='.', metavar='DIR', help='folder that holds the collections (default: this one)')
     p.add_argument('--root', default='', metavar='FOLDER', help="the collection's folder below --data")
-    p.add_argument('--metadata', default='', metavar='FILE', help="another metadata file than the collection's own, below --data")
+    p.add_argument('--metadata', default='', metavar='FILE', help='another metadata file, below --data')
     p.add_argument('--findings', nargs='+', default=[], metavar='F', help="only these findings, e.g. 'No Finding'")
     p.add_argument('--views', nargs='+', metavar='V',
                    help="only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
@@ -286,13 +263,30 @@ def _external_options(p):
     p.add_argument('--on-bad', choices=choices(OnBad), default='raise',
                    help="an unreadable file: 'raise' an error (default), or 'exclude' it with its reason")
     p.add_argument('--duplicates', choices=choices(Search), default='near',
-                   help="copies of the run's own images to look for: 'near' (edited ones too, default) or 'exact' (faster)")
+                   help="copies of the run's images to look for: 'near' (edited ones too, default) or 'exact' (faster)")
     p.add_argument('--unchecked', action='store_true',
                    help='go on when images that the model was made with are not on this disk; the test says so')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
     _boot_option(p, None)
 
-# %% ../nbs/cli.ipynb #audit-options
+# %% ../nbs/cli.ipynb #external
+@command(_external_options, "covid-cxr external runs/first nih --data data --findings 'No Finding' --min-age 18")
+def _external(args):
+    "the frozen model of a finished run on another collection"
+    from covid_cxr.audit.baselines import external_baselines
+    from covid_cxr.runs.external import external_table, external_test
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.sentences import describe_external_test, format_external_table
+    test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
+                         args.min_age, args.name, on_bad=args.on_bad, duplicates=args.duplicates,
+                         baselines=external_baselines, check_files=not args.unchecked, device=args.device,
+                         n_boot=args.n_boot)
+    run = RunFolder.open(args.run)
+    own = run.result if run.split == 'test' else None
+    print(f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n')
+    print(format_external_table(external_table(run)))
+
+# %% ../nbs/cli.ipynb #audit
 def _audit_options(p):
     _run_argument(p)
     p.add_argument('--all', action='store_true', help='print every check, also those that pass')
@@ -300,27 +294,55 @@ def _audit_options(p):
     p.add_argument('--cache', metavar='DIR', help='decoded images and fingerprints (default: RUN/cache)')
     _boot_option(p)
 
+@command(_audit_options, 'covid-cxr audit runs/first --quick')
+def _audit(args):
+    "ask what else could explain the number: leaks, files, web sites, edges, letters, chance"
+    from covid_cxr.audit.run import audit_run
+    from covid_cxr.audit.sentences import describe_audit
+    audit = audit_run(args.run, quick=args.quick, cache_dir=args.cache, n_boot=args.n_boot)
+    print(describe_audit(audit, every=args.all))
+    _make_report(args.run)
+
+# %% ../nbs/cli.ipynb #report
 def _report_options(p):
     _run_argument(p)
     p.add_argument('--out', metavar='DIR', help='folder for both files (default: the run directory)')
     p.add_argument('--no-thumbnails', action='store_true',
                    help='leave out the wrongly predicted images, so that the page holds no image of a patient')
 
+@command(_report_options, 'covid-cxr report runs/first')
+def _report(args):
+    "one self-contained page and a model card from a finished run"
+    _make_report(args.run, args.out, not args.no_thumbnails)
+
+# %% ../nbs/cli.ipynb #compare
 def _compare_options(p):
     p.add_argument('runs', nargs='+', metavar='RUN', help='run directories, two or more')
-    p.add_argument('--shared', action='store_true', help='when the test splits differ, compare on the images they share')
+    p.add_argument('--shared', action='store_true', help='when test splits differ, compare on the images they share')
     p.add_argument('--margin', type=float, metavar='D',
-                   help='largest loss of AUC that would not matter, written down beforehand: adds a word on non-inferiority')
+                   help='loss of AUC that would not matter, chosen beforehand: adds a word on non-inferiority')
     p.add_argument('--out', metavar='FILE', help='also write the comparison to this JSON file')
     _boot_option(p)
 
-# %% ../nbs/cli.ipynb #other-options
+@command(_compare_options, 'covid-cxr compare runs/first runs/second')
+def _compare(args):
+    "compare finished runs image by image; runs that do not differ are not ranked"
+    from covid_cxr.core import write_json
+    from covid_cxr.runs.compare import compare_runs
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.sentences import describe_comparison
+    for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
+    found = compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot)
+    if args.out: write_json(args.out, found.to_dict())
+    print(describe_comparison(found))
+
+# %% ../nbs/cli.ipynb #reproduce
 def _reproduce_options(p):
     from covid_cxr.articles.reported import ARTICLES, PRETRAIN
     p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/articles', metavar='DIR',
                    help='folder for the runs and the tables (default: runs/articles); finished runs there are kept')
-    p.add_argument('--quick', action='store_true', help='tiny images, one epoch, two folds: minutes, to see that it works')
+    p.add_argument('--quick', action='store_true', help='tiny images, one epoch, two folds: to see that it works')
     p.add_argument('--only', nargs='+', metavar='ARTICLE', choices=(*ARTICLES, PRETRAIN),
                    help=f'only these: {", ".join((*ARTICLES, PRETRAIN))}')
     p.add_argument('--seeds', type=int, default=1, metavar='N',
@@ -328,54 +350,42 @@ def _reproduce_options(p):
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here (default: OUT/cache)')
     _recipe_options(p)
 
+@command(_reproduce_options, 'covid-cxr reproduce --data data --out runs/articles --quick')
+def _reproduce(args):
+    "run the recipes of the five articles and write one table: reported, their protocol, leak-safe, external"
+    from covid_cxr.articles.reproduce import reproduce
+    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
+              epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
+    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
+
+# %% ../nbs/cli.ipynb #export
 def _export_options(p):
     _run_argument(p)
     p.add_argument('--out', required=True, metavar='DIR', help='new folder')
     p.add_argument('--pickle', action='store_true',
                    help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
 
+@command(_export_options, 'covid-cxr export runs/first --out my-model')
+def _export(args):
+    "copy the bundle of a run to a folder that can be given away"
+    from covid_cxr.bundle import export_bundle
+    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle))}')
+    if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
+
+# %% ../nbs/cli.ipynb #recipes
 def _recipes_options(p):
-    p.add_argument('--fields', action='store_true', help='list the fields of a recipe instead: default, meaning, known words')
+    p.add_argument('--fields', action='store_true', help='list the fields of a recipe: default, meaning, known words')
 
-# %% ../nbs/cli.ipynb #commands
-@dataclass(frozen=True)
-class Command:
-    "A verb of the command line"
-    name: str
-    do: Callable[[Namespace], int | None]        # the exit code; None: 0
-    options: Callable[[ArgumentParser], None]
-    help: str
-    example: str
-
-COMMANDS = [
-    Command('demo', _demo, _demo_options, 'the whole job on synthetic radiographs: train, evaluate, export, predict',
-            'covid-cxr demo --out demo'),
-    Command('train', _train, _train_options,
-            'train and evaluate what a recipe says, into a run directory; resumes a run that was killed',
-            'covid-cxr train covid-2020 --data data --out runs/first --size 224'),
-    Command('inspect', _inspect, _inspect_options, 'what came in, what is not used and why, duplicates, conflicts, licences',
-            'covid-cxr inspect covid-2020 --data data --out inspection'),
-    Command('download', _download, _download_options, 'fetch a collection, or say how to get it; without a name: list them',
-            'covid-cxr download covid_chestxray --out data --accept'),
-    Command('predict', _predict, _predict_options, 'predict image files with a trained run or an exported bundle',
-            'covid-cxr predict runs/first chest.png folder/ --out out.csv'),
-    Command('evaluate', _evaluate, _evaluate_options, 'metrics of a finished run with intervals over patients',
-            'covid-cxr evaluate runs/first --split valid'),
-    Command('external', _external, _external_options, 'the frozen model of a finished run on another collection',
-            "covid-cxr external runs/first nih --data data --findings 'No Finding' --min-age 18"),
-    Command('audit', _audit, _audit_options, 'ask what else could explain the number: leaks, files, web sites, edges, letters, chance',
-            'covid-cxr audit runs/first --quick'),
-    Command('report', _write_report, _report_options, 'one self-contained page and a model card from a finished run',
-            'covid-cxr report runs/first'),
-    Command('compare', _compare, _compare_options, 'compare finished runs image by image; runs that do not differ are not ranked',
-            'covid-cxr compare runs/first runs/second'),
-    Command('reproduce', _reproduce, _reproduce_options,
-            'run the recipes of the five articles and write one table: reported, their protocol, leak-safe, external',
-            'covid-cxr reproduce --data data --out runs/articles --quick'),
-    Command('export', _export, _export_options, 'copy the bundle of a run to a folder that can be given away',
-            'covid-cxr export runs/first --out my-model'),
-    Command('recipes', _recipes, _recipes_options, 'list the recipes that come with the library', 'covid-cxr recipes'),
-]
+@command(_recipes_options, 'covid-cxr recipes')
+def _recipes(args):
+    "list the recipes that come with the library"
+    from covid_cxr.recipe import list_recipes, recipe_fields
+    if not args.fields:
+        for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
+        return
+    for f in recipe_fields().itertuples():
+        print(f'{f.field} = {f.default}')
+        print(textwrap.fill(f'{f.meaning} ({f.value})', 100, initial_indent='    ', subsequent_indent='    '))
 
 # %% ../nbs/cli.ipynb #parser
 _DESCRIPTION = ('Train and evaluate chest X-ray classifiers with numbers that survive a hostile reviewer. '
@@ -390,8 +400,7 @@ def make_parser(
     top.add_argument('--version', action='version', version=f'covid-cxr {__version__}')
     commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for c in COMMANDS:
-        description = f'{c.help[0].upper()}{c.help[1:]}.'
-        p = commands.add_parser(c.name, help=c.help, description=description, epilog=f'Example: {c.example}')
+        p = commands.add_parser(c.name, help=c.help, description=sentence(c.help), epilog=f'Example: {c.example}')
         p.set_defaults(do=c.do)
         if only in (None, c.name): c.options(p)
     return top
@@ -439,12 +448,6 @@ def renew_command(
     return [*out, *argv[i:]], notes
 
 # %% ../nbs/cli.ipynb #altered
-def _say_unverified(integrity, folder):
-    "A note on a run or a bundle without a manifest"
-    from covid_cxr.bundle import describe_integrity
-    if integrity.status == 'unverified':
-        print(f'note: {printable(describe_integrity(integrity, folder))}', file=sys.stderr)
-
 @contextlib.contextmanager
 def _altered_in_red() -> Iterator[None]:
     "Every warning of altered files as one line, red in a terminal, once per command"

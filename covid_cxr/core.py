@@ -4,20 +4,22 @@
 
 # %% ../nbs/core.ipynb #imports
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, os, platform, re
-from contextlib import contextmanager
+import difflib, hashlib, importlib.metadata, json, math, os, platform, re
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Mapping, NamedTuple, get_args
 import numpy as np
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['COLUMNS', 'NUMERIC', 'SYNTHETIC', 'Split', 'SPLITS', 'Step', 'FINDINGS', 'FINDING_WORDS', 'NOT_STATED', 'View',
-           'VIEWS', 'CxrError', 'SourceError', 'VocabularyError', 'TableError', 'LeakError', 'ImageError',
-           'WeightsError', 'RecipeError', 'RunError', 'BundleError', 'nearest', 'choices', 'check_choice', 'new_table',
-           'Reason', 'exclude', 'used', 'require_columns', 'is_missing', 'canonical_finding', 'canonical_findings',
-           'is_finding', 'canonical_view', 'canonical_views', 'atomic_path', 'write_text', 'write_json', 'sha256_file',
-           'sha256_text', 'versions', 'data_folder']
+__all__ = ['COLUMNS', 'NUMERIC', 'SYNTHETIC', 'IMAGE_SUFFIXES', 'Split', 'SPLITS', 'Step', 'FINDINGS', 'FINDING_WORDS',
+           'NOT_STATED', 'View', 'VIEWS', 'CxrError', 'SourceError', 'VocabularyError', 'TableError', 'LeakError',
+           'ImageError', 'WeightsError', 'RecipeError', 'RunError', 'BundleError', 'nearest', 'list_words', 'choices',
+           'check_choice', 'new_table', 'Reason', 'exclude', 'used', 'require_columns', 'is_missing',
+           'canonical_finding', 'canonical_findings', 'is_finding', 'canonical_view', 'canonical_views', 'atomic_path',
+           'write_text', 'write_json', 'to_plain', 'sha256_file', 'file_identity', 'sha256_text', 'versions', 'utc_now',
+           'data_folder']
 
 # %% ../nbs/core.ipynb #errors
 class CxrError(ValueError): "A refusal of this library: one sentence with the name, the value and the cure"
@@ -44,9 +46,16 @@ def nearest(
     word: object,          # what the person wrote
     known: Iterable,       # the words that exist
 ) -> str:                  # ", did you mean 'x'?" or "" when nothing is near
-    "The end of an error sentence that names the nearest known word"
-    hit = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=.5)
-    return f", did you mean '{hit[0]}'?" if hit else ''
+    "The end of an error sentence that names the nearest known word, in whatever case it was written"
+    names = {str(k).lower(): str(k) for k in known}
+    hit = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=.5)
+    return f", did you mean '{names[hit[0]]}'?" if hit else ''
+
+def list_words(
+    counts: Any,           # {word: how often it stands there}, or a Series of counts
+) -> str:                  # "'Covd' (2), 'xyz' (1)"
+    "Words with their counts, for an error sentence"
+    return ', '.join(f"'{word}' ({n})" for word, n in counts.items())
 
 # %% ../nbs/core.ipynb #choices
 def choices(kind: Any) -> tuple: # the words of a `Literal` type, in its order
@@ -88,6 +97,8 @@ COLUMNS = {
 }
 NUMERIC = ('age_years', 'offset_days')
 SYNTHETIC = 'synthetic phantom'   # the licence of every row made by `phantom`; outputs made from such rows say so
+# how the names of images end; what is in them is told by their content
+IMAGE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.dcm', '.dicom', '.bmp', '.tif', '.tiff', '.webp', '.gif')
 Split = Literal['train', 'valid', 'test']
 SPLITS: tuple[Split, ...] = choices(Split)
 
@@ -156,9 +167,10 @@ def require_columns(
 ) -> None:
     "Refuse a table that lacks a column, naming the column and what the table does have"
     missing = [n for n in names if n not in table.columns]
-    if missing:
-        raise TableError(f"{who} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, and this table has only: "
-                         f"{', '.join(map(str, table.columns))}; read it with a covid_cxr.sources reader or add the column.")
+    if not missing: return
+    what, has = 'column' if len(missing) == 1 else 'columns', ', '.join(map(str, table.columns))
+    raise TableError(f"{who} needs the {what} {', '.join(missing)}, and this table has only: {has}; "
+                     'read it with a reader of covid_cxr.sources, or add what is missing.')
 
 # %% ../nbs/core.ipynb #findings
 FINDINGS = (
@@ -220,9 +232,7 @@ def _canonical_column(words, one, what, cure):
     for w, n in words.dropna().value_counts().items():
         try: memo[w] = one(w)
         except VocabularyError: bad[w] = n
-    if bad:
-        listed = ', '.join(f"'{w}' ({n})" for w, n in bad.items())
-        raise VocabularyError(f"unknown {what}{'s' * (len(bad) > 1)}: {listed}; {cure}")
+    if bad: raise VocabularyError(f'unknown {what}: {list_words(bad)}; {cure}')
     return pd.Series([np.nan if pd.isna(w) else memo[w] for w in words], dtype=object)
 
 _ADD_WORDS = "correct the file, or pass also={'word': 'canonical finding'} (see covid_cxr.core.FINDINGS)"
@@ -279,14 +289,12 @@ def atomic_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(tmp, 'xb').close()
-    except OSError as e:
-        raise RunError(f'cannot write {path}: {e.strerror}; choose an output folder that you can write to.') from e
-    try:
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
-        raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another output folder.') from e
-    finally: tmp.unlink(missing_ok=True)
+        raise RunError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder.') from e
+    finally:
+        with suppress(OSError): tmp.unlink()
 
 # %% ../nbs/core.ipynb #write-files
 def write_text(path: str | Path, text: str) -> Path:
@@ -299,13 +307,18 @@ def write_json(
     obj: object,       # dictionaries, lists, numbers, texts, arrays; anything else is written as its text
 ) -> Path:
     "Write JSON atomically: sorted as given, NaN as null, numpy numbers as plain ones"
-    return write_text(path, json.dumps(_plain(obj), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
+    return write_text(path, json.dumps(to_plain(obj), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
 
-def _plain(o):
-    if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, set, np.ndarray)) or type(o).__name__ == 'Series': return [_plain(v) for v in o]
+def to_plain(
+    o: object,               # dictionaries, lists, numbers, texts, arrays; anything else becomes its text
+    inf_text: bool = False,  # infinity becomes the text 'inf' or '-inf'; False: None, as NaN does
+) -> Any:                    # what `json.dumps(..., allow_nan=False)` takes
+    "Plain Python that JSON can hold: NaN is None, numpy numbers are plain ones"
+    if isinstance(o, Mapping): return {str(k): to_plain(v, inf_text) for k, v in o.items()}
+    if isinstance(o, (list, tuple, set, np.ndarray)) or type(o).__name__ == 'Series':
+        return [to_plain(v, inf_text) for v in o]  # type: ignore[attr-defined]  # a Series, known by its name alone
     if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, float) and not np.isfinite(o): return None
+    if isinstance(o, float) and not math.isfinite(o): return str(o) if inf_text and math.isinf(o) else None
     return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
 
 # %% ../nbs/core.ipynb #sha256
@@ -315,6 +328,11 @@ def sha256_file(path: str | Path) -> str:
     with open(path, 'rb') as f:
         for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
     return h.hexdigest()
+
+def file_identity(path: str | Path) -> tuple[str, int, int, int]:
+    "Path, size, time of last change and of last status change: a file with the same four is taken to be the same file"
+    s = os.stat(path)
+    return os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 def sha256_text(*parts: object) -> str:
     "SHA-256 of texts, kept apart by a zero byte, as 64 hex digits"
@@ -330,6 +348,10 @@ def versions() -> dict[str, str | None]: # None: not installed
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return None
     return dict(python=platform.python_version(), platform=platform.machine(), **{n: version(n) for n in _PACKAGES})
+
+def utc_now() -> str: # '2026-11-28T23:51:27Z'
+    "The time that a run, a test or an audit is dated with"
+    return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../nbs/core.ipynb #data-folder
 def data_folder() -> Path: # it need not exist

@@ -4,29 +4,48 @@
 
 # %% ../nbs/evaluate.ipynb #imports
 from __future__ import annotations
-import math, re, warnings
+import contextlib, re, warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence, cast
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from .core import CxrError, nearest, sha256_text
-from .words import format_count, format_interval, format_number, join_words
+from .core import CxrError, nearest, sha256_text, to_plain
+from .words import (as_number, format_count, format_estimate, format_interval, format_number, format_percent,
+                             join_words)
 
 # %% auto #0
 __all__ = ['BINARY', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GoalKind', 'GOALS', 'EvaluationError',
-           'UndefinedMetric', 'UnmetGoal', 'Scores', 'check_scores', 'Interval', 'wilson', 'describe_precision',
-           'Metric', 'metric_name', 'RankSums', 'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts',
-           'compute_metrics', 'group_resamples', 'Estimate', 'PercentileInterval', 'percentile_interval',
-           'few_error_size', 'to_plain', 'Evaluation', 'describe', 'evaluate', 'OperatingPoint', 'Goal', 'parse_goal',
-           'PredictiveValues', 'predictive_values', 'choose_threshold', 'ThresholdRegret', 'threshold_regret']
+           'UndefinedMetric', 'UnmetGoal', 'allow_undefined', 'check_one_per_image', 'Scores', 'check_scores',
+           'check_two_classes', 'Interval', 'wilson', 'describe_precision', 'Metric', 'metric_name', 'RankSums',
+           'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts', 'compute_metrics', 'group_resamples',
+           'Estimate', 'NotedInterval', 'percentile_interval', 'few_error_size', 'Evaluation', 'describe_classes',
+           'describe_decision', 'evaluate', 'OperatingPoint', 'Goal', 'parse_goal', 'PredictiveValues',
+           'predictive_values', 'choose_threshold', 'ThresholdRegret', 'threshold_regret']
 
 # %% ../nbs/evaluate.ipynb #errors
 class EvaluationError(CxrError): "Labels, probabilities or a request that no metric can be computed from"
 class UndefinedMetric(UserWarning): "A metric has no value on these images; it is reported as NaN"
-class UnmetGoal(UserWarning): "No threshold reaches the goal on the validation images; the nearest one was taken and marked"
+class UnmetGoal(UserWarning): "No threshold reaches the goal on the validation images; the nearest one was taken"
 
 BINARY = ('negative', 'positive')
+
+# %% ../nbs/evaluate.ipynb #allow-undefined
+@contextlib.contextmanager
+def allow_undefined() -> Iterator[None]:
+    "Metrics without a value are expected in this block: no `UndefinedMetric` is warned of"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UndefinedMetric)
+        yield
+
+# %% ../nbs/evaluate.ipynb #lengths
+def check_one_per_image(
+    **lengths: int,   # how many there are of what: labels=65, predictions=64
+) -> None:
+    "Refuse lists that do not have one entry per image"
+    if len(set(lengths.values())) < 2: return
+    found = join_words(f'{n} {what.replace("_", " ")}' for what, n in lengths.items())
+    raise EvaluationError(f'{found}; give one of each per image.')
 
 # %% ../nbs/evaluate.ipynb #check-labels
 def _label_index(values, classes):
@@ -41,14 +60,14 @@ def _check_labels(y_true, classes):
     y = np.asarray(y_true, dtype=object).reshape(-1)
     missing = int(pd.isna(y).sum())
     if missing:
-        raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out before evaluating: '
+        raise EvaluationError(f'{missing} of {len(y)} labels are missing; leave those images out: '
                               f'a missing label is not a negative.')
     values = pd.unique(y)
     index = _label_index(values, classes)
     unknown = [v for v in values if v not in index]
     if unknown:
-        raise EvaluationError(f"label '{unknown[0]}' is none of the classes {', '.join(map(str, classes))}"
-                              f"{nearest(unknown[0], classes)}; pass classes=(...) in the order of the columns of y_prob.")
+        raise EvaluationError(f"label '{unknown[0]}' is none of the classes {join_words(classes)}"
+                              f"{nearest(unknown[0], classes)}; pass the right ones as classes=(...).")
     return np.array([index[v] for v in y], dtype=np.int64)
 
 # %% ../nbs/evaluate.ipynb #check-probs
@@ -59,9 +78,9 @@ def _check_shape(y_prob, n, classes):
     if p.ndim == 1 and k == 2: p = np.column_stack([1 - p, p])
     if p.ndim != 2 or p.shape[1] != k:
         wanted = f'(n, {k}) or (n,)' if k == 2 else f'(n, {k})'
-        raise EvaluationError(f"y_prob has shape {np.shape(y_prob)} and there are {k} classes ({', '.join(map(str, classes))}); "
-                              f"give {wanted}.")
-    if len(p) != n: raise EvaluationError(f'{n} labels but {len(p)} rows of probabilities; give one of each per image.')
+        shape = f'{np.shape(y_prob)} for {k} classes ({join_words(classes)})'
+        raise EvaluationError(f'y_prob has shape {shape}; give {wanted}.')
+    check_one_per_image(labels=n, rows_of_probabilities=len(p))
     return p
 
 def _check_probs(y_prob, n, classes):
@@ -108,6 +127,12 @@ class Scores:
         np.add.at(counts, (self.group, self.y), 1)
         return len(self.classes) - 1 - counts[:, ::-1].argmax(1)
 
+    def predict(
+        self, threshold: float = .5,   # not used with more than two classes
+    ) -> np.ndarray:
+        "(n,) index of the predicted class: positive at or above the threshold; of more than two, the most probable"
+        return (self.score >= threshold).astype(np.int64) if len(self.classes) == 2 else self.p.argmax(1)
+
 # %% ../nbs/evaluate.ipynb #check-scores
 def _check_groups(groups, y, p):
     "(n,) group index 0..n_groups-1"
@@ -116,10 +141,10 @@ def _check_groups(groups, y, p):
         g[np.lexsort((*p.T, y))] = np.arange(len(y))
         return g
     groups = pd.Series(np.asarray(groups, dtype=object))
-    if len(groups) != len(y): raise EvaluationError(f'{len(y)} labels but {len(groups)} groups; give one of each per image.')
+    check_one_per_image(labels=len(y), groups=len(groups))
     missing = int(groups.isna().sum())
     if missing:
-        raise EvaluationError(f'{missing} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None and say so.')
+        raise EvaluationError(f'{missing} of {len(y)} groups are missing; run group_leaksafe, or pass groups=None.')
     return np.unique(groups.astype(str), return_inverse=True)[1].reshape(-1)
 
 def check_scores(
@@ -137,11 +162,27 @@ def check_scores(
     p = _check_probs(y_prob, len(y), names)
     return Scores(y, p, _check_groups(groups, y, p), names, groups is not None)
 
+# %% ../nbs/evaluate.ipynb #check-two-classes
+def check_two_classes(
+    y_true: ArrayLike, y_prob: ArrayLike,  # (n,) labels and probabilities of the positive class
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    classes: Sequence = BINARY,            # (negative, positive)
+) -> Scores:
+    "The same for what is defined for two classes only"
+    s = check_scores(y_true, y_prob, groups, classes)
+    if len(s.classes) == 2: return s
+    raise EvaluationError(f'{len(s.classes)} classes; evaluate one class against the rest: y == c, prob of c.')
+
 # %% ../nbs/evaluate.ipynb #wilson
 class Interval(NamedTuple):
     "Two ends of an interval: numbers, or arrays of them; NaN: there is none"
     low: Any
     high: Any
+
+    @property
+    def half_width(self) -> Any:
+        "What stands behind a plus-minus sign"
+        return (self.high - self.low) / 2
 
 def wilson(
     k: ArrayLike,         # successes; may be an array
@@ -161,8 +202,8 @@ def wilson(
 # %% ../nbs/evaluate.ipynb #precision
 def _points(n, at, level):
     "Half the width of a Wilson interval in percentage points, as text"
-    low, high = wilson(at * n, n, level)
-    return format_number(100 * (high - low) / 2, 0 if high - low >= .02 else 1)
+    half = wilson(at * n, n, level).half_width
+    return format_number(100 * half, 0 if half >= .01 else 1)
 
 def describe_precision(
     n_pos: int,             # positive images (or patients, to be strict)
@@ -173,10 +214,10 @@ def describe_precision(
 ) -> str:                   # a sentence for a report
     "What so many images can say, in words: half the width of the Wilson interval, in percentage points"
     n = n_pos + n_neg
-    if n == 0: return f'no {unit}s: nothing is known.'
+    if n == 0: return f'{format_count(0, unit)}: nothing is known.'
     text = f'{format_count(n, unit)}: accuracy is known to about +/- {_points(n, accuracy, level)} points'
     for name, m in (('sensitivity', n_pos), ('specificity', n_neg)):
-        if m: text += f', {name} ({m}) to +/- {_points(m, accuracy, level)}'
+        if m: text += f', {name} ({format_count(m)}) to +/- {_points(m, accuracy, level)}'
     text += f'; one {unit} is {format_number(100 / n, 2 if n > 100 else 1)} points'
     missing = [c for c, m in (('positive', n_pos), ('negative', n_neg)) if m == 0]
     return text + (f'; without a {missing[0]} {unit} there is no AUC.' if missing else '.')
@@ -250,13 +291,18 @@ ALIASES = {'sensitivity': 'recall', 'ppv': 'precision', 'fpr': 'false_positive_r
 MACRO = ('auc', 'precision', 'f1')   # with k > 2 also the mean over classes; the mean recall is `balanced_accuracy`
 
 # %% ../nbs/evaluate.ipynb #metric-name
+def _unknown_metric(metric, names):
+    "The refusal of a word that names no metric"
+    hint = nearest(metric, [*names, *ALIASES])
+    return EvaluationError(f"unknown metric '{metric}'{hint} (known: {', '.join(names)})")
+
 def metric_name(
     metric: str,  # a name of `METRICS`, or another name of `ALIASES`
 ) -> str:         # a name of `METRICS`
     "The name by which `METRICS` knows a metric, or a refusal"
     name = ALIASES.get(metric, metric)
     if name in METRICS: return name
-    raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, [*METRICS, *ALIASES])} (known: {', '.join(METRICS)})")
+    raise _unknown_metric(metric, METRICS)
 
 # %% ../nbs/evaluate.ipynb #ranks
 class RankSums(NamedTuple):
@@ -360,31 +406,49 @@ def group_resamples(
 
 # %% ../nbs/evaluate.ipynb #estimate
 class Estimate(NamedTuple):
-    "A metric on these images"
-    value: float       # NaN: undefined
-    low: float         # of the interval; NaN: none
-    high: float
-    n: int             # images in the denominator
-    note: str = ''     # what a reader must know
+    "A number on these images with its interval; without arguments: not estimable"
+    value: float = np.nan   # NaN: undefined
+    low: float = np.nan     # of the interval; NaN: none
+    high: float = np.nan
+    n: int = 0              # images in the denominator
+    note: str = ''          # what a reader must know
 
-class PercentileInterval(NamedTuple):
-    "An interval from resamples"
-    low: float         # NaN: none
-    high: float
-    note: str = ''     # what a reader must know
+    def __str__(self) -> str: return format_estimate(self.value, self.low, self.high)
+
+    def columns(self, name: str) -> dict[str, float]:
+        "Three columns of a table: name, name_low, name_high"
+        return {name: self.value, f'{name}_low': self.low, f'{name}_high': self.high}
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python that JSON can hold: NaN is None, infinity a text"
+        return to_plain(self._asdict(), inf_text=True)
+
+    @classmethod
+    def from_dict(
+        cls, d: Mapping[str, Any],   # of `to_dict`; what is missing is not known
+    ) -> Estimate:
+        "The same estimate, also after a way through a JSON file"
+        value, low, high = (as_number(d.get(k)) for k in ('value', 'low', 'high'))
+        return cls(value, low, high, int(d.get('n', 0)), d.get('note', ''))
+
+# %% ../nbs/evaluate.ipynb #percentile
+class NotedInterval(NamedTuple):
+    "An interval and what a reader must know of it"
+    low: float = np.nan   # NaN: none
+    high: float = np.nan
+    note: str = ''
 
 def percentile_interval(
     draws: np.ndarray,   # (b,) resamples of one number; NaN where it was undefined
     level: float = .95,  # of the interval
-) -> PercentileInterval:
+) -> NotedInterval:
     "Percentile interval of the defined resamples, and a note when some were not"
     ok = draws[~np.isnan(draws)]
     lost = len(draws) - len(ok)
     note = f'undefined in {lost} of {len(draws)} resamples' if lost else ''
-    if len(ok) < max(50, len(draws) / 2):
-        return PercentileInterval(np.nan, np.nan, f'undefined in {lost} of {len(draws)} resamples')
+    if len(ok) < max(50, len(draws) / 2): return NotedInterval(note=note or f'only {len(draws)} resamples')
     low, high = np.quantile(ok, (1 - level) / 2, method='lower'), np.quantile(ok, (1 + level) / 2, method='higher')
-    return PercentileInterval(float(low), float(high), note)
+    return NotedInterval(float(low), float(high), note)
 
 # %% ../nbs/evaluate.ipynb #shares
 SHARES: Mapping[str, Callable] = {   # metric -> which images are counted, and which of them are right
@@ -414,6 +478,11 @@ def few_error_size(
     return float(value * (1 - value) / spread) if spread > 0 and 0 < value < 1 else float(groups(counted))
 
 # %% ../nbs/evaluate.ipynb #outcome
+def _confusion(s, predicted):
+    "(k, k) counts, rows actual, columns predicted"
+    k = len(s.classes)
+    return np.bincount(s.y * k + predicted, minlength=k * k).reshape(k, k)
+
 class _Outcome(NamedTuple):
     "Predicted classes on checked scores"
     s: Scores
@@ -427,7 +496,7 @@ class _Outcome(NamedTuple):
 
 # %% ../nbs/evaluate.ipynb #corners
 def _corners(metric, i, confusion, groups, level):
-    "Interval of a metric of predictions when the resamples have no spread: its range over Wilson's box of recall and specificity"
+    "Interval of a metric without spread in the resamples: its range over Wilson's box of recall and specificity"
     tp, fp, fn, tn = _counts(np.asarray(confusion, float), i)
     P, N, d, values = tp + fn, fp + tn, METRICS[metric], []
     for a in wilson(tp / P * groups[0], groups[0], level):
@@ -443,26 +512,26 @@ def _without_spread(metric, i, named, value, o, level):
     whole = not named and len(o.s.classes) > 2
     if min(groups) and not whole and METRICS[metric].needs == 'predictions':
         low, high = _corners(metric, i, o.confusion, groups, level)
-        return PercentileInterval(low, high, 'no spread in the resamples: Wilson interval over groups')
+        return NotedInterval(low, high, 'no spread in the resamples: Wilson interval over groups')
     if min(groups) and not whole and metric == 'auc' and value in (0, 1):
         low, high = wilson(min(groups) * value, min(groups), level)
         order = 'the right' if value else 'the wrong'
         note = f'every pair in {order} order: bound from {min(groups)} independent pairs of groups'
-        return PercentileInterval(float(low), float(high), note)
-    return PercentileInterval(np.nan, np.nan, 'no spread in the resamples: no interval')
+        return NotedInterval(float(low), float(high), note)
+    return NotedInterval(note='no spread in the resamples: no interval')
 
 # %% ../nbs/evaluate.ipynb #interval
 def _few_errors(value, n, grouped, level):
     "Wilson interval of a share for its effective number of patients"
     low, high = wilson(value * n, n, level)
-    note = 'few errors: Wilson interval' + (f' for {n:.0f} effective patients' if grouped else '')
-    return PercentileInterval(float(low), float(high), note)
+    note = 'few errors: Wilson interval' + (f' for {format_number(n, 0)} effective patients' if grouped else '')
+    return NotedInterval(float(low), float(high), note)
 
 def _interval(name, value, draws, o, level):
     "Interval and note of one metric"
     metric, i, named = o.find(name)
-    if np.isnan(value): return PercentileInterval(np.nan, np.nan)
-    if metric == 'prevalence': return PercentileInterval(np.nan, np.nan, 'as collected, so without an interval')
+    if np.isnan(value): return NotedInterval()
+    if metric == 'prevalence': return NotedInterval(note='as collected, so without an interval')
     n = few_error_size(metric, value, draws, o.s, o.predicted, i) if metric in SHARES else None
     if n is not None: return _few_errors(value, n, o.s.grouped, level)
     found = percentile_interval(draws, level)
@@ -481,7 +550,7 @@ def _corner_points(x, y, most=1000):
     return x[i], y[i]
 
 def _steps(pos, neg):
-    "ROC and precision-recall staircases of one weighting: fpr, tpr (from 0) and recall, precision; None without both classes"
+    "Staircases of one weighting: fpr and tpr (from 0), recall and precision; None without both classes"
     tp, fp = pos.cumsum(), neg.cumsum()
     if not tp[-1] or not fp[-1]: return None
     tpr, total = tp / tp[-1], tp + fp
@@ -507,18 +576,6 @@ def _curve(pos, neg, bands, level):
         out.update(grid=_GRID, tpr_low=a, tpr_high=b, precision_low=c, precision_high=d)
     return {k: np.round(v, 5) for k, v in out.items()}
 
-# %% ../nbs/evaluate.ipynb #to-plain
-def to_plain(
-    o: object,  # numbers, texts, arrays, lists, dicts; NaN and infinity allowed
-) -> Any:       # what `json.dumps(..., allow_nan=False)` takes
-    "Plain Python that JSON can hold: NaN is None, infinity is the text 'inf'"
-    if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, np.ndarray)): return [to_plain(v) for v in o]
-    if isinstance(o, np.generic): o = o.item()
-    if not isinstance(o, float) or math.isfinite(o): return o
-    if math.isnan(o): return None
-    return 'inf' if o > 0 else '-inf'
-
 # %% ../nbs/evaluate.ipynb #evaluation
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -543,45 +600,56 @@ class Evaluation:
         name, _, cls = str(metric).partition(':')
         name = ALIASES.get(name, name) + (f':{cls}' if cls else '')
         if name in self.estimates: return self.estimates[name]
-        known = [*self.estimates, *ALIASES]
-        raise EvaluationError(f"unknown metric '{metric}'{nearest(metric, known)} (known: {', '.join(self.estimates)})")
+        raise _unknown_metric(metric, self.estimates)
 
     def table(self) -> pd.DataFrame:
         "One row per metric: metric, value, low, high, n, note"
         return pd.DataFrame([dict(metric=m, **e._asdict()) for m, e in self.estimates.items()])
 
     def to_dict(self) -> dict[str, Any]:
-        "Plain Python that JSON can hold: NaN is None, infinity is the text 'inf', the points of a curve are one line of text"
+        "Plain Python that JSON can hold: NaN is None, infinity a text; the points of a curve are one line of text"
         lines = lambda arrays: {k: ' '.join(f'{x:g}' for x in v) for k, v in arrays.items()}
-        return to_plain(dict(vars(self), estimates={m: e._asdict() for m, e in self.estimates.items()},
-                             curves={c: lines(arrays) for c, arrays in self.curves.items()}))
+        values = dict(vars(self), estimates={m: e._asdict() for m, e in self.estimates.items()},
+                      curves={c: lines(arrays) for c, arrays in self.curves.items()})
+        return to_plain(values, inf_text=True)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Evaluation:
         "The same object from `to_dict`, also after a way through a JSON file, or from a file kept without its curves"
-        number = lambda v: np.nan if v is None else float(v)
-        estimates = {m: Estimate(number(e['value']), number(e['low']), number(e['high']), int(e['n']), e['note'])
-                     for m, e in d['estimates'].items()}
+        estimates = {m: Estimate.from_dict(e) for m, e in d['estimates'].items()}
         points = lambda arrays: {k: np.array(v.split(), float) for k, v in arrays.items()}
         return cls(**{**d, 'classes': tuple(d['classes']), 'estimates': estimates,
                       'curves': {c: points(arrays) for c, arrays in d.get('curves', {}).items()}})
 
-    def __str__(self) -> str: return describe(self)
+    def __str__(self) -> str: return _describe(self)
 
 # %% ../nbs/evaluate.ipynb #describe-parts
+def describe_classes(
+    counts: Mapping[str, int],   # {class: images}
+) -> str:                        # '180 other, 120 covid'
+    "How many images there are of every class"
+    return ', '.join(format_count(n, c, c) for c, n in counts.items())
+
+def describe_decision(e: Evaluation) -> str:
+    "What an image is predicted to be, in words without a capital letter and a full stop"
+    if e.threshold is None: return 'predicted: the class with the highest probability'
+    return f"predicted '{e.classes[-1]}' at {format_number(e.threshold, 4)} and above"
+
+# %% ../nbs/evaluate.ipynb #describe-head
+_UNGROUPED = 'no patient groups given: intervals are too narrow if patients have several images'
+
 def _describe_head(e):
     "What was evaluated, in three lines"
-    per = ', '.join(f'{n} {c}' for c, n in e.images_per_class.items())
-    alone = 'no patient groups given: every image counts as a patient, so intervals are too narrow if patients have several'
-    unit = f'{e.n_groups} patient groups' if e.grouped else alone
-    rule = 'predicted: the class with the highest probability'
-    if e.threshold is not None: rule = f"predicted '{e.classes[-1]}' at {format_number(e.threshold, 4)} and above"
-    drawn = f"{100 * e.level:g} % intervals: {e.n_boot} resamples of {'groups' if e.grouped else 'images'}"
-    return [f'{e.n_images} images ({per}); {unit}', rule, drawn if e.n_boot else 'no intervals were asked for']
+    unit = format_count(e.n_groups, 'patient group') if e.grouped else _UNGROUPED
+    resamples = f"{format_count(e.n_boot, 'resample')} of {'groups' if e.grouped else 'images'}"
+    drawn = f'{format_percent(e.level, None)} intervals: {resamples}' if e.n_boot else 'no intervals were asked for'
+    images = f'{format_count(e.n_images, "image")} ({describe_classes(e.images_per_class)}); {unit}'
+    return [images, describe_decision(e), drawn]
 
-def _describe_estimate(name, r, width):
+def _describe_estimate(name, e, width):
     "One metric in a line"
-    return f'{name:<{width}}{format_number(r.value):>15}  {format_interval(r.low, r.high):<16} n {r.n:<6}{r.note}'.rstrip()
+    interval = format_interval(e.low, e.high)
+    return f'{name:<{width}}{format_number(e.value):>15}  {interval:<16} n {e.n:<6}{e.note}'.rstrip()
 
 def _describe_confusion(e, width):
     "The confusion matrix as lines"
@@ -591,7 +659,7 @@ def _describe_confusion(e, width):
     return [head, *(n.ljust(width) + ''.join(str(v).rjust(w) for v in row) for n, row in zip(names, e.confusion))]
 
 # %% ../nbs/evaluate.ipynb #describe
-def describe(e: Evaluation) -> str:
+def _describe(e):
     "An evaluation as text that fits a terminal"
     width = max([18, *map(len, e.estimates)]) + 2
     lines = [*_describe_head(e), '', *(_describe_estimate(m, r, width) for m, r in e.estimates.items()), '',
@@ -604,7 +672,7 @@ def describe(e: Evaluation) -> str:
 
 # %% ../nbs/evaluate.ipynb #evaluate-checks
 def _in_order(s):
-    "The same scores in an order that depends on what they are and not on where they stood, so that every sum has the same last digit"
+    "The same scores, sorted by what they are, so that every sum has the same last digit whatever their order was"
     i = np.lexsort((*s.p.T, s.y, s.group))
     return Scores(s.y[i], s.p[i], s.group[i], s.classes, s.grouped)
 
@@ -612,7 +680,7 @@ def _check_request(threshold, n_boot, level):
     if not (isinstance(threshold, (int, float, np.number)) and 0 <= threshold <= 1):
         raise EvaluationError(f'threshold={threshold!r}; give a number from 0 to 1.')
     if n_boot != 0 and n_boot < 100:
-        raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2000 is usual).')
+        raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2,000 is usual).')
     if not 0 < level < 1: raise EvaluationError(f'level={level}; give a share between 0 and 1, such as .95.')
 
 def _bootstrap(s, predicted, n_boot, seed):
@@ -625,13 +693,8 @@ def _bootstrap(s, predicted, n_boot, seed):
 # %% ../nbs/evaluate.ipynb #evaluate-notes
 def _denominator(name, o):
     "Images that a metric is a share of"
-    metric, i, named = o.find(name)
-    n = len(o.s.y)
-    if not named and len(o.s.classes) > 2: return n
-    tp, fp, fn, tn = _counts(o.confusion, i)
-    known = dict(precision=tp + fp, recall=tp + fn, false_negative_rate=tp + fn, specificity=tn + fp,
-                 false_positive_rate=tn + fp, npv=tn + fn)
-    return int(known.get(metric, n))
+    metric, i, _ = o.find(name)
+    return int(SHARES[metric](o.s.y, o.predicted, i)[0].sum()) if metric in SHARES else len(o.s.y)
 
 def _reason(name, o):
     "Why a metric is undefined"
@@ -649,13 +712,13 @@ def _few_groups(s):
     of = s.group_class()
     sizes = {c: int((of == i).sum()) for i, c in enumerate(s.classes)}
     few = [f'{format_count(n, "group")} of {c}' for c, n in sizes.items() if 0 < n < 5]
-    return f'only {" and ".join(few)}: the interval says little' if few else ''
+    return f'only {join_words(few)}: the interval says little' if few else ''
 
 # %% ../nbs/evaluate.ipynb #evaluate-estimate
 def _estimate(name, value, draws, o, level):
     "One `Estimate`, with its interval and everything a reader must know"
     few = _few_groups(o.s)
-    low, high, note = _interval(name, value, draws[name], o, level) if draws else (np.nan, np.nan, '')
+    low, high, note = _interval(name, value, draws[name], o, level) if draws else NotedInterval()
     if np.isnan(value): note = 'undefined: ' + _reason(name, o)
     elif np.isinf(value):
         note = 'no finite value: ' + ('no false positive' if name.startswith('lr_pos') else 'no true negative')
@@ -684,9 +747,8 @@ def evaluate(
     "Every metric that these labels and probabilities allow, each with its interval over patients"
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
     _check_request(threshold, n_boot, level)
-    k = len(s.classes)
-    predicted = (s.score >= threshold).astype(np.int64) if k == 2 else s.p.argmax(1)
-    o = _Outcome(s, predicted, np.bincount(s.y * k + predicted, minlength=k * k).reshape(k, k))
+    predicted = s.predict(threshold)
+    o = _Outcome(s, predicted, _confusion(s, predicted))
     ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     def keep_ranks(i, pos, neg): ranks[s.classes[i]] = pos[0], neg[0]
     values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks)
@@ -696,7 +758,8 @@ def evaluate(
     _warn_undefined(estimates)
     per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}
     curves = {c: _curve(*ranks[c], bands.get(c, []), level) for c in ranks}
-    return Evaluation(s.classes, float(threshold) if k == 2 else None, float(level), int(n_boot), int(seed),
+    at = float(threshold) if len(s.classes) == 2 else None
+    return Evaluation(s.classes, at, float(level), int(n_boot), int(seed),
                       len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(s.group_class()),
                       o.confusion.tolist(), estimates, curves)
 
@@ -718,13 +781,13 @@ class OperatingPoint:
 
     @property
     def hash(self) -> str:
-        "Ten hex digits that change when the threshold, the goal or the images change: to be printed beside every number made with it"
+        "Ten hex digits that change with the threshold, the goal or the images, to be printed beside every number"
         numbers = self.goal, self.n_positive, self.n_negative, repr(self.sensitivity), repr(self.specificity)
         return sha256_text(repr(self.threshold), *numbers)[:10]
 
     def to_dict(self) -> dict[str, Any]:
         "Plain Python that JSON can hold, with the hash"
-        return to_plain(dict(asdict(self), hash=self.hash))
+        return to_plain(dict(asdict(self), hash=self.hash), inf_text=True)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> OperatingPoint:
@@ -738,8 +801,9 @@ class OperatingPoint:
 
     def __str__(self) -> str:
         reached = '' if self.met else ' (NOT reached)'
+        images = format_count(self.n_positive + self.n_negative, 'image')
         text = (f'threshold {format_number(self.threshold, 4)} for {self.goal}{reached}, '
-                f'from {self.n_positive + self.n_negative} images ({self.n_positive} positive): sensitivity '
+                f'from {images} ({format_count(self.n_positive)} positive): sensitivity '
                 f'{format_number(self.sensitivity)}, specificity {format_number(self.specificity)} [{self.hash}]')
         return f'{text}; {self.note}' if self.note else text
 
@@ -788,10 +852,10 @@ def predictive_values(
 # %% ../nbs/evaluate.ipynb #candidates
 def _counts_at(s, threshold):
     "Counts tp, fp, fn, tn at one threshold"
-    return _counts(np.bincount(s.y * 2 + (s.score >= threshold), minlength=4).reshape(2, 2), 1)
+    return _counts(_confusion(s, s.predict(threshold)), 1)
 
 def _candidates(s):
-    "Thresholds between neighbouring scores with their counts tp, fp, fn, tn; from all images predicted positive to none"
+    "Thresholds between neighbouring scores with their counts, the highest first: from no positive prediction to all"
     pos, neg = (v[0] for v in rank_sums(s.y == 1, s.score, np.ones((1, len(s.y)))))
     scores = np.unique(s.score)[::-1]                                # highest first, as rank_sums has them
     tp, fp = np.r_[0, pos.cumsum()], np.r_[0, neg.cumsum()]
@@ -826,13 +890,9 @@ def _serve_goal(s, goal):
     return float(t[best]), ConfusionCounts(*(v[best] for v in c)), met
 
 def _check_both_classes(s):
-    if len(s.classes) != 2:
-        raise EvaluationError(f'choose_threshold: {len(s.classes)} classes have no single threshold; '
-                              f'the class with the highest probability is predicted.')
-    if len(np.unique(s.y)) < 2:
-        only = f"only '{s.classes[s.y[0]]}'" if len(s.y) else 'no images'
-        raise EvaluationError(f'choose_threshold: the validation split holds {only}; a threshold needs both classes, '
-                              f'so give validation more patients.')
+    if len(np.unique(s.y)) == 2: return
+    only = f"only '{s.classes[s.y[0]]}'" if len(s.y) else 'no images'
+    raise EvaluationError(f'choose_threshold: the validation split holds {only}; give it patients of both classes.')
 
 # %% ../nbs/evaluate.ipynb #choose-threshold
 def choose_threshold(
@@ -842,7 +902,7 @@ def choose_threshold(
     classes: Sequence = BINARY,  # (negative, positive)
 ) -> OperatingPoint:
     "The threshold that serves a goal best on validation images, to be frozen"
-    s, wanted = check_scores(y_true, y_prob, None, classes), parse_goal(goal)
+    s, wanted = check_two_classes(y_true, y_prob, None, classes), parse_goal(goal)
     _check_both_classes(s)
     threshold, counts, met = _serve_goal(s, wanted)
     tp, fp, fn, tn = map(float, counts)
@@ -850,8 +910,8 @@ def choose_threshold(
     if fn + tn == 0: note = 'predicts every image positive'
     elif tp + fp == 0: note = 'predicts no image positive'
     if not met:
-        warnings.warn(f"goal '{goal}' is reached by no threshold on these {len(s.y)} images; the nearest one was taken",
-                      UnmetGoal, stacklevel=2)
+        warnings.warn(f"goal '{goal}' is reached by no threshold on these {format_count(len(s.y), 'image')}; "
+                      'the nearest one was taken', UnmetGoal, stacklevel=2)
     share = {k: float(METRICS[k].compute(tp, fp, fn, tn)) for k in ('specificity', 'precision', 'f1')}
     sensitivity = float(METRICS['recall'].compute(tp, fp, fn, tn))
     return OperatingPoint(threshold, str(goal), met, sensitivity, **share, accuracy=(tp + tn) / len(s.y),
@@ -860,7 +920,6 @@ def choose_threshold(
 # %% ../nbs/evaluate.ipynb #regret
 class ThresholdRegret(NamedTuple):
     "What a frozen threshold gave on test images, and what the best threshold for these very images would have shown"
-    frozen_threshold: float
     frozen_accuracy: float
     frozen_balanced_accuracy: float
     best_threshold: float            # of accuracy
@@ -884,12 +943,11 @@ def threshold_regret(
     classes: Sequence = BINARY,  # (negative, positive)
 ) -> ThresholdRegret:
     "How much better the best test threshold would look than the frozen one: for the report, never for use"
-    s = check_scores(y_true, y_prob, None, classes)
-    if len(s.classes) != 2 or not len(s.y):
-        raise EvaluationError(f'threshold_regret: {len(s.y)} images of {len(s.classes)} classes; it needs images of two classes.')
+    s = check_two_classes(y_true, y_prob, None, classes)
+    if not len(s.y): raise EvaluationError('threshold_regret: there are no images; give those of the test split.')
     accuracy = lambda c: (c.tp + c.tn) / len(s.y)
     balanced = lambda c: (METRICS['recall'].compute(*c) + METRICS['specificity'].compute(*c)) / 2
     t, c = _candidates(s)
     frozen = _counts_at(s, threshold)
-    return ThresholdRegret(float(threshold), float(accuracy(frozen)), float(balanced(frozen)),
-                           float(t[accuracy(c).argmax()]), float(accuracy(c).max()), float(balanced(c).max()))
+    return ThresholdRegret(float(accuracy(frozen)), float(balanced(frozen)), float(t[accuracy(c).argmax()]),
+                           float(accuracy(c).max()), float(balanced(c).max()))

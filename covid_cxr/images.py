@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from .core import ImageError, RecipeError, choices, nearest, sha256_text
+from .core import ImageError, RecipeError, check_choice, nearest, sha256_text
 from .brightness import (Grey, Refused, Stored, check_size, error_text, read_dicom, read_dicom_header, to_grey,
                                   to_levels)
 from .words import format_number
@@ -25,8 +25,8 @@ from .words import format_number
 # %% auto #0
 __all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'VERSION', 'REDUCED_MEAN', 'REDUCED_P99', 'FLAT',
            'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
-           'apply_rule', 'BlankImage', 'cut_frame', 'is_blank', 'refuse_blank', 'LoadedImage', 'load_image',
-           'read_picture', 'FileFacts', 'file_facts']
+           'apply_rule', 'BlankImage', 'inside_frame', 'cut_frame', 'is_blank', 'refuse_blank', 'LoadedImage',
+           'load_image', 'read_picture', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
 def _why(error: BaseException) -> str:
@@ -59,7 +59,7 @@ def image_path(
 ) -> str:
     "The path as text, or an ImageError when it names no file"
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise _image_error(repr(path), 'this is not a path; give the name of a file')
+        raise _image_error(repr(path), 'it names no file; give the path of one')
     return os.fspath(path)
 
 # %% ../nbs/images.ipynb #check-file
@@ -92,8 +92,8 @@ _FOREIGN = [
 
 def _not_a_picture(head: bytes) -> str:
     "What these first bytes are instead, and the cure"
-    for magic, what in _FOREIGN:
-        if re.match(magic, head, re.I | re.S): return f'its content is {what}; fetch the picture itself, or save it as PNG'
+    what = next((what for magic, what in _FOREIGN if re.match(magic, head, re.I | re.S)), None)
+    if what: return f'its content is {what}; fetch the picture itself, or save it as PNG'
     if head[344:348] in (b'n+1\0', b'ni1\0'): return 'its content is a NIfTI volume; this library reads single images'
     if head[:2] in (b'\x08\0', b'\x02\0'):
         return ('it looks like DICOM without the standard preamble; '
@@ -420,13 +420,18 @@ def _png_parts(data: bytes) -> _Png:
     return _Png(b''.join(keep), lines, exif)
 
 # %% ../nbs/images.ipynb #png-decode
+def _of_grey(grey: Grey, share: float = 0., turn: int = 1) -> _Decoded:
+    "A picture of full size whose brightness is decided"
+    a = _upright(grey.pixels, turn)
+    return _Decoded(a, grey.white, share, 1, (a.shape[1], a.shape[0]))
+
 def _decoded(im: Image.Image, channels: _Channels | None, turn: int, colour: bool) -> _Decoded:
     "A PIL picture, or its 16-bit channels where it has them, as a decoded picture"
     grey = _grey(im) if channels is None else _grey_of_channels(channels, im.info.get('transparency'))
     share = (_share_of(im) if channels is None else _share_of_channels(channels)) if colour else 0.
-    a = _upright(grey.pixels, turn)
-    return _Decoded(a, grey.white, share, 1, (a.shape[1], a.shape[0]))
+    return _of_grey(grey, share, turn)
 
+# %% ../nbs/images.ipynb #png-whole
 def _png_missing(clean: bytes, lines: int) -> bool:
     "Do the data hold fewer bytes than the picture needs? They are unpacked piece by piece and thrown away"
     at, unpack, n = 8, zlib.decompressobj(), 0
@@ -492,7 +497,7 @@ def _decode_tiff(data: bytes, colour: bool = False) -> _Decoded:
     im.load()
     if not wide: return _decoded(im, channels, 1, colour)
     grey = _grey(im, white_is_zero, bits=min(int(bits[0]), 16))
-    return _Decoded(grey.pixels, grey.white, 0., 1, (grey.pixels.shape[1], grey.pixels.shape[0]))
+    return _of_grey(grey)
 
 def _decode_other(data: bytes, kind: str, colour: bool = False) -> _Decoded:
     "The picture of a BMP, GIF, TIFF or WebP"
@@ -509,8 +514,7 @@ def _decode_dicom(path: str, colour: bool = False) -> _Decoded:
     "The picture of a DICOM file; black is 0"
     with _quiet(): found = read_dicom(path)
     if not isinstance(found, Stored): return _decoded(Image.fromarray(found), None, 1, colour)
-    grey = to_grey(found)
-    return _Decoded(grey.pixels, grey.white, 0., 1, (grey.pixels.shape[1], grey.pixels.shape[0]))
+    return _of_grey(to_grey(found))
 
 # %% ../nbs/images.ipynb #read-grey
 def _decode(path: str, rule: ImageRule | None = None, colour: bool = False) -> _Decoded:
@@ -608,17 +612,12 @@ _DIAPHRAGM: _Box = (.80, 1., 0., 1.)
 SUPPRESSED: dict[Suppress, tuple[_Box, ...]] = {
     'none': (), 'sternum': (_STERNUM,), 'diaphragm': (_DIAPHRAGM,), 'diaphragm+sternum': (_DIAPHRAGM, _STERNUM)}
 
-def _check_word(name: str, value: object, kind: Any) -> None:
-    known = choices(kind)
-    if value not in known:
-        raise RecipeError(f"image {name} = {value!r} is unknown{nearest(value, known)} (known: {', '.join(known)})")
-
 def suppressed_region(
     name: Suppress,
     size: int,         # side, pixels
 ) -> np.ndarray:       # (size, size) bool
     "The part of a square picture that a rule blackens"
-    _check_word('suppress', name, Suppress)
+    check_choice('image suppress', name, Suppress, RecipeError)
     out = np.zeros((size, size), bool)
     for top, bottom, left, right in SUPPRESSED[name]:
         out[round(top * size):round(bottom * size), round(left * size):round(right * size)] = True
@@ -642,7 +641,7 @@ class ImageRule:
             raise RecipeError(f'image size = {size!r}; give a whole number of pixels from 16 to 4096.')
         object.__setattr__(self, 'size', int(size))
         for name, kind in (('how', How), ('stretch', Stretch), ('suppress', Suppress)):
-            _check_word(name, getattr(self, name), kind)
+            check_choice(f'image {name}', getattr(self, name), kind, RecipeError)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values and the code's version, for JSON"
@@ -687,9 +686,9 @@ def _smallest(rule: ImageRule, w: int, h: int) -> tuple[int, int]:
     return least(w), least(h)
 
 # %% ../nbs/images.ipynb #apply-rule
-def _finish(grey: Grey, rule: ImageRule, whole: tuple[int, int], scale: int = 1) -> np.ndarray:
-    "(size, size) uint8 of a picture whose brightness is decided; stretched before anything is lost to 8 bits"
-    a = _minmax(grey.pixels) if rule.stretch == 'minmax' else to_levels(grey)
+def _finish(grey: Grey, levels: np.ndarray, rule: ImageRule, whole: tuple[int, int], scale: int = 1) -> np.ndarray:
+    "(size, size) uint8 of a picture and its 8-bit levels; stretched before anything is lost to 8 bits"
+    a = _minmax(grey.pixels) if rule.stretch == 'minmax' else levels
     im = Image.fromarray(np.ascontiguousarray(a))
     return _blacken(np.array(_resize(im, rule.size, rule.how, whole, scale)), rule)
 
@@ -699,17 +698,24 @@ def apply_rule(
 ) -> np.ndarray:        # (size, size) uint8
     "The rule, for a picture that is already an array"
     _check_array(array)
-    return _finish(_as_grey(array), rule, array.shape[::-1])
+    grey = _as_grey(array)
+    return _finish(grey, to_levels(grey), rule, array.shape[::-1])
 
 # %% ../nbs/images.ipynb #blank
 FLAT = 2.     # grey levels of spread below which there is nothing to see
 
 class BlankImage(ImageError): "An image of one even shade: there is nothing to see in it"
 
-def _ends(flat: np.ndarray) -> tuple[int, int]:
-    "From where to where a side is not flat; at most 35 % are cut from either end"
+def inside_frame(
+    a: np.ndarray,       # (h, w)
+    axis: int,           # 1: its rows, 0: its columns
+    tol: float = 8,      # one is flat when the middle 90 % of its pixels span less than this
+    most: float = .35,   # largest share that is cut from either end
+) -> tuple[int, int]:    # the first, and one behind the last
+    "From where to where the rows or columns of a picture are not flat"
+    flat = np.subtract(*np.percentile(a, (95, 5), axis=axis)) < tol
     inner, n = np.flatnonzero(~flat), len(flat)
-    return (0, n) if not len(inner) else (min(inner[0], int(.35 * n)), max(inner[-1] + 1, n - int(.35 * n)))
+    return (0, n) if not len(inner) else (min(inner[0], int(most * n)), max(inner[-1] + 1, n - int(most * n)))
 
 def cut_frame(
     a: np.ndarray,   # (h, w) uint8
@@ -717,7 +723,7 @@ def cut_frame(
     "The picture without flat rows and columns at its edges, found on every few pixels"
     sy, sx = max(1, a.shape[0] // 128), max(1, a.shape[1] // 128)
     s = a[::sy, ::sx]
-    (t, b), (l, r) = (_ends(np.subtract(*np.percentile(s, (95, 5), axis=axis)) < 8) for axis in (1, 0))
+    (t, b), (l, r) = (inside_frame(s, axis) for axis in (1, 0))
     return a[t * sy:b * sy, l * sx:r * sx]
 
 # %% ../nbs/images.ipynb #is-blank
@@ -735,7 +741,8 @@ def refuse_blank(
     "Raise BlankImage for a picture of one even shade"
     if is_blank(a):
         shade = format_number(float(np.median(cut_frame(a))), 0)
-        raise _image_error(path, f'it is one even shade ({shade} of 255); find the true image or leave it out', BlankImage)
+        why = f'it is one even shade ({shade} of 255); find the true image or leave it out'
+        raise _image_error(path, why, BlankImage)
 
 # %% ../nbs/images.ipynb #load-image
 class LoadedImage(NamedTuple):
@@ -749,8 +756,9 @@ def _load(path: str | Path, rule: ImageRule, colour: bool) -> LoadedImage:
     with image_errors(path):
         d = _decode(path, None if rule.stretch == 'minmax' else rule, colour)
         grey = Grey(d.pixels, d.white)
-        refuse_blank(to_levels(grey), path)
-        return LoadedImage(_finish(grey, rule, d.whole, d.scale), d.colour_share)
+        levels = to_levels(grey)
+        refuse_blank(levels, path)
+        return LoadedImage(_finish(grey, levels, rule, d.whole, d.scale), d.colour_share)
 
 # %% ../nbs/images.ipynb #load-image-public
 def load_image(

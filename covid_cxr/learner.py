@@ -26,7 +26,7 @@ from .words import format_number
 from .images import ImageRule
 from .settings import (ARTICLE_STAGES, Arch, Imbalance, Keep, Monitor, Opt, Schedule, Stage, check_cost_matrix,
                                 epoch_lr, fit_epochs)
-from .model import cxr_model
+from .model import broken_tensor, cxr_model
 _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who train in a notebook
 
 # %% auto #0
@@ -95,7 +95,13 @@ class CostMatrixLoss(CrossEntropyLossFlat):
         super().__init__(**kwargs)
         self.cost_matrix = torch.tensor(cost_matrix, dtype=torch.float32)
 
-    def __call__(self, logits, target, **kwargs):
+    def __call__(
+        self,
+        logits: torch.Tensor,    # (n, k)
+        target: torch.Tensor,    # (n,) class index
+        **kwargs: Any,           # fastai's, not used
+    ) -> torch.Tensor:           # a number, or (n,) with reduction='none'
+        "The loss"
         weight, reduction = self.func.weight, self.reduction
         each = torch.nn.functional.cross_entropy(logits, target.long(), weight=weight, reduction='none')
         cost = self.cost_matrix.to(logits.device)[target.long(), logits.detach().argmax(1)]
@@ -123,7 +129,7 @@ def learner_info(learn: Learner) -> LearnerInfo:
     "What a Learner was built from, or a refusal"
     for callback in learn.cbs:
         if isinstance(callback, InfoCallback): return callback.info
-    raise BundleError('this Learner was not made by cxr_learner, so its preprocessing is not known; make it with cxr_learner.')
+    raise BundleError('this Learner was not made by cxr_learner, so how it reads images is not known; use cxr_learner.')
 
 # %% ../nbs/learner.ipynb #decision
 class FrozenDecision:
@@ -135,7 +141,9 @@ class FrozenDecision:
         temperature: float = 1.,
     ): self.loss, self.threshold, self.temperature = loss, threshold, temperature
 
-    def __call__(self, *args, **kwargs): return self.loss(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        "The loss of the Learner, as it is"
+        return self.loss(*args, **kwargs)
 
     def activation(
         self, logits: torch.Tensor,   # (n, k)
@@ -290,6 +298,15 @@ class _StagesRun:
         self.refusal = type(error)(str(error))       # a copy: fastai rewrites the words of the one that it passes on
         raise error
 
+    @property
+    def last(self): return self.folder / 'last.pt'
+
+    @property
+    def best(self): return self.folder / 'best.pt'
+
+    @property
+    def anew(self): return f'delete the folder {self.folder} to train from the start.'    # the cure of a damaged folder
+
     def history(self): return pd.DataFrame(self.state['history'])
 
     def epoch_done(self, epoch, row):
@@ -311,8 +328,8 @@ class _StagesRun:
         score = sign * row[self.plan.monitor]
         if s['best'] is None or score > s['best']:
             s.update(best=score, best_epoch=row['epoch'], bad=0)
-            _save(self.learn.model.state_dict(), self.folder / 'best.pt')
-            s['best_sha256'] = sha256_file(self.folder / 'best.pt')
+            _save(self.learn.model.state_dict(), self.best)
+            s['best_sha256'] = sha256_file(self.best)
         else: s['bad'] += 1
         s['stopped'] = 0 < self.plan.patience <= s['bad']
 
@@ -321,63 +338,60 @@ def _save_checkpoint(run):
     "Write last.pt"
     opt = run.learn.opt.state_dict()
     plain = dict(hypers=[dict(h) for h in opt['hypers']], state=[dict(s) for s in opt['state']])
-    _save(_plain_floats(dict(state=run.state, model=run.learn.model.state_dict(), opt=plain)), run.folder / 'last.pt')
+    _save(_plain_floats(dict(state=run.state, model=run.learn.model.state_dict(), opt=plain)), run.last)
 
-def _read_tensors(file, folder):
+def _read_tensors(run, file):
     "What torch.save wrote; a damaged file is a sentence"
     try: return torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise RunError(f'the checkpoint {file} is damaged ({type(e).__name__}); '
-                       f'delete the folder {folder} to train from the start.') from e
+        raise RunError(f'the checkpoint {file} is damaged ({type(e).__name__}); {run.anew}') from e
 
 # %% ../nbs/learner.ipynb #load-checkpoint
 _CHECKPOINT = ('state', 'model', 'opt')
 
 def _load_checkpoint(run):
     "Go on from the checkpoint of this folder if there is one; the optimizer's state is returned"
-    f = run.folder / 'last.pt'
-    if not f.exists(): return None
-    checkpoint = _read_tensors(f, run.folder)
+    if not run.last.exists(): return None
+    checkpoint = _read_tensors(run, run.last)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in _CHECKPOINT):
-        raise RunError(f'{f} is no checkpoint of covid_cxr; delete the folder {run.folder} to train from the start.')
+        raise RunError(f'{run.last} is no checkpoint of covid_cxr; {run.anew}')
     if checkpoint['state'].get('key') != run.state['key']:
-        raise RunError(f'the checkpoint {f} was made with another recipe or other data; '
-                       f'use a new output folder, or delete {run.folder}.')
+        raise RunError(f'the checkpoint {run.last} was made with another recipe or other data; '
+                       f'use a new output folder, or {run.anew}')
     run.state = checkpoint['state']
-    _fill(run, checkpoint['model'], f)
+    _fill(run, checkpoint['model'], run.last)
     run.log(f"resuming after epoch {len(run.state['history'])}")
     return checkpoint['opt']
 
 def _fill(run, weights, file):
     "Put the weights of a checkpoint into the network; weights that do not fit, or are no numbers, are a sentence"
-    try: sound = all(torch.isfinite(v).all() for v in weights.values())
+    try: sound = broken_tensor(weights) is None
     except (AttributeError, TypeError, RuntimeError): sound = False
     try:
         if sound: run.learn.model.load_state_dict(weights)
     except RuntimeError: sound = False
     if not sound:
-        raise RunError(f'the checkpoint {file} does not hold the weights of this network; '
-                       f'delete the folder {run.folder} to train from the start.')
+        raise RunError(f'the checkpoint {file} does not hold the weights of this network; {run.anew}')
 
 # %% ../nbs/learner.ipynb #load-best
 def _load_best(run):
     "The weights of the best epoch, which must be those that were written"
-    file, s = run.folder / 'best.pt', run.state
+    s = run.state
     if s['best'] is None: return
-    if not file.is_file():
-        raise RunError(f'{file}, the weights of the best epoch, is missing; delete the folder {run.folder} to train from the start.')
+    if not run.best.is_file(): raise RunError(f'{run.best}, the weights of the best epoch, is missing; {run.anew}')
     kept = s.get('best_sha256')                        # checkpoints of older versions have none
-    if kept is not None and sha256_file(file) != kept:
-        raise RunError(f'{file} is not the file that was written after epoch {s["best_epoch"]} (SHA-256 differs); '
-                       f'delete the folder {run.folder} to train from the start.')
-    _fill(run, _read_tensors(file, run.folder), file)
+    if kept is not None and sha256_file(run.best) != kept:
+        raise RunError(f'{run.best} is not the file that was written after epoch {s["best_epoch"]} (SHA-256 differs); '
+                       f'{run.anew}')
+    _fill(run, _read_tensors(run, run.best), run.best)
 
 # %% ../nbs/learner.ipynb #describe-epoch
 def _describe_epoch(row, epochs):
     "One line on an epoch that was done, and how long the rest will take where a person would want to know"
     numbers = ', '.join(f"{name.replace('_', ' ')} {format_number(row[name])}"
                         for name in ('train_loss', 'valid_loss', 'accuracy', 'auc'))
-    text = f"stage {row['stage']} epoch {row['epoch']}: {numbers}, {format_number(row['images'] / row['seconds'], 1)} images/s"
+    speed = format_number(row['images'] / row['seconds'], 1)
+    text = f"stage {row['stage']} epoch {row['epoch']}: {numbers}, {speed} images/s"
     left = (epochs - row['epoch']) * row['seconds']
     if left < 60: return text
     if left < 7200: return f'{text}, about {format_number(left / 60, 0)} min left'

@@ -6,23 +6,20 @@
 from __future__ import annotations
 import os, pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Mapping, NamedTuple
 import torch, torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
-from .core import WeightsError, check_choice, choices
+from .core import WeightsError, check_choice
+from .brightness import error_text
 from .settings import Arch
 
 # %% auto #0
-__all__ = ['MEAN', 'STD', 'ARCHS', 'OWN', 'normalise', 'ConcatPool', 'WeightsFile', 'imagenet_file', 'cxr_model']
+__all__ = ['MEAN', 'STD', 'OWN', 'ConcatPool', 'WeightsFile', 'imagenet_file', 'broken_tensor', 'cxr_model']
 
 # %% ../nbs/model.ipynb #constants
 MEAN, STD = 0.449, 0.226      # means of ImageNet's (.485, .456, .406) and (.229, .224, .225)
-
-def normalise(
-    x: torch.Tensor,   # (n, 1, h, w) float in [0, 1]
-) -> torch.Tensor:     # same shape
-    "Shift and scale unit-range pixels as the network expects them"
-    return (x - MEAN) / STD
 
 # %% ../nbs/model.ipynb #one-channel
 def _first_conv(body):
@@ -41,7 +38,6 @@ def _to_one_channel(body):
     return body
 
 # %% ../nbs/model.ipynb #archs
-ARCHS = choices(Arch)
 OWN = dict(cnn3=((32, 64, 128), 128), vgg_small=((32, 64, 128, 512), 0))  # channels; width of the dense layer (0: none)
 
 def _he(layers):
@@ -105,38 +101,35 @@ class WeightsFile(NamedTuple):
 def imagenet_file(arch: Arch) -> WeightsFile:
     "Where the ImageNet weights of an architecture come from, and where they lie once they are here"
     if arch in OWN:
-        raise WeightsError(f"{arch} has no ImageNet weights; use weights='none', the path of weights made by a run of this "
-                           'library, or an architecture of torchvision.')
+        raise WeightsError(f"{arch} has no ImageNet weights; give weights='none', the path of a file, or another arch.")
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     return WeightsFile(url, Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1])
 
 # %% ../nbs/model.ipynb #read-tensors
-def _read_safetensors(path):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try: return load_file(path)
-    except SafetensorError as e:
-        raise WeightsError(f'the weights file {path} is damaged ({e}); delete it and fetch it again.') from e
+def broken_tensor(
+    state: Mapping[str, Any],   # name -> tensor
+) -> str | None:                # None: every value is a finite number
+    "The name of the first tensor with a value that is no finite number"
+    return next((name for name, v in state.items() if not torch.isfinite(v).all()), None)
 
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 
 def _read_state(path):
     "Tensors of a weights file, without running anything that is in it"
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path}; give the path of a .pth or .safetensors file, 'imagenet' or 'none'.")
+        raise WeightsError(f"no weights file at {path}; give a .pth or .safetensors file, 'imagenet' or 'none'.")
     try:
-        if path.suffix == '.safetensors': state = _read_safetensors(path)
+        if path.suffix == '.safetensors': state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except WeightsError: raise
     except _DAMAGED as e:
-        raise WeightsError(f'the weights file {path} is damaged or holds more than tensors '
-                           f'({str(e).splitlines()[0][:80]}); delete it and fetch it again.') from e
+        raise WeightsError(f'the weights file {path} is damaged or holds more than tensors ({error_text(e)}); '
+                           'delete it and fetch it again.') from e
     for key in ('state_dict', 'model'): state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise WeightsError(f'the weights file {path} is not a dictionary of tensors; save model.state_dict() and give that.')
-    bad = [k for k, v in state.items() if not torch.isfinite(v).all()]
-    if bad: raise WeightsError(f"the weights file {path} holds values that are no numbers (in '{bad[0]}'); give another one.")
+        raise WeightsError(f'the weights file {path} is not a dictionary of tensors; give one of model.state_dict().')
+    bad = broken_tensor(state)
+    if bad: raise WeightsError(f"the weights file {path} holds values that are no numbers ('{bad}'); give another one.")
     return state
 
 # %% ../nbs/model.ipynb #imagenet-state
@@ -149,16 +142,16 @@ def _imagenet_state(arch):
                            f'put {place.name} (from {url}) into {place.parent}, or give '
                            "weights='PATH' to a local file, or weights='none' to train from scratch.") from e
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise WeightsError(f'the weights file {place} is damaged ({str(e).splitlines()[0][:80]}); '
-                           'delete it and fetch it again.') from e
+        raise WeightsError(f'the weights file {place} is damaged ({error_text(e)}); delete it and try again.') from e
 
 # %% ../nbs/model.ipynb #load-body
 def _fill(body, state, arch, origin):
     "A body with the tensors of a state; the first one that is missing or has another shape is named"
     want = body.state_dict()
     for k, v in want.items():
-        if k in state and state[k].shape == v.shape: continue
-        fault = f"'{k}' has shape {tuple(state[k].shape)}, not {tuple(v.shape)}" if k in state else f"tensor '{k}' is missing"
+        if k not in state: fault = f"tensor '{k}' is missing"
+        elif state[k].shape != v.shape: fault = f"'{k}' has shape {tuple(state[k].shape)}, not {tuple(v.shape)}"
+        else: continue
         raise WeightsError(f'the weights {origin} do not fit {arch}: {fault}; give the file that was made for {arch}.')
     body.load_state_dict({k: state[k] for k in want})
     return body
@@ -179,7 +172,7 @@ def cxr_model(
     n_out: int = 2,                           # number of classes
     weights: str | os.PathLike = 'imagenet',  # 'imagenet', 'none', or the path of a local weights file
 ) -> nn.Sequential:                           # model[0] is the body, model[1] the head; (n, 1, h, w) -> (n, n_out)
-    "A network for one grey channel whose body carries the weights that were asked for, or an error that says how to get them"
+    "A network for one grey channel whose body carries the weights that were asked for, or a refusal with the cure"
     check_choice('arch', arch, Arch)
     body = _backbone(arch)
     if str(weights) == 'none': body = _to_one_channel(body)

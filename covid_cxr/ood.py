@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Iterable, Literal, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 from .core import BundleError, ImageError, TableError, check_choice
-from .images import FLAT, cut_frame
+from .brightness import error_text
+from .images import FLAT, cut_frame, is_blank
 from .words import format_number, format_percent
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'OOD_KINDS', 'measure_images', 'OODCheck',
-           'fit_ood_check', 'check_colour', 'make_ood_images', 'change_images', 'evaluate_ood_check', 'coverage_curve']
+__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'OODCheck', 'fit_ood_check', 'check_colour',
+           'make_ood_images', 'change_images', 'evaluate_ood_check', 'coverage_curve']
 
 # %% ../nbs/ood.ipynb #frame
 THUMB = 16    # side of the thumbnail, pixels
@@ -36,11 +37,18 @@ def _smooth3(a):
 def _check_pixels(a):
     if not isinstance(a, np.ndarray) or a.ndim != 2 or a.dtype != np.uint8 or min(a.shape) < 16:
         what = f'shape {a.shape} of {a.dtype}' if isinstance(a, np.ndarray) else type(a).__name__
-        raise ImageError(f'the out-of-distribution check needs a (h, w) array of uint8 of 16 pixels or more, not {what}; '
-                         'read the file with load_image.')
+        raise ImageError(f'the check needs a (h, w) array of uint8, 16 pixels or more, not {what}; use load_image.')
 
 # %% ../nbs/ood.ipynb #measure
-STATISTICS = ('shape', 'mirror', 'grain', 'detail', 'brightness', 'contrast', 'filling')
+_COMPARED = dict(  # what is said of a statistic that is too small, and too large
+    shape=('narrower than', 'wider than'),
+    mirror=('left and right are less alike than in', 'left and right are more alike than in'),
+    grain=('smoother than', 'grainier than'),
+    detail=('smoother from pixel to pixel than', 'rougher from pixel to pixel than'),
+    brightness=('darker than', 'brighter than'),
+    contrast=('flatter than', 'of more contrast than'),
+    filling=('a smaller part of the image is filled than in', 'a larger part of the image is filled than in'))
+STATISTICS = tuple(_COMPARED)
 
 def _measure(a):
     "(thumbnail (256,), statistics (7,)) of one image"
@@ -57,28 +65,12 @@ def _measure(a):
                       filling=np.log(f.size / a.size))
     return z.ravel().astype(float), np.array([statistics[name] for name in STATISTICS], float)
 
-def measure_images(
-    images: Iterable[np.ndarray],  # (n, h, w) uint8, or any iterable of (h, w) uint8
-) -> pd.DataFrame:                 # one row per image, columns STATISTICS
-    "The named statistics of images, as the check measures them"
-    import pandas as pd
-    return pd.DataFrame([_measure(a)[1] for a in images], columns=list(STATISTICS))
-
 # %% ../nbs/ood.ipynb #features
 def _features(mean, waves, z, stats):
     "Thumbnails (n, 256) and statistics (n, 7) -> (n, k + 8)"
     c = (z - mean) @ waves.T
     rest = ((z - mean)**2).mean(1) - (c**2).sum(1) / z.shape[1]
     return np.c_[c, np.log(np.maximum(rest, 0) + .003), stats]
-
-_COMPARED = dict(  # what is said of a statistic that is too small, and too large
-    shape=('narrower than', 'wider than'),
-    mirror=('left and right are less alike than in', 'left and right are more alike than in'),
-    grain=('smoother than', 'grainier than'),
-    detail=('smoother from pixel to pixel than', 'rougher from pixel to pixel than'),
-    brightness=('darker than', 'brighter than'),
-    contrast=('flatter than', 'of more contrast than'),
-    filling=('a smaller part of the image is filled than in', 'a larger part of the image is filled than in'))
 
 # %% ../nbs/ood.ipynb #ood-check
 @dataclass(frozen=True, eq=False)
@@ -118,7 +110,7 @@ class OODCheck:
     ) -> str | None:         # None, or one sentence
         "Why this image should not be answered, or None"
         z, stats = _measure(pixels)
-        if pixels.std() < FLAT or cut_frame(pixels).std() < FLAT:
+        if is_blank(pixels):
             return f'not a chest radiograph: the image is one even shade ({format_number(pixels.mean(), 0)} of 255).'
         d = float(self._score(z[None], stats[None])[0])
         if d <= self.limit: return None
@@ -151,24 +143,26 @@ def _why(check, pixels, stats):
     return ('unlike the frontal chest radiographs of the training in its light and dark parts: '
             'another view, another region or another kind of image')
 
-# %% ../nbs/ood.ipynb #read-check
+# %% ../nbs/ood.ipynb #pack
 _ARRAYS = ('mean', 'waves', 'centre', 'spread', 'precision', 'low', 'high')
+
+def _damaged(why): return BundleError(f'the out-of-distribution check is damaged ({why}); export the run again.')
 
 def _pack(a): return [_pack(r) for r in a] if a.ndim > 1 else ' '.join(f'{v:.6g}' for v in a)
 
 def _unpack(v): return np.array([_unpack(r) for r in v]) if isinstance(v, list) else np.array(v.split(), float)
 
+# %% ../nbs/ood.ipynb #read-check
 def _read_check(cls, values):
     "A check from its dictionary; what is missing or damaged is refused by name"
     if not isinstance(values, Mapping) or values.get('version') != 1:
-        raise BundleError('this out-of-distribution check was not written by this version of covid_cxr; export the run again.')
+        raise BundleError('this out-of-distribution check has another version; export the run again.')
     numbers = dict(limit=float, keep=float, n=int)
     try: check = cls(**{k: _unpack(values[k]) for k in _ARRAYS}, **{k: kind(values[k]) for k, kind in numbers.items()})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
-        raise BundleError(f'the out-of-distribution check of this bundle is damaged ({type(e).__name__}: {str(e)[:80]}); '
-                          'export the run again.') from e
+        raise _damaged(error_text(e)) from e
     fault = _fault(check)
-    if fault: raise BundleError(f'the out-of-distribution check of this bundle is damaged ({fault}); export the run again.')
+    if fault: raise _damaged(fault)
     return check
 
 # %% ../nbs/ood.ipynb #fault
@@ -208,7 +202,7 @@ def _left_out_scores(z, stats, groups, seed, parts=5):
     "(n,) distance of every image under a check that was fitted without its group"
     names, which = np.unique(np.asarray(groups, str), return_inverse=True)
     if len(names) < parts:
-        raise TableError(f'fit_ood_check needs images of {parts} groups or more and got {len(names)}; give more patients.')
+        raise TableError(f'fit_ood_check needs images of {parts} groups and got {len(names)}; give more patients.')
     part, out = (np.random.default_rng(seed).permutation(len(names)) % parts)[which], np.zeros(len(z))
     for p in range(parts):
         without = OODCheck(**_fit_once(z[part != p], stats[part != p]), limit=0., keep=0.)
@@ -218,6 +212,11 @@ def _left_out_scores(z, stats, groups, seed, parts=5):
 # %% ../nbs/ood.ipynb #fit
 MIN_IMAGES = 24     # fewer training images than this make no check
 
+def _limit(distances, keep):
+    "The distance that a share of new images stays within: the ceil((n + 1) keep)-th smallest"
+    n = len(distances)
+    return np.sort(distances)[min(int(np.ceil((n + 1) * keep)), n) - 1]
+
 def fit_ood_check(
     images: Iterable[np.ndarray],   # (n, h, w) uint8: TRAINING images as `load_image` gives them, one rule for all
     groups: Sequence | None = None, # (n,) patient groups; None: every image is a group of its own
@@ -225,16 +224,15 @@ def fit_ood_check(
     seed: int = 0,                  # decides which groups are left out together
 ) -> OODCheck:
     "Measure the training images, and set the limit that left-out groups stay within"
-    if not .5 <= keep < 1: raise TableError(f'keep={keep!r} is no share of images that can pass; give .5 or more and less than 1.')
+    if not .5 <= keep < 1: raise TableError(f'keep={keep!r}; give a share of images from .5 to below 1.')
     measured = [_measure(a) for a in images]
     n = len(measured)
     if n < MIN_IMAGES:
-        raise TableError(f'fit_ood_check needs {MIN_IMAGES} images or more and got {n}; a smaller run has no such check.')
+        raise TableError(f'fit_ood_check needs {MIN_IMAGES} images and got {n}; a smaller run has no such check.')
     if groups is not None and len(groups) != n:
         raise TableError(f'{n} images and {len(groups)} groups were given; give one group per image.')
     z, stats = map(np.stack, zip(*measured))
-    left_out = np.sort(_left_out_scores(z, stats, range(n) if groups is None else groups, seed))
-    limit = left_out[min(int(np.ceil((n + 1) * keep)), n) - 1]
+    limit = _limit(_left_out_scores(z, stats, range(n) if groups is None else groups, seed), keep)
     fitted = OODCheck(**_fit_once(z, stats), limit=round(float(limit), 4), keep=keep)
     return OODCheck.from_dict(fitted.to_dict())     # as it will be read back
 
@@ -285,9 +283,9 @@ def _fingers(r, n):
     return np.asarray(im)
 
 # %% ../nbs/ood.ipynb #kinds
-OOD_KINDS = dict(noise=lambda r, n: r.integers(0, 256, (n, n)), clouds=_clouds, gradient=_gradient,
-                 document=_document, fingers=_fingers, black=lambda r, n: r.integers(0, 4, (n, n)),
-                 white=lambda r, n: r.integers(250, 256, (n, n)))
+_MAKE = dict(noise=lambda r, n: r.integers(0, 256, (n, n)), clouds=_clouds, gradient=_gradient,
+             document=_document, fingers=_fingers, black=lambda r, n: r.integers(0, 4, (n, n)),
+             white=lambda r, n: r.integers(250, 256, (n, n)))
 
 def make_ood_images(
     kind: OODKind,
@@ -298,7 +296,7 @@ def make_ood_images(
     "Images that are no radiographs"
     check_choice('kind', kind, OODKind)
     r = np.random.default_rng(seed)
-    return np.stack([np.clip(OOD_KINDS[kind](r, size), 0, 255).astype(np.uint8) for _ in range(n)])
+    return np.stack([np.clip(_MAKE[kind](r, size), 0, 255).astype(np.uint8) for _ in range(n)])
 
 # %% ../nbs/ood.ipynb #change
 def change_images(
@@ -324,8 +322,8 @@ def evaluate_ood_check(
     "What a check lets through, per kind of image"
     import pandas as pd
     good = check.score(images)
-    if not len(good): raise TableError('evaluate_ood_check needs images that should pass and got none; give left-out ones.')
-    at = np.sort(good)[min(int(np.ceil((len(good) + 1) * keep)), len(good)) - 1]
+    if not len(good): raise TableError('images that should pass: got none; give some that were left out of the fit.')
+    at = _limit(good, keep)
     rows = [dict(kind='frontal', n=len(good), passed=(good <= check.limit).mean(), fpr95=np.nan, auroc=np.nan)]
     for kind, made in others.items():
         s = check.score(made)
@@ -342,7 +340,8 @@ def coverage_curve(
     import pandas as pd
     distance, right = np.asarray(score, float), np.asarray(correct, float)
     if distance.shape != right.shape or distance.ndim != 1 or not len(distance):
-        raise TableError(f'coverage_curve got {distance.shape} scores and {right.shape} predictions; give one of each per image.')
+        shapes = f'score has shape {distance.shape} and correct {right.shape}'
+        raise TableError(f'coverage_curve: {shapes}; give one of each per image.')
     order = np.argsort(distance, kind='stable')
     s, hits, n = distance[order], np.cumsum(right[order]), np.arange(1, len(distance) + 1)
     last = np.r_[s[1:] != s[:-1], True]                     # equal scores pass together

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Sequence
 import numpy as np
-from .core import ImageError, atomic_path, check_choice
+from .core import IMAGE_SUFFIXES, ImageError, atomic_path, check_choice
 from .images import BlankImage, ImageRule, LoadedImage, apply_rule, read_picture
 from .ood import OODCheck, check_colour
 from .words import safe_cell, safe_path
@@ -17,7 +17,7 @@ from .bundle import AlteredWarning, check_manifest, describe_integrity, load_mod
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'OODMode', 'OnBadFile', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
+__all__ = ['OODMode', 'OnBadFile', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
            'save_predictions']
 
 # %% ../nbs/predict.ipynb #prediction
@@ -39,12 +39,11 @@ class Prediction:
         return row if self.warning is None else dict(row, warning=self.warning)
 
 # %% ../nbs/predict.ipynb #list-images
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.gif', '.webp', '.dcm', '.dicom')
-
 def _images_below(folder):
     "The images below a folder, in sorted order"
     def hidden(f): return any(part.startswith(('.', '__MACOSX')) for part in f.relative_to(folder).parts)
-    return sorted(str(f) for f in folder.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file() and not hidden(f))
+    named = (f for f in folder.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(str(f) for f in named if f.is_file() and not hidden(f))
 
 def list_images(
     inputs: str | os.PathLike | Iterable[str | os.PathLike],  # files and folders
@@ -54,7 +53,7 @@ def list_images(
     for p in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
         if not p.exists(): raise ImageError(f'no file or folder {p}; check the path.')
         found = _images_below(p) if p.is_dir() else [str(p)]
-        if not found: raise ImageError(f"no image below {p} (looked for {', '.join(SUFFIXES)}); check the path.")
+        if not found: raise ImageError(f"no image below {p} (looked for {', '.join(IMAGE_SUFFIXES)}); check the path.")
         out += found
     return out
 
@@ -143,13 +142,14 @@ class Predictor:
         reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
         answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
         probs = iter(self.probabilities(answered))
-        return [self._label(f, next(probs), warning) if declined is None else
-                Prediction(f, None, None, self.threshold, declined, self.synthetic)
+        return [self._label(f, next(probs), warning) if declined is None else self._decline(f, declined)
                 for f, (declined, warning) in zip(paths, reasons)]
+
+    def _decline(self, path, why): return Prediction(path, None, None, self.threshold, why, self.synthetic)
 
     def _label(self, path, p, warning):
         "The class from its probabilities; a probability that is no number is no answer"
-        if not np.isfinite(p).all(): return Prediction(path, None, None, self.threshold, _NO_NUMBER, self.synthetic)
+        if not np.isfinite(p).all(): return self._decline(path, _NO_NUMBER)
         i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
         probabilities = dict(zip(self.classes, map(float, p)))
         return Prediction(path, self.classes[i], probabilities, self.threshold, None, self.synthetic, warning)

@@ -9,34 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence
 import numpy as np, pandas as pd
-from .core import (SYNTHETIC, CxrError, Reason, SourceError, VocabularyError, canonical_findings, exclude,
-                            require_columns)
+from .core import (IMAGE_SUFFIXES, SYNTHETIC, CxrError, Reason, SourceError, VocabularyError,
+                            canonical_findings, exclude, list_words, require_columns)
 from .words import format_count, join_words
 
 # %% auto #0
-__all__ = ['NO_FILE_NAMED', 'FILE_MISSING', 'NOT_XRAY_CT', 'NOT_XRAY_VOLUME', 'IMAGE_SUFFIXES', 'SENTINELS', 'Files', 'tidy_name',
-           'read_metadata', 'telling_file', 'published_findings', 'fold_words', 'stated', 'ages_in_years',
-           'parse_numbers', 'refuse_unknown', 'sexes', 'whole_numbers', 'check_identifiers', 'identifiers', 'find_root',
-           'resolve_file', 'list_files', 'list_folders', 'ImagePlace', 'walk_images', 'locate_files', 'unique_ids',
-           'place_files', 'place_from_index', 'absolute_paths', 'finish_table', 'unlisted_files']
+__all__ = ['NO_FILE_NAMED', 'FILE_MISSING', 'NOT_XRAY_CT', 'NOT_XRAY_VOLUME', 'SENTINELS', 'Files', 'tidy_name', 'read_metadata',
+           'telling_file', 'published_findings', 'fold_words', 'stated', 'ages_in_years', 'parse_numbers',
+           'refuse_unknown', 'sexes', 'whole_numbers', 'check_identifiers', 'identifiers', 'find_root', 'resolve_file',
+           'list_files', 'list_folders', 'ImagePlace', 'walk_images', 'locate_files', 'unique_ids', 'place_files',
+           'place_from_index', 'absolute_paths', 'finish_table', 'unlisted_files']
 
 # %% ../nbs/reading.ipynb #reasons
 NO_FILE_NAMED   = Reason('reading', 'no file named')               # the row of the metadata names no image
 FILE_MISSING    = Reason('reading', 'file missing')                # it names one, and it is not on this disk
 NOT_XRAY_CT     = Reason('reading', 'not an X-ray', 'CT')          # a slice of a CT, as a picture
 NOT_XRAY_VOLUME = Reason('reading', 'not an X-ray', 'CT volume')   # a whole CT (.nii.gz)
-IMAGE_SUFFIXES  = ('.jpeg', '.jpg', '.png', '.dcm', '.dicom', '.bmp', '.tif', '.tiff', '.webp', '.gif')
 
 # %% ../nbs/reading.ipynb #read-metadata
 def _decode(raw: bytes, path: str | Path) -> str:
     "The bytes of a table as text"
-    if raw.startswith(b'PK\x03\x04'): raise SourceError(f'{path} is a workbook or a zip, not text; save it as CSV (UTF-8).')
+    def refused(why): return SourceError(f'{path} {why}; save it as CSV (UTF-8).')
+    if raw.startswith(b'PK\x03\x04'): raise refused('is a workbook or a zip, not text')
     utf16 = raw.startswith((b'\xff\xfe', b'\xfe\xff'))
-    if not utf16 and b'\0' in raw: raise SourceError(f'{path} holds bytes that are no text; save it as CSV (UTF-8).')
+    if not utf16 and b'\0' in raw: raise refused('holds bytes that are no text')
     for encoding in ('utf-16',) if utf16 else ('utf-8-sig', 'cp1252', 'latin-1'):   # Latin-1 knows every byte
         try: return raw.decode(encoding)
         except UnicodeDecodeError: pass
-    raise SourceError(f'{path} says that it is UTF-16 and is not, or was cut off; save it as CSV (UTF-8).')
+    raise refused('says that it is UTF-16 and is not, or was cut off')
 
 def _csv_text(path: str | Path) -> str:
     try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
@@ -59,8 +59,8 @@ def _split_rows(path: str | Path, lines: list[str], sep: str) -> list[_Row]:
             rows.append(_Row(first, reader.line_num, cells))
             first = reader.line_num + 1
     except csv_files.Error as e:
-        raise SourceError(f'{path} is not a table that can be read, from line {first} on: {e}; check its quotes, or '
-                          'download it again.') from e
+        raise SourceError(f'{path} cannot be read as a table from line {first} on: {e}; '
+                          'check its quotes, or download it again.') from e
     return rows
 
 def _check_quotes(path: str | Path, lines: list[str], sep: str, rows: list[_Row]) -> None:
@@ -72,8 +72,8 @@ def _check_quotes(path: str | Path, lines: list[str], sep: str, rows: list[_Row]
             try: list(csv_files.reader(own, delimiter=sep, strict=True))
             except csv_files.Error: swallowed = True
         if swallowed or len(list(csv_files.reader([*own[:-1], own[-1].rstrip('\r\n') + '\n', 'x'], delimiter=sep))) < 2:
-            raise SourceError(f'{path}: line {r.first} opens a quote that it does not close, so the rows behind it would be '
-                              'lost; close that quote or remove it.')
+            raise SourceError(f'{path}: line {r.first} opens a quote that it does not close; '
+                              'close or remove it, or the rows behind it are lost.')
 
 # %% ../nbs/reading.ipynb #csv-table
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.I)      # what Excel writes into the first line
@@ -89,9 +89,10 @@ def _csv_rows(path: str | Path) -> list[list[str]]:
     if every: _check_quotes(path, lines, sep, every)
     rows = [r.cells for r in every if any(c.strip() for c in r.cells)][bool(said):]
     if not rows: raise SourceError(f'{path} is empty; download it again.')
-    if len(rows[-1]) < len(rows[0]) and not text.endswith(('\n', '\r')):
-        raise SourceError(f'{path} ends in the middle of row {len(rows)}, with {len(rows[-1])} of {len(rows[0])} fields: '
-                          'it was cut off; download it again.')
+    last, n = len(rows[-1]), len(rows[0])
+    if last < n and not text.endswith(('\n', '\r')):
+        what = f'ends in the middle of row {len(rows)}, with {last} of {n} fields'
+        raise SourceError(f'{path} {what}; download it again.')
     return rows
 
 def _check_width(path: str | Path, rows: list[list[str]]) -> None:
@@ -130,8 +131,9 @@ def read_metadata(
     head = [aliases.get(h, h) for h in names]
     missing = [n for n in needed if n not in head]
     if missing:
-        raise SourceError(f"{path} has no column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-                          f"it has: {', '.join(h for h in head if h)}. Is it the metadata file of this source?")
+        what, has = 'column' if len(missing) == 1 else 'columns', ', '.join(h for h in head if h)
+        raise SourceError(f"{path} has no {what} {', '.join(missing)}, only {has}; "
+                          'give the metadata file of this source.')
     _check_width(path, rows)
     cells = [[c.strip() or np.nan for c in r[:len(head)]] + [np.nan] * (len(head) - len(r)) for r in rows[1:]]
     _check_twice(path, names, cells)
@@ -210,9 +212,7 @@ def refuse_unknown(
 ) -> None:
     "An error that lists every word of a column that is not known, with its count"
     bad = words[words.notna() & ~fold_words(words).isin(list(known))].value_counts()
-    if len(bad):
-        listed = ', '.join(f"'{w}' ({n})" for w, n in bad.items())
-        raise VocabularyError(f'unknown {what}: {listed}; {cure}')
+    if len(bad): raise VocabularyError(f'unknown {what}: {list_words(bad)}; {cure}')
 
 # %% ../nbs/reading.ipynb #sexes
 # o is DICOM's "other"
@@ -251,17 +251,16 @@ def check_identifiers(
     what: str = 'patient',                  # what they tell apart, for the error sentence
     error: type[CxrError] = SourceError,
 ) -> None:
-    "Refuse ids that tell one person apart from himself: 1 and 001, P7 and p07; and numbers that a spreadsheet has rounded"
+    "Refuse two spellings of one id (1 and 001, P7 and p07), and numbers that a spreadsheet has rounded"
     every = pd.Series(ids, dtype=object).dropna().astype(str).unique()
-    rounded = [w for w in every if _ROUNDED.fullmatch(w)]
-    if rounded:
-        raise error(f'{what} {rounded[0]} is a number that a spreadsheet has rounded; fill in that column again, as text.')
+    rounded = next((w for w in every if _ROUNDED.fullmatch(w)), None)
+    if rounded: raise error(f'{what} {rounded} is a number that a spreadsheet has rounded; fill it in again, as text.')
     spellings: dict[str, list[str]] = {}
     for w in every: spellings.setdefault(_number_of(w), []).append(w)
     several = [' = '.join(sorted(words)) for words in spellings.values() if len(words) > 1]
     if several:
-        raise error(f"{format_count(len(several), what)} {'is' if len(several) == 1 else 'are'} written in more than one way: "
-                    f"{join_words(several, most=3)}; write each {what} one way.")
+        raise error(f'{format_count(len(several), what)} written in more than one way: '
+                    f'{join_words(several, most=3)}; write each {what} one way.')
 
 def identifiers(
     words: Iterable,          # (n,) as the source writes them
@@ -307,11 +306,12 @@ def _holds(question: Callable[[], bool]) -> bool:
 
 def list_files(
     folder: str | Path,
-) -> dict[str, str]:    # {name: path}; empty when there is no such folder
+    suffixes: tuple[str, ...] = ('',),   # in small letters: `core.IMAGE_SUFFIXES` for images alone
+) -> dict[str, str]:                     # {name: path}; empty when there is no such folder
     "The plain files of one folder, junk left out"
     if not os.path.isdir(folder): return {}
-    with os.scandir(folder) as it:
-        return {e.name: os.path.join(str(folder), e.name) for e in it if not _is_junk(e.name) and _holds(e.is_file)}
+    def wanted(e): return e.name.lower().endswith(suffixes) and not _is_junk(e.name) and _holds(e.is_file)
+    with os.scandir(folder) as it: return {e.name: os.path.join(str(folder), e.name) for e in it if wanted(e)}
 
 def list_folders(
     folder: str | Path,
@@ -353,17 +353,21 @@ class ImagePlace(NamedTuple):
     folder: str
     name: str
 
+    @property
+    def path(self) -> str:
+        "Folder and name in one"
+        return os.path.join(self.folder, self.name)
+
 def walk_images(
     root: str | Path,
 ) -> list[ImagePlace]:   # sorted, junk and masks left out
     "Every image below a folder, found once"
     folders, idle = _enter_folders(str(root))
-    found = [ImagePlace(f, n) for f in folders for n in list_files(f) if n.lower().endswith(IMAGE_SUFFIXES)]
+    found = [ImagePlace(f, n) for f in folders for n in list_files(f, IMAGE_SUFFIXES)]
     images = [p for p in found if not _is_mask(p.name)]
-    if idle:
-        warnings.warn(f'{format_count(len(idle), "link")} below {root} lead{"s" * (len(idle) == 1)} to folders that are read '
-                      f'already and {"was" if len(idle) == 1 else "were"} not followed, e.g. {idle[0]}')
-    if len(found) > len(images): warnings.warn(f'{format_count(len(found) - len(images), "mask")} below {root} left out')
+    links, masks = format_count(len(idle), 'link'), format_count(len(found) - len(images), 'mask')
+    if idle: warnings.warn(f'{links} below {root} not followed: the folder behind is read already, e.g. {idle[0]}')
+    if len(found) > len(images): warnings.warn(f'{masks} below {root} left out')
     return sorted(images, key=lambda p: (Path(p.folder).parts, p.name))
 
 # %% ../nbs/reading.ipynb #locate-files
@@ -405,8 +409,9 @@ def _refuse_outside(paths: list, root: str | Path) -> None:
     inside = os.path.join(os.path.abspath(root), '')
     bad = [p for p in paths if isinstance(p, str) and not os.path.abspath(p).startswith(inside)]
     if bad:
-        raise SourceError(f"{len(bad)} file name{'s' * (len(bad) > 1)} of this collection lead{'s' * (len(bad) == 1)} "
-                          f"out of its folder {root}, e.g. {bad[0]}; correct the metadata file.")
+        names = format_count(len(bad), 'file name')
+        raise SourceError(f'{names} of this collection would lead out of its folder {root}, e.g. {bad[0]}; '
+                          'correct the metadata file.')
 
 # %% ../nbs/reading.ipynb #place-files
 def _with_paths(table: pd.DataFrame, path: list, lost: Sequence[bool] | np.ndarray) -> pd.DataFrame:
@@ -465,8 +470,9 @@ def absolute_paths(
     return [one(p) if isinstance(p, str) else np.nan for p in paths]
 
 def _is_utf8(path: object) -> bool:
-    try: return not isinstance(path, str) or bool(path.encode('utf-8')) or not path
+    try: str(path).encode('utf-8')
     except UnicodeEncodeError: return False
+    return True
 
 def finish_table(
     table: pd.DataFrame,
@@ -494,5 +500,4 @@ def unlisted_files(
     if root is not None:
         top = Path(root).resolve()
         folders = {f for f in folders if top in (Path(f).resolve(), *Path(f).resolve().parents)}
-    found = (p for f in folders for n, p in list_files(f).items() if n.lower().endswith(IMAGE_SUFFIXES))
-    return sorted(p for p in found if p not in named)
+    return sorted(p for f in folders for p in list_files(f, IMAGE_SUFFIXES).values() if p not in named)

@@ -14,7 +14,7 @@ from .core import (LeakError, Reason, RecipeError, SourceError, canonical_findin
                             exclude, is_finding, nearest, sha256_file, sha256_text, used)
 from .images import How, ImageRule, Stretch, Suppress
 from .cache import ImageCache, OnBad, check_images
-from .sources import SOURCES, read_source, reader_options
+from .sources import SOURCES, check_options, find_source, read_source, reader_options
 from .table import (Duplicates, as_task, check_split, drop_repeats, filter_ages, filter_views, fold_by_group,
                              group_leaksafe, join_tables, label_for, split_by_group, split_by_source, split_by_time,
                              split_official, split_published, split_random, use_fold)
@@ -26,9 +26,9 @@ else: import tomli as tomllib
 
 # %% auto #0
 __all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec', 'TrainingSpec',
-           'EvaluationSpec', 'Recipe', 'recipe_fields', 'field_choices', 'check_recipe', 'current_name', 'parse_recipe',
-           'list_recipes', 'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'sample_patients',
-           'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
+           'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe', 'list_recipes',
+           'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'sample_patients', 'read_one_source',
+           'apply_split', 'check_pretrained', 'build_table']
 
 # %% ../nbs/recipe.ipynb #fields-data
 Repeats = Literal['drop', 'keep']   # an image that is there twice is used once, or as often as it stands there
@@ -189,14 +189,6 @@ def recipe_fields() -> pd.DataFrame: # columns field, value (its type, or its wo
         rows.append(dict(field=name, value=_kind_words(kind), default=default, meaning=meanings[section][f.name]))
     return pd.DataFrame(rows)
 
-def field_choices(
-    name: str,   # as in `recipe_fields`, e.g. 'training.opt'
-) -> tuple:      # the words that it may hold; empty when it is open
-    "The closed choice of a field"
-    kinds = {n: kind for n, kind, *_ in _walk(Recipe)}
-    if name not in kinds: raise RecipeError(f"a recipe has no field '{name}'{nearest(name, kinds)}; recipe_fields() lists them.")
-    return choices(kinds[name]) if typing.get_origin(kinds[name]) is Literal else ()
-
 # %% ../nbs/recipe.ipynb #check-words
 def _check_words(obj, where=''):
     "Refuse a word that its field does not know, in this section and those below it"
@@ -212,17 +204,14 @@ def _check_words(obj, where=''):
 def _check_sources(recipe):
     if not recipe.data.sources: raise RecipeError(f'recipe {recipe.name} names no sources; add [[data.sources]].')
     for s in recipe.data.sources:
-        if s.name not in SOURCES:
-            raise RecipeError(f"unknown source '{s.name}'{nearest(s.name, SOURCES)} (known: {', '.join(SOURCES)})")
+        find_source(s.name, RecipeError)
         for f in s.findings: canonical_finding(f)
-        known = reader_options(s.name)
-        odd = next((o for o in s.options if o not in known), None)
-        if odd:
-            raise RecipeError(f"source '{s.name}' has no option '{odd}'{nearest(odd, known)} (its options: {', '.join(known) or 'none'})")
+        check_options(s.name, s.options, RecipeError)
 
 def _check_split(s, sources):
     if s.kind == 'source' and s.source not in sources:
-        raise RecipeError(f"split.source = '{s.source}' is unknown{nearest(s.source, sources)} (known: {', '.join(sources)})")
+        hint = nearest(s.source, sources)
+        raise RecipeError(f"split.source = '{s.source}' is unknown{hint} (known: {', '.join(sources)})")
     if not (s.n_folds > 1 and 0 <= s.fold < s.n_folds):
         raise RecipeError(f'split.fold = {s.fold} of split.n_folds = {s.n_folds}; '
                           'there must be two folds or more, and fold counts from 0.')
@@ -280,22 +269,28 @@ def _with_current_names(values):
         if isinstance(content, dict):
             names = [current_name(f'{section}.{k}').removeprefix(f'{section}.') for k in content]
             twice = next((n for n in names if names.count(n) > 1), None)
-            if twice: raise RecipeError(f"'{section}.{twice}' stands in the recipe twice, once under its old name; keep one.")
+            if twice:
+                raise RecipeError(f"'{section}.{twice}' stands in the recipe twice, once under an old name; keep one.")
             content = dict(zip(names, content.values()))
         out[section] = content
     return out
 
 # %% ../nbs/recipe.ipynb #build-spec
+def _no_key(name, key, kinds):
+    "The sentence about a key that a section does not have; name: as the person wrote it"
+    return f"unknown key '{name}'{nearest(key, kinds)} (known here: {', '.join(kinds)})"
+
 def _unknown_key(k, values, kinds, where):
-    "The sentence about a key that a section does not have; an option of a reader has its own place"
+    "The same for a key of a file; an option of a reader has its own place"
     name = values.get('name')
     if 'options' in kinds and isinstance(name, str) and name in SOURCES and k in reader_options(name):
         return f"'{_dot(where, k)}' is an option of the source '{name}'; write options = {{{k} = ...}}."
-    return f"unknown key '{_dot(where, k)}'{nearest(k, kinds)} (known here: {', '.join(kinds)})"
+    return _no_key(_dot(where, k), k, kinds)
 
 def _build(cls, values, where=''):
     "A dataclass from the dictionary of a TOML section, every key and type checked"
-    if not isinstance(values, dict): raise RecipeError(f"{where or 'the recipe'} must be a section with keys, not {values!r}.")
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where or 'the recipe'} must be a section with keys, not {values!r}.")
     kinds = typing.get_type_hints(cls)
     for k in values:
         if k not in kinds: raise RecipeError(_unknown_key(k, values, kinds, where))
@@ -307,7 +302,8 @@ def _build(cls, values, where=''):
 # %% ../nbs/recipe.ipynb #build-value
 def _options(v, where):
     "Names with values of any plain kind"
-    if not isinstance(v, dict): raise RecipeError(f'{where} = {v!r} must be names with values, e.g. {{patient = "(p\\d+)_"}}.')
+    if not isinstance(v, dict):
+        raise RecipeError(f'{where} = {v!r} must be names with values, e.g. {{patient = "(p\\d+)_"}}.')
     def check(x, at):
         if isinstance(x, dict): return {str(k): check(y, f'{at}.{k}') for k, y in x.items()}
         if isinstance(x, list): return [check(y, f'{at}[{i}]') for i, y in enumerate(x)]
@@ -404,7 +400,7 @@ def _set(obj, keys, value, whole):
     "A copy of a section with one field changed, however deep"
     kinds = typing.get_type_hints(type(obj))
     key = keys[0]
-    if key not in kinds: raise RecipeError(f"unknown key '{whole}'{nearest(key, kinds)} (known here: {', '.join(kinds)})")
+    if key not in kinds: raise RecipeError(_no_key(whole, key, kinds))
     old, kind = getattr(obj, key), kinds[key]
     if len(keys) == 1: new = _new_value(kind, value, whole)
     elif isinstance(old, list): new = _set_item(old, keys[1:], value, whole)
@@ -475,11 +471,11 @@ def sample_patients(
 def _find_root(spec, data):
     "The first of a source's folders that exists below the data folder"
     data = Path(data)
-    if not data.is_dir(): raise SourceError(f'no data folder {data}; give the folder that holds the collections with --data.')
+    if not data.is_dir(): raise SourceError(f'no data folder {data}; name the folder of the collections with --data.')
     for r in spec.root or ['.']:
         if (data / r).is_dir(): return data / r
-    raise SourceError(f"{data} holds none of the folders {', '.join(spec.root)} that source {spec.name} is looked for in; "
-                      f"put it there ('covid-cxr download {spec.name}' says how) or set data.sources.{spec.name}.root.")
+    raise SourceError(f"{data} holds none of the folders {', '.join(spec.root)} of source {spec.name}; put it there "
+                      f"('covid-cxr download {spec.name}' says how) or set data.sources.{spec.name}.root.")
 
 def _filter_findings(table, findings):
     "Keep images with any of these findings or their kinds; what is not stated stays, for `label_for` to say so"
@@ -534,11 +530,20 @@ def _shared_files(seen, test):
     if not len(test): return []
     there = [p for p in seen['path'].dropna() if Path(p).is_file()]
     if len(there) < len(seen):
-        warnings.warn(f'{len(seen) - len(there)} of {format_count(len(seen), "image")} that the weights were trained on are not on '
-                      'this disk; whether the test holds copies of them was told by name and patient alone')
+        images = format_count(len(seen), 'image')
+        warnings.warn(f'{len(seen) - len(there)} of {images} that the weights were trained on are not on this disk; '
+                      'whether the test holds copies of them was told by name and patient alone')
     known = {sha256_file(p) for p in there}
     return [p for p in test['path'] if sha256_file(p) in known]
 
+def _refuse_shared(weights, both, what, plural=None):
+    "Refuse weights that share something with the test split"
+    if not both: return
+    shared = format_count(len(both), what, plural)
+    raise LeakError(f"the weights {weights} were trained on {shared} of this test split, e.g. '{both[0]}'; "
+                    'take other weights, or leave that source out.')
+
+# %% ../nbs/recipe.ipynb #check-pretrained-all
 def check_pretrained(
     weights: str | os.PathLike,  # 'none', 'imagenet' or a path, as in `ModelSpec`
     table: pd.DataFrame,         # with its split
@@ -548,14 +553,11 @@ def check_pretrained(
     if file is None: return 0
     seen = pd.read_csv(file, dtype=str, low_memory=False)
     seen = seen[seen['excluded'].isna() & seen['split'].isin(['train', 'valid'])]
-    test = used(table)[used(table)['split'] == 'test']
-    cure = 'take other weights, or leave that source out.'
+    test = used(table[table['split'] == 'test'])
     for name in ('image_id', 'patient', 'group'):
-        both = sorted(set(seen[name].dropna()) & set(test[name].dropna()))
-        if both: raise LeakError(f"the weights {weights} were trained on {len(both)} {name}s of this test split (e.g. '{both[0]}'); {cure}")
-    files = _shared_files(seen, test)
-    if files: raise LeakError(f"the weights {weights} were trained on {len(files)} files of this test split "
-                              f"(e.g. '{Path(files[0]).name}', same bytes); {cure}")
+        _refuse_shared(weights, sorted(set(seen[name].dropna()) & set(test[name].dropna())), name)
+    files = [Path(p).name for p in _shared_files(seen, test)]
+    _refuse_shared(weights, files, 'file (same bytes)', 'files (same bytes)')
     return len(seen)
 
 # %% ../nbs/recipe.ipynb #build-table

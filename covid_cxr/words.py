@@ -4,12 +4,12 @@
 
 # %% ../nbs/words.ipynb #imports
 from __future__ import annotations
-import math
+import math, re
 from typing import Iterable
 
 # %% auto #0
 __all__ = ['as_number', 'format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p', 'format_count',
-           'join_words', 'sentence', 'format_bytes', 'printable', 'safe_cell', 'safe_path']
+           'join_words', 'sentence', 'format_bytes', 'printable', 'safe_path', 'safe_cell', 'plain_cell']
 
 # %% ../nbs/words.ipynb #as-number
 def as_number(
@@ -51,12 +51,13 @@ def format_estimate(
 
 # %% ../nbs/words.ipynb #percent
 def format_percent(
-    share: object,    # 0 to 1
-    digits: int = 0,
-) -> str:             # '12 %'
+    share: object,            # 0 to 1
+    digits: int | None = 0,   # behind the point; None: as many as it needs, for a level such as .975
+) -> str:                     # '12 %'
     "A share in percent"
     share = as_number(share)
-    return 'not estimable' if math.isnan(share) else f'{100 * share:.{digits}f} %'
+    if math.isnan(share): return 'not estimable'
+    return f'{100 * share:.10g} %' if digits is None else f'{100 * share:.{digits}f} %'
 
 def format_p(p: object) -> str: # 'p = 0.032', 'p < 0.001'
     "A p-value as journals print it"
@@ -98,18 +99,24 @@ def format_bytes(
     return f'{n:.1f} TB'
 
 # %% ../nbs/words.ipynb #untrusted
-_FORMULA = ('=', '+', '-', '@', '\t', '\r')
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")     # apostrophes in front are counted, so that `plain_cell` can go back
 
 def printable(text: object) -> str:
     "The text with every control character and every byte that is no text shown by its code, safe for a terminal"
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
-def safe_cell(value: object) -> object: # anything that is no text stays as it is
-    "A cell of a CSV that no spreadsheet runs as a formula: an apostrophe stands before = + - @"
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
-
 def safe_path(
     path: str | None,
 ) -> str | None:      # the same file
     "A path that no spreadsheet runs as a formula: a relative one gets './' in front"
-    return f'./{path}' if isinstance(path, str) and path.startswith(_FORMULA) else path
+    return f'./{path}' if isinstance(path, str) and _FORMULA.match(path) else path
+
+# %% ../nbs/words.ipynb #cells
+def safe_cell(value: object) -> object: # anything that is no text stays as it is
+    "A cell of a CSV that no spreadsheet runs as a formula: an apostrophe stands before = + - @"
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+def plain_cell(value: object) -> object:
+    "The cell as it was before `safe_cell`"
+    guarded = isinstance(value, str) and value.startswith("'") and _FORMULA.match(value)
+    return value[1:] if guarded else value  # type: ignore[index]  # a text: see the line above

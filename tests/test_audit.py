@@ -300,6 +300,9 @@ def test_what_a_case_lacks_is_not_run_and_said(audited):
     missing = {n.check: n.missing for n in not_run}
     assert missing['A2'] == 'pairs' and missing['A18'] == 'external tests' and missing['A20'] == 'run folder'
     assert {n.check for n in not_run if n.missing == 'time'} == {'A5', 'A8', 'A9', 'A10'}
+    assert {n.check for n in not_run if n.missing == 'subject'} == {'A3', 'A4', 'A8'}        # no file, no metadata, no source is recorded
+    for _, verdicts, others in audited.values():
+        assert {v.check for v in verdicts} | {n.check for n in others} == {c.code for c in CHECKS.values()}
     assert 'covid-cxr external' in describe_not_run(NotRun('A18', 'external tests', 'external tests'))
     with pytest.raises(AuditError, match='needs pairs'): CHECKS['check_duplicates'].run(case)
 
@@ -371,8 +374,8 @@ def test_an_audit_of_version_1_is_read_number_by_number(run):
     raw, audit = json.loads((run / 'audit.json').read_text()), read_audit(run)
     assert raw['version'] == 1 and audit.counts == raw['verdicts'] and len(audit.not_run) == len(raw['not_run'])
     none = lambda v: None if v != v else v
-    assert [[v.check, v.verdict, v.cost, *map(none, (v.value, v.low, v.high))] for v in audit.verdicts] == \
-        [[r[k] for k in ('audit', 'verdict', 'cost', 'value', 'low', 'high')] for r in raw['rows']]
+    assert [[v.check, v.verdict, *map(none, (v.value, v.low, v.high))] for v in audit.verdicts] == \
+        [[r[k] for k in ('audit', 'verdict', 'value', 'low', 'high')] for r in raw['rows']]
     assert all(v.n and not v.facts for v in audit.verdicts) and not {v.rule for v in audit.verdicts} & {'possible', 'precise'}
     for v in audit.verdicts: assert describe_verdict(v).startswith(v.name[0].upper() + v.name[1:])
     e = lambda d: [d[k] for k in ('value', 'low', 'high')]

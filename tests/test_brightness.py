@@ -424,4 +424,4 @@ def test_what_has_no_grey_reading_is_refused():
     item.LUTDescriptor, item.LUTData = [9, 0, 16], b'\0\0'
     from covid_cxr.brightness import _dicom_table
     with pytest.raises(Refused, match='shorter than it says'): _dicom_table(item)
-    with pytest.raises(Exception): read_dicom('/nowhere.dcm')
+    with pytest.raises(FileNotFoundError): read_dicom('/nowhere.dcm')

@@ -271,7 +271,7 @@ class _Files:
 
 
 def test_workers_of_a_data_loader_share_it(files, tmp_path):
-    torch = pytest.importorskip('torch')
+    import torch
     cache = ImageCache(tmp_path / 'c', RULE)
     want = np.stack([load_image(f, RULE) for f in files])
     for _ in range(2):

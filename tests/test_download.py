@@ -3,6 +3,7 @@
 Every transfer here is a real one over the loopback address, every archive a real file, every client a real process.
 """
 import gzip, hashlib, io, json, os, shutil, signal, socket, stat, struct, subprocess, sys, tarfile, threading, time, urllib.request, zipfile
+from dataclasses import FrozenInstanceError
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -589,6 +590,13 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind, changes):
     else: shutil.rmtree(home/'out')
     assert names(home) == ['bad', 'whole']
 
+def test_a_zip_member_without_a_name_is_refused(tmp_path):
+    "A zero byte ends a name, so damage can leave none"
+    whole = a_zip(tmp_path/'a', {'QQ': b'x'}).read_bytes()
+    (tmp_path/'bad').write_bytes(whole.replace(b'QQ', b'\0Q'))
+    with pytest.raises(ArchiveError, match='has no name'): unpack(tmp_path/'bad', tmp_path/'out')
+    assert names(tmp_path) == ['a', 'bad']
+
 def test_a_killed_unpacking_leaves_no_half_collection(tmp_path):
     a = a_tar(tmp_path/'a', {f'{i:03}.png': os.urandom(200) for i in range(500)})
     code = ('import sys, time; from covid_cxr.curate.download import unpack; '
@@ -851,7 +859,7 @@ def test_the_registry():
     from urllib.parse import urlsplit
     for n, d in DOWNLOADS.items():
         assert n == d.name and urlsplit(d.page).scheme == 'https' and d.accept and d.max_bytes > (d.about_bytes or 0)
-    with pytest.raises(Exception, match='cannot assign'): DOWNLOADS['nih'].url = 'http://elsewhere'
+    with pytest.raises(FrozenInstanceError): DOWNLOADS['nih'].url = 'http://elsewhere'
     assert manifest_text({'b': '2' * 64, 'a': '1' * 64}) == '1' * 64 + '  a\n' + '2' * 64 + '  b\n'
 
 def test_importing_does_nothing(tmp_path):

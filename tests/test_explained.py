@@ -2,6 +2,7 @@
 import json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import DATA, ROOT, needs_data
+from covid_cxr.articles.tables import read_measurement
 from covid_cxr.words import format_percent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
@@ -10,14 +11,8 @@ GROUPS = ('false_positives', 'true_positives', 'true_negatives')
 SIZE = 64
 
 
-OLD_KEYS = {'films': 'images', 'called_ill_before': 'predicted_ill_before'}        # of the kept file
-
-
-def todays_keys(d): return {OLD_KEYS.get(k, k): v for k, v in d.items()}
-
-
 @pytest.fixture(scope='module')
-def kept(): return json.loads((RESULTS / 'explain_errors.json').read_text(), object_hook=todays_keys)
+def kept(): return read_measurement(RESULTS, 'explain_errors')
 
 
 @pytest.fixture(scope='module')

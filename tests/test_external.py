@@ -4,43 +4,21 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from conftest import DATA, needs_data
+from conftest import DATA, needs_data, tiny_recipe
 from covid_cxr.audit.baselines import external_baselines
 from covid_cxr.core import LeakError, RunError, TableError, sha256_file, used, write_json
 from covid_cxr.phantom import phantom_family
-from covid_cxr.recipe import override, parse_recipe
 from covid_cxr.runs.compare import compare_runs
 from covid_cxr.runs.external import external_table, external_test, open_frozen, read_external_tests
-from covid_cxr.runs.folder import OLD_FILES, OLD_KEYS, read_table
+from covid_cxr.runs.folder import OLD_FILES, OLD_KEYS, SYNTHETIC_WARNING, read_table
 from covid_cxr.runs.sentences import comparison_sentences, describe_external_test, format_external_table
 from covid_cxr.runs.test_log import count_test_evaluations, read_test_log
 from covid_cxr.runs.train import train
 from covid_cxr.sources import SOURCES, Source, read_folder, register_source
 
-RECIPE = '''name = "family"
-task = "pneumonia_vs_normal"
-[data]
-views = ["PA"]
-duplicates = "exact"
-[[data.sources]]
-name = "family"
-root = "inside"
-[image]
-size = 64
-[model]
-arch = "cnn3"
-weights = "none"
-[split]
-test_pct = 0.25
-[training]
-bs = 16
-imbalance = "none"
-stages = [{epochs = 12, lr = RATE}]
-rotate = 0
-zoom = 1.0
-lighting = 0.05
-[evaluation]
-n_boot = 200'''
+FAMILY = 'name = "family"\nroot = "inside"\n'
+TRAINING = {'data.views': ['PA'], 'image.size': 64, 'split.test_pct': .25, 'training.bs': 16, 'training.imbalance': 'none',
+            'training.rotate': 0, 'training.zoom': 1., 'training.lighting': .05, 'evaluation.n_boot': 200}
 
 
 def _write(root, name, n, broken=False):
@@ -63,7 +41,8 @@ def family(tmp_path_factory):
             data = tmp_path_factory.mktemp(name)
             _write(data / 'inside', name, 120)
             _write(data / 'outside', name, 40, broken=True)
-            recipe = parse_recipe(RECIPE.replace('RATE', dict(P1='0.003', P2='0.001')[name]))
+            stages = [dict(epochs=12, lr=dict(P1=.003, P2=.001)[name])]
+            recipe = tiny_recipe(FAMILY, {**TRAINING, 'training.stages': stages})
             made[name] = data, train(recipe, data=data, out=data / 'run', device='cpu', log=lambda s: None)
         return made[name]
     yield get
@@ -98,7 +77,7 @@ def test_a_marker_falls_outside_and_a_lesion_does_not(family, name, low, high):
     assert (p.predicted == np.where(p.prob_pneumonia >= test.threshold, 'pneumonia', 'normal')).all()
     assert test.threshold == open_frozen(run).predictor.threshold
     assert test.predictions_sha256 == sha256_file(run / test.predictions) and test.table_sha256 == sha256_file(run / test.table)
-    assert test.synthetic and describe_external_test(test).startswith('Synthetic') and test == read_external_tests(run)[0]
+    assert test.synthetic and describe_external_test(test).startswith(SYNTHETIC_WARNING) and test == read_external_tests(run)[0]
     assert not test.overlap.images and test.n_images == len(p) == sum(test.images_per_class.values())
     assert test.baselines['file'] is not None and .2 < test.baselines['file'].value < .8
     t = external_table(run)
@@ -162,7 +141,7 @@ def test_images_of_the_training_split_are_left_out_by_name(outside):
 def test_a_set_of_training_images_is_refused(outside):
     data, run = outside
     own = used(read_table(run / 'table.csv'))
-    with pytest.raises(LeakError, match='patients that the model was made with, e.g. family:'):
+    with pytest.raises(LeakError, match='that the model was made with, e.g. family:'):
         external_test(run, own[own.split == 'train'], duplicates='exact', log=print)
     alone = external_test(run, own[own.split == 'test'], name='own test', duplicates='exact', log=print)
     assert alone.overlap.with_own_test == alone.n_images and alone.overlap.images == 0        # told, not hidden
@@ -185,7 +164,7 @@ def test_refusals_leave_no_test(outside):
     assert [k for k in kept.excluded if 'unreadable' in k] and sum(kept.excluded.values()) == 1
     b = json.loads((run / 'bundle/bundle.json').read_text())
     write_json(run / 'bundle/bundle.json', dict(b, threshold=b['threshold'] / 2))
-    with pytest.raises(ValueError, match='an external test uses the frozen one'): _on(run, data)
+    with pytest.raises(ValueError, match='chosen on the validation split; export the run again'): _on(run, data)
     write_json(run / 'run.json', dict(json.loads((run / 'run.json').read_text()), status='training'))
     with pytest.raises(RunError, match='not finished'): _on(run, data)
 
@@ -206,7 +185,7 @@ def test_tests_of_an_older_run_are_kept_beside_new_ones(outside):
     second = _on(run, data, findings=['No Finding'], name='b')
     assert read_external_tests(run) == [moved, second] and (run / second.predictions).is_file() and (run / moved.predictions).is_file()
     assert json.loads((run / 'external.json').read_text())['version'] == 2
-    with pytest.raises(RunError, match='too like that of the external test'): _on(run, data, name='A')
+    with pytest.raises(RunError, match="'A' is too like 'a', another external test"): _on(run, data, name='A')
 
 
 def test_runs_are_compared_image_by_image(family, outside, tmp_path):
@@ -232,30 +211,13 @@ def test_runs_are_compared_image_by_image(family, outside, tmp_path):
     with pytest.raises(RunError, match='the test splits differ'): compare_runs(run, family('P1')[1])
 
 
-TINY = """name = "tiny"
-task = "covid_vs_other"
-[data]
-views = ["PA"]
-duplicates = "none"
-[[data.sources]]
-name = "covid_chestxray"
-root = "covid-chestxray-dataset"
-sample = 200
-[image]
-size = 64
-[model]
-arch = "cnn3"
-weights = "none"
-[training]
-stages = [{epochs = 1, lr = 0.001}]
-"""
-
-
 @needs_data
 def test_real_images_become_an_external_test(tmp_path):
     """122 adult-and-younger NIH images without a finding, read by the real reader; the model is an untrained one, so only the counts
     mean something"""
-    run = train(override(parse_recipe(TINY), {'evaluation.n_boot': 100}), data=DATA, out=tmp_path / 'run', device='cpu', log=lambda s: None)
+    source = 'name = "covid_chestxray"\nroot = "covid-chestxray-dataset"\nsample = 200\n'
+    settings = {'task': 'covid_vs_other', 'data.views': ['PA'], 'data.duplicates': 'none', 'image.size': 64}
+    run = train(tiny_recipe(source, settings), data=DATA, out=tmp_path / 'run', device='cpu', log=lambda s: None)
     test = external_test(run, 'nih', DATA, root='nih-chest-xrays-512', findings=['No Finding'], min_age=18, duplicates='exact', log=len)
     assert test.name == 'nih-chest-xrays-512 No Finding, age 18 and above' and test.excluded == {'age below 18': 26}
     assert (test.n_images, test.n_groups, test.images_per_class) == (96, 89, dict(other=96, covid=0))

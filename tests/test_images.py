@@ -604,7 +604,7 @@ def test_every_image_of_the_covid_set_is_read():
 
 @needs_data
 def test_real_files_under_a_wrong_suffix_are_read_the_same(tmp_path):
-    "Seventeen files of the COVID set were PNGs named .jpg; here seventeen real PNGs are named so again"
+    "The COVID set holds PNGs named .jpg; here seventeen real PNGs are named so"
     files = sorted((DATA / 'covid-chestxray-dataset' / 'images').glob('*.png'))[:17]
     assert len(files) == 17
     for f in files:

@@ -1,12 +1,11 @@
 """The main job across processes: train, kill, resume, export, predict, refuse."""
-import json, math, os, random, re, resource, shutil, signal, subprocess, sys, time
+import json, math, os, random, re, resource, shutil, signal, subprocess, time
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from conftest import MAIN, ROOT, SMALL, cli, python
+from conftest import SMALL, STAGES, cli, here, python, start, tiny_recipe
 from covid_cxr.core import RunError, used, write_json
+from covid_cxr.recipe import dump_recipe
 from covid_cxr.runs.folder import RunFolder
-
-STAGES = ['--set', 'training.stages=[{epochs = 1, lr = 0.001}, {epochs = 2}]']
 
 
 def test_the_demo_says_where_everything_is(phantom_run):
@@ -29,7 +28,7 @@ def test_no_patient_is_on_two_sides(phantom_run):
     assert sorted(pred.path) == sorted(used.path) and np.allclose(pred.prob_other + pred.prob_covid, 1)
 
 
-def test_evaluation_json_follows_from_predictions_csv(phantom_run):
+def test_evaluation_json_follows_from_predictions_csv(phantom_run, tmp_path):
     from sklearn.metrics import accuracy_score, roc_auc_score
     e = json.loads((phantom_run / 'evaluation.json').read_text())
     pred = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"')
@@ -38,7 +37,8 @@ def test_evaluation_json_follows_from_predictions_csv(phantom_run):
     assert values['auc']['value'] == pytest.approx(roc_auc_score(y, pred.prob_covid))
     assert values['accuracy']['value'] == pytest.approx(accuracy_score(y, pred.prob_covid >= e['operating_point']['threshold']))
     assert values['auc']['low'] <= values['auc']['value'] <= values['auc']['high']
-    again = cli('evaluate', phantom_run, '--n-boot', '200')
+    run = shutil.copytree(phantom_run, tmp_path / 'run', ignore=shutil.ignore_patterns('cache', 'data', 'checkpoints'))
+    again = here('evaluate', run, '--n-boot', '200')
     assert again.returncode == 0 and f"{values['auc']['value']:.3f}" in again.stdout, again.stderr
 
 
@@ -70,9 +70,7 @@ def test_one_file_many_files_and_a_folder_agree(phantom_run, tmp_path):
     for one, p in zip(files, folder): assert predictor.predict(one).probabilities == pytest.approx(p.probabilities, abs=1e-6)
 
 
-def _start(out):
-    command = [sys.executable, '-c', MAIN, 'train', 'demo', '--out', out, *SMALL, *STAGES]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+def _train(out): return start('train', 'demo', '--out', out, *SMALL, *STAGES, said=out.with_suffix('.said'))
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(phantom_run, tmp_path):
@@ -82,16 +80,16 @@ def test_a_killed_run_ends_like_an_undisturbed_one(phantom_run, tmp_path):
     moments = [lambda: (out / 'run.json').exists(), lambda: (out / 'checkpoints/last.pt').exists(),
                lambda: kept.exists() and len(pd.read_csv(kept)) >= 2, lambda: (out / 'predictions.csv').exists()]
     for reached in moments:
-        p, end = _start(out), time.time() + 120
-        while p.poll() is None and not reached() and time.time() < end: time.sleep(.02)
+        p, end = _train(out), time.time() + 120
+        while p.is_alive() and not reached() and time.time() < end: time.sleep(.02)
         time.sleep(chance.random() * .5)
-        if p.poll() is None:
-            p.send_signal(signal.SIGKILL)
-            kills += 1
-        p.wait()
+        p.kill()
+        p.join()
+        kills += p.exitcode == -signal.SIGKILL
     assert kills >= 3
-    p = _start(out)
-    assert p.wait() == 0, p.stderr.read().decode()[-2000:]
+    p = _train(out)
+    p.join()
+    assert p.exitcode == 0, out.with_suffix('.said').read_text()[-2000:]
     assert not [f for f in out.rglob('.*') if f.name != '.lock' and 'cache' not in f.parts], 'half-written files are left'
     a, b = (pd.read_csv(f / 'history.csv').drop(columns='seconds') for f in (phantom_run, out))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
@@ -100,15 +98,15 @@ def test_a_killed_run_ends_like_an_undisturbed_one(phantom_run, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    first, end = _start(tmp_path / 'run'), time.time() + 60
+    first, end = _train(tmp_path / 'run'), time.time() + 60
     try:
         while not (tmp_path / 'run' / '.lock').exists() and time.time() < end: time.sleep(.05)
         time.sleep(.3)
-        second = cli('train', 'demo', '--out', tmp_path / 'run', *SMALL, *STAGES)
+        second = here('train', 'demo', '--out', tmp_path / 'run', *SMALL, *STAGES)
         assert second.returncode == 1 and 'another process is working' in second.stderr
     finally:
         first.kill()
-        first.wait()
+        first.join()
 
 
 HEADER = 'patientid,finding,view,modality,filename,folder\n'
@@ -122,11 +120,14 @@ def _tree(tmp_path, text, **files):
     return tmp_path / 'data'
 
 
-def _recipe(tmp_path, extra=''):
+COVID_TREE = 'name = "covid_chestxray"\nroot = "covid-chestxray-dataset"\n'
+
+
+def _recipe(tmp_path, source=COVID_TREE, **settings):
+    "A recipe file"
+    usual = {'task': 'covid_vs_other', 'data.duplicates': 'none', 'image.size': 64, 'model.arch': 'resnet18', 'training.bs': 2}
     f = tmp_path / 'mine.toml'
-    f.write_text('name = "mine"\ntask = "covid_vs_other"\n[data]\nduplicates = "none"\n'
-                 '[[data.sources]]\nname = "covid_chestxray"\nroot = "covid-chestxray-dataset"\n'
-                 '[image]\nsize = 64\n[model]\narch = "resnet18"\nweights = "none"\n[training]\nbs = 2\n' + extra)
+    f.write_text(dump_recipe(tiny_recipe(source, {**usual, **settings})))
     return f
 
 
@@ -147,17 +148,6 @@ def _many(bad=None):
     return HEADER + rows, files
 
 
-@pytest.fixture
-def here(capsys):
-    "covid-cxr in this process, which is much faster; the result looks like a finished process"
-    from covid_cxr.cli import main
-    def call(*args):
-        code = main(list(map(str, args)))
-        text = capsys.readouterr()
-        return subprocess.CompletedProcess(args, code, text.out, text.err)
-    return call
-
-
 def _refused(p, *words, out=None):
     assert p.returncode == 1, (p.returncode, p.stdout, p.stderr[-1500:])
     lines = [l for l in p.stderr.strip().splitlines() if l.startswith('covid-cxr: ')]
@@ -166,7 +156,7 @@ def _refused(p, *words, out=None):
     if out is not None: assert not out.exists(), f'{out} was left behind: {sorted(out.rglob("*"))[:5]}'
 
 
-def test_refusals_before_training_leave_nothing_behind(tmp_path, here):
+def test_refusals_before_training_leave_nothing_behind(tmp_path):
     out, good = tmp_path / 'out', _recipe(tmp_path)
     def run(recipe, data, *more): return here('train', recipe, '--data', data, '--out', out, *more)
     _refused(run('covid-2020', tmp_path / 'nowhere', '--weights', 'none'), 'nowhere', out=out)
@@ -177,20 +167,21 @@ def test_refusals_before_training_leave_nothing_behind(tmp_path, here):
     text, files = _many(bad=_png()[:200])
     _refused(run(good, _tree(tmp_path / 'd', text, **files)), 'f3.png', out=out)
     bad = tmp_path / 'bad.toml'
-    bad.write_text(good.read_text() + 'epoch = 3\n')
-    _refused(run(bad, tmp_path), "training.epoch", out=out)
+    bad.write_text(good.read_text().replace('[training]\n', '[training]\nepoch = 3\n'))
+    _refused(run(bad, tmp_path), 'training.epoch', out=out)
     _refused(run('covid-2020', tmp_path, '--set', 'image.sise=3'), "did you mean 'size'", out=out)
     _refused(run(tmp_path / 'missing.toml', tmp_path), 'missing.toml', out=out)
 
 
-def test_weights_that_cannot_be_had_name_the_file_and_the_place(tmp_path):
+def test_weights_that_cannot_be_had_name_the_file_and_the_place(tmp_path, monkeypatch):
     "ImageNet weights without a network: which file, where to put it, and how to do without"
-    env = dict(os.environ, TORCH_HOME=str(tmp_path / 'torch'), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
-    p = cli('train', 'covid-2020', '--data', tmp_path, '--out', tmp_path / 'out', env=env)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    for k in ('http_proxy', 'https_proxy'): monkeypatch.setenv(k, 'http://127.0.0.1:9')
+    p = here('train', 'covid-2020', '--data', tmp_path, '--out', tmp_path / 'out')
     _refused(p, 'resnet50-11ad3fa6.pth', str(tmp_path / 'torch'), "weights='none'", out=tmp_path / 'out')
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path, here):
+def test_an_output_folder_that_cannot_be_written(tmp_path):
     text, files = _many()
     data, recipe = _tree(tmp_path, text, **files), _recipe(tmp_path)
     (tmp_path / 'file').write_text('')
@@ -201,20 +192,24 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, here):
         _refused(here('train', recipe, '--data', data, '--out', tmp_path / 'ro' / 'out'), 'cannot write')
 
 
+def _small_disk():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+
 def test_a_disk_that_fills_up(tmp_path):
     "No file may grow beyond 2 MB: the first checkpoint cannot be written; what is there stays whole"
     text, files = _many()
-    data, recipe, out = _tree(tmp_path, text, **files), _recipe(tmp_path, 'stages = [{epochs = 1, lr = 0.001}]\n'), tmp_path / 'out'
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    _refused(cli('train', recipe, '--data', data, '--out', out, preexec_fn=limit), 'cannot write')
+    data, recipe, out, said = _tree(tmp_path, text, **files), _recipe(tmp_path), tmp_path / 'out', tmp_path / 'said'
+    p = start('train', recipe, '--data', data, '--out', out, said=said, prepare=_small_disk)
+    p.join()
+    _refused(subprocess.CompletedProcess((), p.exitcode, '', said.read_text()), 'cannot write')
     assert not list(out.rglob('*.pt')) and not (out / 'predictions.csv').exists() and not (out / 'bundle').exists()
-    p = cli('train', recipe, '--data', data, '--out', out)                # with room again, the same command goes on
+    p = here('train', recipe, '--data', data, '--out', out)               # with room again, the same command goes on
     assert p.returncode == 0, p.stderr[-2000:]
 
 
-def test_predict_refuses_by_name(phantom_run, tmp_path, here):
+def test_predict_refuses_by_name(phantom_run, tmp_path):
     (tmp_path / 'bad.png').write_bytes(b'no picture')
     good = phantom_run / 'new-image.png'
     _refused(here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv'), 'bad.png', out=tmp_path / 'o.csv')
@@ -225,22 +220,12 @@ def test_predict_refuses_by_name(phantom_run, tmp_path, here):
     assert p.returncode == 0 and pd.read_csv(tmp_path / 'o.csv').declined.notna().tolist() == [False, True]
 
 
-def test_an_exported_bundle_stands_alone(phantom_run, tmp_path, here):
+def test_an_exported_bundle_stands_alone(phantom_run, tmp_path):
     assert here('export', phantom_run, '--out', tmp_path / 'model').returncode == 0
     assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'manifest.json', 'weights.safetensors']
     p = here('predict', tmp_path / 'model', phantom_run / 'new-image.png')
     assert p.returncode == 0 and 'covid' in p.stdout and 'SYNTHETIC' in p.stderr and 'Not a medical device' in p.stderr
     _refused(here('export', phantom_run, '--out', tmp_path / 'model'), 'exists already')
-
-
-def test_a_light_predict_needs_no_pandas(phantom_run, tmp_path):
-    "Importing, opening a bundle and predicting; pandas comes with the first CSV"
-    python('import sys, covid_cxr.predict\nassert not {"pandas", "torch", "fastai", "matplotlib"} & set(sys.modules)')
-    python('import sys\nfrom covid_cxr.predict import load_predictor, save_predictions\n'
-           'p = load_predictor(sys.argv[1]).predict(sys.argv[2])\n'
-           'assert p.probabilities and "pandas" not in sys.modules and "fastai" not in sys.modules\n'
-           'save_predictions([p], sys.argv[3])\nassert "pandas" in sys.modules',
-           phantom_run, phantom_run / 'new-image.png', tmp_path / 'out.csv')
 
 
 def test_version_and_usage():
@@ -275,23 +260,45 @@ def test_weights_that_blow_up_in_the_last_step(tmp_path):
         for i in range(24):
             pixels = np.random.default_rng(i + 99 * (c == 'COVID')).integers(0, 255, (48, 48), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f'{i}.png')
-    (tmp_path / 'r.toml').write_text('''name = "tiny"
-data = {duplicates = "none", sources = [{name = "folder", root = ["images"]}]}
-image = {size = 32}
-split = {valid_pct = 0.25, test_pct = 0.25}
-model = {arch = "cnn3", weights = "none"}
-training = {bs = 8, opt = "sgd", stages = [{epochs = 1, lr = 9.9}]}
-evaluation = {n_boot = 100}
-''')
-    p = cli('train', tmp_path / 'r.toml', '--data', tmp_path / 'data', '--out', tmp_path / 'run', '--device', 'cpu')
+    noise = {'image.size': 32, 'model.arch': 'cnn3', 'split.valid_pct': .25, 'split.test_pct': .25, 'training.bs': 8,
+             'training.opt': 'sgd', 'training.stages': '[{epochs = 1, lr = 9.9}]'}
+    recipe = _recipe(tmp_path, 'name = "folder"\nroot = ["images"]\n', **noise)
+    p = here('train', recipe, '--data', tmp_path / 'data', '--out', tmp_path / 'run', '--device', 'cpu')
     _refused(p, 'no longer a number')
 
 
-def test_a_run_on_phantoms_is_found_from_any_folder(phantom_run, tmp_path):
+def _noise_images(folder, seed):
+    "84 images of noise of each class, as a folder per class that tells no patients"
+    for c in ('NORMAL', 'COVID'):
+        (folder / c).mkdir(parents=True)
+        for i in range(84):
+            pixels = np.random.default_rng((seed, i, c == 'COVID')).integers(0, 200 + 55 * (c == 'COVID'), (48, 48), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / c / f'{i}.png')
+
+
+def test_nothing_is_said_of_patients_that_are_not_recorded(tmp_path):
+    "Training, evaluation, comparison and external test of images without patient ids"
+    for seed, name in enumerate(('inside', 'outside')): _noise_images(tmp_path / 'data' / name, seed)
+    tiny = {'image.size': 32, 'model.arch': 'cnn3', 'split.valid_pct': .25, 'split.test_pct': .25, 'training.bs': 8}
+    recipe = _recipe(tmp_path, 'name = "folder"\nroot = ["inside"]\n', **tiny)
+    run, twin, data = tmp_path / 'run', tmp_path / 'twin', tmp_path / 'data'
+    p = here('train', recipe, '--data', data, '--out', run, '--device', 'cpu')
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert 'the patient of 168 used images is not known, so a person may be on both sides' in p.stdout
+    shutil.copytree(run, twin)
+    external = ['external', run, 'folder', '--data', data, '--root', 'outside', '--duplicates', 'exact']
+    for words in (['evaluate', run, '--n-boot', 100], ['compare', run, twin, '--n-boot', 100], external):
+        p = here(*words)
+        assert p.returncode == 0 and 'is not recorded' in p.stdout, (p.stdout, p.stderr[-2000:])
+        assert not re.search(r'(of|over|these) (\d+ )?patients|patients needed|patients for 80', p.stdout), p.stdout
+
+
+def test_a_run_on_phantoms_is_found_from_any_folder(phantom_run, tmp_path, monkeypatch):
     paths = RunFolder.open(phantom_run).table['path'].dropna()
     assert all(map(os.path.isabs, paths))
-    p = cli('demo', '--out', 'demo', *SMALL[:2], '--set', 'data.phantom_patients=40', '--size', 32, '--arch', 'cnn3', '--device', 'cpu',
-            '--set', 'training.stages=[{epochs = 1, lr = 0.001}]', '--set', 'evaluation.n_boot=100', cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    p = here('demo', '--out', 'demo', *SMALL, '--size', 32, '--arch', 'cnn3', '--set', 'training.stages=[{epochs = 1, lr = 0.001}]')
+    monkeypatch.undo()
     assert p.returncode == 0, p.stderr[-2000:]
     found = RunFolder.open(tmp_path / 'demo')
     assert used(found.table)['path'].map(os.path.isfile).all() and found.integrity.status == 'verified'

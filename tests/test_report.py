@@ -13,7 +13,7 @@ from covid_cxr.evaluate import evaluate
 from covid_cxr.phantom import write_phantom_trees
 from covid_cxr.recipe import dump_recipe, load_recipe, override
 from covid_cxr.report.checklist import ITEMS, checklist_items
-from covid_cxr.report.context import analyse_run, list_errors, list_limits, list_warnings, read_run_data, write_example_run
+from covid_cxr.report.context import list_errors, list_limits, list_warnings, read_run_data, write_example_run
 from covid_cxr.report.page import write_report
 from covid_cxr.runs.external import external_test, read_external_tests
 from covid_cxr.runs.folder import read_table, write_table
@@ -114,7 +114,7 @@ def copy(example, tmp_path): return Path(shutil.copytree(example, tmp_path / 'ru
 @pytest.fixture(scope='module')
 def finished(phantom_run, tmp_path_factory):
     "The phantom run, a second evaluation on its test split, and an external test on new phantoms; then its report"
-    left_out = 'checkpoints', 'cache', 'export.pkl', 'audit.*', 'external*', 'report.html', 'model-card.md'
+    left_out = 'checkpoints', 'cache', 'audit.*', 'external*', 'report.html', 'model-card.md'
     run = Path(shutil.copytree(phantom_run, tmp_path_factory.mktemp('finished') / 'demo', ignore=shutil.ignore_patterns(*left_out)))
     log_test_evaluation(run, 'evaluate')
     trees = tmp_path_factory.mktemp('elsewhere')
@@ -287,6 +287,20 @@ def test_a_run_without_a_test_split_says_so_in_red(copy):
     assert any(limit.where == 'test split' for limit in list_limits(read_run_data(copy)))
 
 
+def test_where_patients_are_not_recorded_nothing_says_that_they_are_kept_apart(copy):
+    def everything(): return ' '.join(Page(write_report(copy)).text) + plain((copy / 'model-card.md').read_text())
+    said = everything()
+    apart = 'No patient group stands in two splits', 'never used in training'
+    for words in apart: assert words in said, words
+    write_table(read_table(copy / 'table.csv').assign(patient=None), copy / 'table.csv')
+    data = read_run_data(copy)
+    said = everything()
+    for words in apart: assert words not in said, words
+    not_recorded = f'The patient of {len(data.rows)} of {len(data.rows)} images is not recorded'
+    assert said.count(not_recorded) >= 3 and f'{data.result.n_images} images in {data.result.n_groups} groups (' in said
+    assert not_recorded in next(i.text for i in checklist_items(data) if i.number == 20)
+
+
 def test_children_joined_with_adults_are_said_in_red(copy):
     state, t = json.loads((copy / 'run.json').read_text()), read_table(copy / 'table.csv')
     write_json(copy / 'run.json', state | dict(synthetic=False))
@@ -346,7 +360,7 @@ def test_the_model_card_is_complete_and_the_same_run_gives_the_same_files(exampl
     assert 'SYNTHETIC DATA' in card.split('## ')[0]
     e = data.result['auc']
     assert f'| AUC | {e.value:.3f} | \\[{e.low:.3f}, {e.high:.3f}\\] |' in card
-    for limit in list_limits(data, analyse_run(data)): assert limit.text in plain(card)
+    for limit in list_limits(data): assert limit.text in plain(card)
     missing = card.split('NOT REPORTED:')[-1]
     assert not [i.number for i in checklist_items(data) if i.status == 'NOT REPORTED' and str(i.number) not in missing]
     assert sorted(p.name for p in (tmp_path / 'a').iterdir()) == ['model-card.md', 'report.html']

@@ -1,34 +1,32 @@
-"""How densely is the code written? Counts what a reader stumbles over, and prints each place:
+"""How densely is the code written? Prints each place at which a reader stumbles; exit status 1 when there is one:
 
     python tools/density.py                      every notebook (exported cells), tests/, tools/ and benchmarks/
     python tools/density.py nbs/table.ipynb ...  these alone
 
-Exported cells: no line over 120 characters (160 for one that holds one long string), no ';' that joins statements,
-no more than three definitions in a cell, bodies of at most 25 lines (signature and docstring not counted),
-every public function annotated, every public name in a visible example of its notebook.
-Tests, tools and benchmarks: no line over 140 characters, no ';'.
+Exported cells: no line over 120 characters, no ';' that joins statements, no more than three definitions in a cell,
+bodies of at most 25 lines (signature and docstring not counted), every public function annotated, every public name in
+a visible example of its notebook. Tests, tools and benchmarks: no line over 140 characters, no ';'.
 """
-import ast, io, json, re, sys, tokenize
+import ast, io, re, sys, tokenize
 from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from notebooks import EXPORTED, ROOT, code_cells, exported_module, has_directive, notebooks
 
-ROOT = Path(__file__).resolve().parent.parent
-LINE, STRING_LINE, SCRIPT_LINE, BODY, DEFINITIONS = 120, 160, 140, 25, 3
+LINE, SCRIPT_LINE, BODY, DEFINITIONS = 120, 140, 25, 3
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
+DEFINITION = *FUNCTION, ast.ClassDef
+CALLED = '__init__', '__call__'                     # private by name, yet what a reader calls
 
 
 def _tokens(source):
-    try: return list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (tokenize.TokenError, SyntaxError): return []
+    "As far as it can be read as Python"
+    try: yield from tokenize.generate_tokens(io.StringIO(source).readline)
+    except (tokenize.TokenError, SyntaxError): return
 
 
-def long_lines(source, limit=LINE, string_limit=STRING_LINE):
-    "(line number, length) of lines over the limit; one that holds one long string may be a little longer"
-    held = {}
-    for t in _tokens(source):
-        if t.type == tokenize.STRING or t.type == getattr(tokenize, 'FSTRING_MIDDLE', -1):
-            for row in range(t.start[0], t.end[0] + 1): held[row] = max(held.get(row, 0), len(t.string))
-    for i, line in enumerate(source.splitlines(), 1):
-        allowed = string_limit if held.get(i, 0) >= limit // 2 else limit
-        if len(line) > allowed: yield i, len(line)
+def long_lines(source, limit=LINE):
+    "(line number, length) of lines over the limit"
+    return [(i, len(line)) for i, line in enumerate(source.splitlines(), 1) if len(line) > limit]
 
 
 def joined_statements(source):
@@ -36,7 +34,7 @@ def joined_statements(source):
     return sorted({t.start[0] for t in _tokens(source) if t.type == tokenize.OP and t.string == ';'})
 
 
-def _functions(tree): return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+def _functions(tree): return [n for n in ast.walk(tree) if isinstance(n, FUNCTION)]
 
 
 def _body_lines(function, lines):
@@ -54,10 +52,8 @@ def long_bodies(source):
 
 def _public_functions(node):
     "A public function, or the public methods of a public class"
-    if isinstance(node, ast.FunctionDef): found = [node]
-    elif isinstance(node, ast.ClassDef) and not node.name.startswith('_'): found = [f for f in node.body if isinstance(f, ast.FunctionDef)]
-    else: found = []
-    return [f for f in found if not f.name.startswith('_')]
+    found = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith('_') else [node]
+    return [f for f in found if isinstance(f, FUNCTION) and (f.name in CALLED or not f.name.startswith('_'))]
 
 
 def bare_parameters(source):
@@ -65,43 +61,49 @@ def bare_parameters(source):
     for node in ast.parse(source).body:
         for f in _public_functions(node):
             a = f.args
-            every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
-            for arg in every:
+            for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))):
                 if arg.annotation is None and arg.arg not in ('self', 'cls'): yield f'{f.name}({arg.arg})'
-            if f.returns is None: yield f'{f.name} ->'
-
-
-def _cells(path):
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    return [(c, ''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
-
-
-def _is_exported(source): return bool(re.search(r'^#\|\s*exporti?s?\b(?!_)', source, re.M))
+            if f.returns is None and f.name != '__init__': yield f'{f.name} ->'
 
 
 def _public_names(source):
+    "Names that an exported cell defines for others"
+    names = []
     for n in ast.parse(source).body:
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): yield n.name
-        elif isinstance(n, ast.Assign): yield from (t.id for t in n.targets if isinstance(t, ast.Name))
-        elif isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name): yield n.target.id
+        if isinstance(n, DEFINITION): names.append(n.name)
+        if isinstance(n, (ast.Assign, ast.AnnAssign)):
+            targets = n.targets if isinstance(n, ast.Assign) else [n.target]
+            names += [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
+    return [n for n in names if not n.startswith('_')]
+
+
+def _exported(path): return [c for c in code_cells(path) if has_directive(c['source'], EXPORTED)]
+
+
+def _used_names(source):
+    "Every name that a cell uses as code, f-strings included; a word in a comment or a string is no example"
+    nodes = list(ast.walk(ast.parse(source)))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+def _visible_names(path):
+    shown = [c['source'] for c in code_cells(path) if not has_directive(c['source'], f'hide|{EXPORTED}')]
+    return set().union(*map(_used_names, shown))
 
 
 def unseen_names(path):
     "Public names that stand in no visible example of their notebook"
-    cells = _cells(path)
-    visible = '\n'.join(s for _, s in cells if not _is_exported(s) and not re.search(r'^#\|\s*hide\b', s, re.M))
-    names = [n for _, s in cells if _is_exported(s) for n in _public_names(s) if not n.startswith('_')]
-    return [n for n in dict.fromkeys(names) if not re.search(rf'\b{re.escape(n)}\b', visible)]
+    names, seen = [n for c in _exported(path) for n in _public_names(c['source'])], _visible_names(path)
+    return [n for n in dict.fromkeys(names) if n not in seen]
 
 
 def notebook_places(path):
     "(kind, place) of everything that a reader of this notebook stumbles over"
-    for cell, source in _cells(path):
-        if not _is_exported(source): continue
-        where = cell.get('id', '?')
+    for cell in _exported(path):
+        source, where = cell['source'], cell.get('id', '?')
         yield from (('line', f'{where}:{i} has {n} characters') for i, n in long_lines(source))
         yield from (('joined', f'{where}:{i}') for i in joined_statements(source))
-        n = sum(isinstance(d, (ast.FunctionDef, ast.ClassDef)) for d in ast.parse(source).body)
+        n = sum(isinstance(d, DEFINITION) for d in ast.parse(source).body)
         if n > DEFINITIONS: yield 'definitions', f'{where} has {n}'
         yield from (('body', f'{where} {name} has {n} lines') for name, n in long_bodies(source))
         yield from (('annotation', f'{where} {what}') for what in bare_parameters(source))
@@ -110,13 +112,11 @@ def notebook_places(path):
 
 def script_places(path):
     source = path.read_text(encoding='utf-8')
-    yield from (('line', f'{i} has {n} characters') for i, n in long_lines(source, SCRIPT_LINE, SCRIPT_LINE))
+    yield from (('line', f'{i} has {n} characters') for i, n in long_lines(source, SCRIPT_LINE))
     yield from (('joined', str(i)) for i in joined_statements(source))
 
 
-def library_notebooks():
-    found = (p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-    return sorted(p for p in found if '#| default_exp' in p.read_text(encoding='utf-8'))
+def library_notebooks(): return [p for p in notebooks() if exported_module(p)]
 
 
 def scripts(): return sorted(p for d in ('tests', 'tools', 'benchmarks') for p in (ROOT / d).rglob('*.py'))
@@ -126,10 +126,10 @@ def places(path): return list(notebook_places(path) if path.suffix == '.ipynb' e
 
 
 if __name__ == '__main__':
-    paths = [Path(a).resolve() for a in sys.argv[1:]]
-    total = {}
+    paths, total = [Path(a).resolve() for a in sys.argv[1:]], {}
     for p in paths or [*library_notebooks(), *scripts()]:
         for kind, place in places(p):
             total[kind] = total.get(kind, 0) + 1
-            if paths: print(f'{p.relative_to(ROOT)}: {kind}: {place}')
+            print(f'{p.relative_to(ROOT)}: {kind}: {place}')
     print(', '.join(f'{k} {n}' for k, n in sorted(total.items())) or 'nothing')
+    sys.exit(bool(total))

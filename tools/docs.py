@@ -5,9 +5,11 @@
 Each notebook becomes a page: its prose, its visible examples with their saved outputs, and for every exported
 function its signature, its one-line promise and a table of its parameters. Nothing is executed.
 """
-import argparse, base64, html, importlib, inspect, json, re, shutil, subprocess, sys
+import argparse, ast, base64, importlib, inspect, re, shutil, subprocess, sys
 from pathlib import Path
-from notebooks import ROOT, exported_module, sidebar
+from typing import NamedTuple
+from notebooks import (EXPORTED, ROOT, cells, code_cells, exported_module, fenced, has_directive, hides_code, printed, sidebar,
+                       without_directives)
 
 GROUPS = (  # caption of the navigation -> sections of nbs/sidebar.yml
     ('Tutorials', ('Tutorials',)), ('How-to', ('How-to',)), ('Results', ('Results',)), ('Five articles', ('articles',)),
@@ -15,21 +17,20 @@ GROUPS = (  # caption of the navigation -> sections of nbs/sidebar.yml
 TITLE = 'covid_cxr'
 
 
-def _cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
-
-
-def _directive(source, word): return bool(re.search(rf'^#\|\s*{word}\b', source, re.M))
-
-
-def _without_directives(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
-
-
 # --- API ----------------------------------------------------------------------------------------------------------
 
+OURS = re.compile(r'\bcovid_cxr(\.\w+)*\.(?=\w)')
+
+
 def _kind(annotation):
-    "An annotation as text; '' when there is none"
+    "An annotation as a reader would write it; '' when there is none"
     if annotation in (inspect.Parameter.empty, None): return ''
-    return annotation if isinstance(annotation, str) else getattr(annotation, '__name__', str(annotation))
+    return OURS.sub('', annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
+
+
+def _named(text):
+    "'<built-in function print>' as a reader would write it"
+    return re.sub(r'<(?:built-in )?(?:function|class) \'?([\w.]+)[^>]*>', r'\1', text)
 
 
 def _parameter_rows(function):
@@ -37,7 +38,7 @@ def _parameter_rows(function):
     notes = docments(function, full=True)
     for name, d in notes.items():
         kind = _kind(d.anno)
-        default = '' if name == 'return' or d.default is inspect.Parameter.empty else repr(d.default)
+        default = '' if name == 'return' or d.default is inspect.Parameter.empty else _named(repr(d.default))
         if name in ('self', 'cls') or not (kind or d.docment): continue
         yield '**returns**' if name == 'return' else f'`{name}`', kind, default, (d.docment or '').replace('\n', ' ')
 
@@ -51,7 +52,7 @@ def _quoted(text): return f'`{text}`' if text else ''
 def _signature(name, obj):
     try: text = str(inspect.signature(obj))
     except (TypeError, ValueError): return name
-    text = text.replace("'", '')
+    text = OURS.sub('', re.sub(r"""(: |-> )(['"])(.*?)\2(?=[,) ]|$)""", r'\1\3', _named(text)))    # an annotation, not a default
     if len(name + text) <= 90: return name + text
     inside, _, returns = text[1:].rpartition(')')
     return f'{name}(\n    ' + ',\n    '.join(_split_parameters(inside)) + f'\n){returns}'
@@ -86,21 +87,22 @@ def api(module, name):
 
 
 def _public_names(source):
-    import ast
-    return [n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+    named = (n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    return [n for n in named if not n.startswith('_')]
+
+
+def _dotted(module): return module and module[:-3].replace('/', '.')    # 'stats/paired.py' -> 'stats.paired'
 
 
 def exported_names():
-    "name -> (module, page) of every exported function and class; a name of two modules belongs to the first"
+    "name -> module of every exported function and class; a name of two modules belongs to the first"
     out = {}
     for _, names in sidebar():
         for n in names:
-            module = exported_module(ROOT / 'nbs' / n)
-            if not module: continue
-            for c in _cells(ROOT / 'nbs' / n):
-                source = ''.join(c['source'])
-                if c['cell_type'] == 'code' and _directive(source, 'export'):
-                    for name in _public_names(source): out.setdefault(name, (module[:-3].replace('/', '.'), n[:-6]))
+            path = ROOT / 'nbs' / n
+            for c in code_cells(path) if (module := _dotted(exported_module(path))) else ():
+                if not has_directive(c['source'], 'exports?'): continue
+                for name in _public_names(c['source']): out.setdefault(name, module)
     return out
 
 
@@ -110,31 +112,33 @@ def _linked(text, names):
     "`name` in prose -> a link to its place in the reference"
     def one(m):
         name = m[1].split('(')[0].split('.')[-1]
-        return f'[{m[0]}](#{_target(names[name][0], name)})' if name in names else m[0]
+        return f'[{m[0]}](#{_target(names[name], name)})' if name in names else m[0]
     text = re.sub(r'\]\(([\w/.-]+)\.ipynb\)', r'](\1.md)', text)             # a link to another notebook is one to its page
     return re.sub(r'(?<![`\[])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)', one, text)
 
 
-def _figure(data, kind, page, number, folder):
-    file = folder / 'figures' / f'{page.replace("/", "-")}-{number}.{kind}'
+class Page(NamedTuple):
+    name: str                   # of the notebook below nbs/, without .ipynb
+    module: str | None          # 'stats.paired' of a library notebook
+    names: dict                 # exported name -> its module, for links
+    folder: Path                # that the site is built from
+
+
+def _figure(data, kind, page, number):
+    file = page.folder / 'figures' / f'{page.name.replace("/", "-")}-{number}.{kind}'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(base64.b64decode(''.join(data)))
     return f'![](/figures/{file.name})\n'
 
 
-def _output(o, page, number, folder):
+def _output(o, page, number):
     data = o.get('data', {})
     for mime, kind in (('image/png', 'png'), ('image/jpeg', 'jpg')):
-        if mime in data: return _figure(data[mime], kind, page, number, folder)
-    if 'text/markdown' in data: return ''.join(data['text/markdown']) + '\n'
-    if 'text/html' in data:
+        if mime in data: return _figure(data[mime], kind, page, number)
+    if 'text/markdown' not in data and 'text/html' in data:
         inside = re.sub(r'\n\s*\n', '\n', ''.join(data['text/html']))
         return f'<div class="output">\n{inside}\n</div>\n'
-    text = ''.join(o.get('text') or data.get('text/plain') or '')
-    return f'```text\n{text.rstrip()}\n```\n' if text.strip() else ''
-
-
-def _fence(source): return f'```python\n{source}\n```\n'
+    return printed(o)
 
 
 FIGURES = 'https://raw.githubusercontent.com/covid-cxr/covid_cxr/main/nbs/figures/'     # as the README needs them
@@ -148,21 +152,27 @@ def _own_figures(text, folder):
     return text.replace(FIGURES, '/figures/')
 
 
+def _example(cell, page, number):
+    "A visible cell: its code, and what it printed and drew"
+    if not hides_code(cell['source']): yield fenced('python', without_directives(cell['source']))
+    for i, o in enumerate(cell['outputs']): yield _output(o, page, f'{number}-{i}')
+
+
+def _parts(cell, page, number):
+    "What a cell gives to its page"
+    source = cell['source']
+    if cell['cell_type'] == 'markdown': yield _linked(source, page.names) + '\n'
+    if cell['cell_type'] != 'code' or not source.strip() or has_directive(source, 'hide|default_exp|exporti'): return
+    if has_directive(source, EXPORTED): yield from (api(page.module, n) for n in _public_names(source))
+    else: yield from _example(cell, page, number)
+
+
 def page_text(name, names, folder):
     "One notebook as a MyST page"
-    module, out, figures = exported_module(ROOT / 'nbs' / name), [], 0
-    for c in _cells(ROOT / 'nbs' / name):
-        source = ''.join(c['source'])
-        if c['cell_type'] == 'markdown': out.append(_linked(source, names) + '\n')
-        if c['cell_type'] != 'code' or _directive(source, '(hide|default_exp)') or not source.strip(): continue
-        if _directive(source, 'export'):
-            out += [api(module[:-3].replace('/', '.'), n) for n in _public_names(source)]
-            continue
-        if not _directive(source, 'echo: *false'): out.append(_fence(_without_directives(source)))
-        for o in c['outputs']:
-            figures += 1
-            out.append(_output(o, name[:-6], figures, folder))
-    return _own_figures('\n'.join(out), folder)
+    path = ROOT / 'nbs' / name
+    page = Page(name[:-6], _dotted(exported_module(path)), names, folder)
+    parts = (part for i, c in enumerate(cells(path)) for part in _parts(c, page, i))
+    return _own_figures('\n'.join(parts), folder)
 
 
 def _toctree(caption, names, hidden=True):
@@ -218,6 +228,7 @@ def build(out):
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('--out', type=Path, default=ROOT / '_docs')
-    code = build(ap.parse_args().out)
-    print('docs: _docs/html/index.html' if code == 0 else 'the docs have warnings; see above')
+    args = ap.parse_args()
+    code = build(args.out)
+    print(f'docs: {args.out}/html/index.html' if code == 0 else 'the docs have warnings; see above')
     sys.exit(code)

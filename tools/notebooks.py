@@ -10,10 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault('OMP_NUM_THREADS', '2')
 BANNER = '<!-- Made from nbs/index.ipynb by tools/notebooks.py: edit the notebook, not this file. -->\n'
-DIRECTIVE = re.compile(r'^#\|.*\n', re.M)
-HEAVY = 150_000                                     # bytes of a notebook that can still be reviewed
+MARK = r'^[ \t]*#[ \t]*\|[ \t]*'                     # nbdev reads '# | export' as it reads '#| export'
+EXPORTED = 'export|exports|exporti'                 # exporti keeps a name out of __all__
+HEAVY, MOST_CELLS = 150_000, 120                    # bytes and cells of a notebook that can still be reviewed
 
 
 def sidebar():
@@ -28,10 +28,32 @@ def notebooks():
     return sorted(p for p in found if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT / 'nbs').parts))
 
 
+def cells(path):
+    "The cells of a notebook, the source of each as one text"
+    found = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [dict(c, source=''.join(c['source'])) for c in found]
+
+
+def code_cells(path): return [c for c in cells(path) if c['cell_type'] == 'code']
+
+
+def has_directive(source, words):
+    "Does a cell hold one of these directives ('hide|echo: false')?"
+    return bool(re.search(rf'{MARK}({words})(?!\w)', source, re.M))
+
+
+def without_directives(source): return re.sub(MARK + r'.*\n?', '', source, flags=re.M).strip('\n')
+
+
+def hides_code(source): return has_directive(source, r'hide|hide_input|echo:\s*false')
+
+
 def exported_module(path):
     "'stats/paired.py' for a library notebook, None for any other"
-    m = re.search(r'#\|\s*default_exp ([\w.]+)', path.read_text(encoding='utf-8'))
-    return m[1].replace('.', '/') + '.py' if m else None
+    for c in code_cells(path):
+        m = re.search(MARK + r'default_exp +([\w.]+)', c['source'], re.M)
+        if m: return m[1].replace('.', '/') + '.py'
+    return None
 
 
 def _skipped(cell):
@@ -75,22 +97,26 @@ def export(dest, paths=None):
         if exported_module(p): nb_export(str(p), lib_path=str(dest))
 
 
+def fenced(language, text): return f'```{language}\n{text}\n```\n'
+
+
+def printed(output):
+    "An output as Markdown; '' for one without text"
+    data = output.get('data', {})
+    if 'text/markdown' in data: return ''.join(data['text/markdown']).strip() + '\n'
+    text = ''.join(output.get('text') or data.get('text/plain') or '')
+    return fenced('text', text.rstrip()) if text.strip() else ''
+
+
 def readme_text():
     "nbs/index.ipynb as Markdown: hidden cells dropped, code fenced as Python, printed results as text"
-    cells, out = json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))['cells'], [BANNER]
-    for c in cells:
-        src = ''.join(c['source']).strip()
-        if c['cell_type'] == 'markdown':
-            out.append(src + '\n')
-            continue
-        if re.search(r'^#\|\s*hide\b', src, re.M): continue
-        if not re.search(r'^#\|\s*echo:\s*false', src, re.M): out.append(f'```python\n{re.sub(DIRECTIVE, "", src)}\n```\n')
-        for o in c['outputs']:
-            data = o.get('data', {})
-            text = o.get('text') or data.get('text/markdown') or data.get('text/plain')
-            if not text: continue
-            text = ''.join(text)
-            out.append(f'{text.strip()}\n' if 'text/markdown' in data else f'```text\n{text.rstrip()}\n```\n')
+    out = [BANNER]
+    for c in cells(ROOT / 'nbs/index.ipynb'):
+        source = c['source'].strip()
+        if c['cell_type'] == 'markdown': out.append(source + '\n')
+        if c['cell_type'] != 'code' or has_directive(source, 'hide'): continue
+        if not hides_code(source): out.append(fenced('python', without_directives(source)))
+        out += filter(None, map(printed, c['outputs']))
     return '\n'.join(out)
 
 
@@ -99,7 +125,10 @@ def _code(path):
     return re.sub(r'\S*nbs/', 'nbs/', path.read_text(encoding='utf-8'))
 
 
-def _modules(lib): return {str(p.relative_to(lib)) for p in lib.rglob('*.py') if not p.name.startswith('_')}
+MADE = '__init__.py', '_modidx.py'                  # the two files of a package that no notebook exports
+
+
+def modules(lib): return {str(p.relative_to(lib)) for p in lib.rglob('*.py') if p.name not in MADE}
 
 
 def _module_faults():
@@ -110,7 +139,7 @@ def _module_faults():
             (lib / p.relative_to(mine)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, lib / p.relative_to(mine))
         export(lib)
-        for p in sorted(_modules(lib) | _modules(mine)):
+        for p in sorted(modules(lib) | modules(mine)):
             if not (lib / p).exists(): yield f'covid_cxr/{p} has no notebook: delete it or write one'
             elif not (mine / p).exists() or _code(lib / p) != _code(mine / p):
                 yield f'covid_cxr/{p} differs from its notebook: tools/notebooks.py export (nbdev_update first, if the module was edited)'
@@ -123,23 +152,44 @@ def _notebook_faults(p):
     if any(c.get('execution_count') for c in nb['cells']): yield f'{rel}: not clean: run nbdev_clean'
     outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
     if any(o.get('output_type') == 'error' for o in outputs): yield f'{rel}: holds a failed cell'
+    if len(ids) > MOST_CELLS: yield f'{rel}: {len(ids)} cells, over {MOST_CELLS}: too long to read'
     if p.stat().st_size > HEAVY: yield f'{rel}: {p.stat().st_size // 1000} KB, over {HEAVY // 1000}: too heavy to review'
 
 
+def _wing_faults():
+    for wing in sorted({p.parent for p in (ROOT / 'covid_cxr').rglob('*.py')}):
+        if not (wing / '__init__.py').is_file(): yield f'{wing.relative_to(ROOT)} has no __init__.py: it would not be installed'
+
+
+def _sidebar_faults():
+    listed = [n for _, names in sidebar() for n in names]
+    there = [str(p.relative_to(ROOT / 'nbs')) for p in notebooks()]
+    yield from (f'nbs/sidebar.yml does not list {n}' for n in there if n not in listed)
+    yield from (f'nbs/sidebar.yml lists {n}, which is not there' for n in listed if n not in there)
+    yield from (f'nbs/sidebar.yml lists {n} twice' for n in sorted({n for n in listed if listed.count(n) > 1}))
+
+
+def faults():
+    "Everything that is out of step, one line each"
+    yield from _wing_faults()
+    yield from _module_faults()
+    for p in notebooks(): yield from _notebook_faults(p)
+    yield from _sidebar_faults()
+    if (ROOT / 'README.md').read_text(encoding='utf-8') != readme_text():
+        yield 'README.md is not fresh: python tools/notebooks.py readme'
+
+
 def check():
-    bad = [*_module_faults(), *(fault for p in notebooks() for fault in _notebook_faults(p))]
-    listed, there = [n for _, names in sidebar() for n in names], [str(p.relative_to(ROOT / 'nbs')) for p in notebooks()]
-    bad += [f'nbs/sidebar.yml does not list {n}' for n in there if n not in listed]
-    bad += [f'nbs/sidebar.yml lists {n}, which is not there' for n in listed if n not in there]
-    fresh = (ROOT / 'README.md').read_text(encoding='utf-8') == readme_text()
-    if not fresh: bad.append('README.md is not fresh: python tools/notebooks.py readme')
+    bad = list(faults())
     print('\n'.join(bad) or 'notebooks, modules and README agree')
     return 1 if bad else 0
 
 
 if __name__ == '__main__':
     cmd, args = (sys.argv[1:2] or ['help'])[0], [Path(a).resolve() for a in sys.argv[2:]]
+    os.environ.setdefault('OMP_NUM_THREADS', '2')
     if cmd == 'run':
+        if not args: sys.exit('name the notebooks to run')
         for a in args:
             run(a)
             print('ran', a.relative_to(ROOT))

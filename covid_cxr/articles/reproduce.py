@@ -13,7 +13,7 @@ from .tables import TITLES, TableName, make_tables, markdown_table, reproduce_ta
 from ..core import RecipeError, atomic_path, write_text
 from ..recipe import Recipe, load_recipe, override, with_epochs
 from ..runs.external import ExternalTest, external_test
-from ..runs.folder import RunFolder
+from ..runs.folder import SYNTHETIC_WARNING, RunFolder
 
 # %% auto #0
 __all__ = ['QUICK', 'Variant', 'recipe_variants', 'PlannedRun', 'plan_runs', 'check_sources', 'run_external_tests', 'reproduce',
@@ -25,21 +25,22 @@ class Variant(NamedTuple):
     ending: str                 # of the folder's name
     settings: dict[str, Any]    # fields of the recipe that differ
 
-_ASIDES = (
-    Variant('-resnet34', {'model.arch': 'resnet34'}), Variant('-resnet50', {'model.arch': 'resnet50'}),
-    Variant('-resnet50-twice', {'model.arch': 'resnet50', 'image.size': 0}))     # 0: twice the size of the recipe
+def _asides(size: int) -> list[Variant]:
+    "Two networks, and the deeper one at twice the size of the recipe"
+    deep = {'model.arch': 'resnet50'}
+    return [Variant('-resnet34', {'model.arch': 'resnet34'}), Variant('-resnet50', deep),
+            Variant('-resnet50-twice', {**deep, 'image.size': 2 * size})]
 
 def recipe_variants(
     recipe: Recipe,
     seeds: int = 1,     # trainings of the flagship `covid-2020`
 ) -> list[Variant]:
     "Every fold, every collection that can be left out, every seed, every aside"
-    s, size = recipe.split, recipe.image.size
+    s = recipe.split
     if s.kind == 'fold': return [Variant(f'-fold{i}', {'split.fold': i}) for i in range(s.n_folds)]
     if s.kind == 'source':                                                       # the first source holds the positives
         return [Variant(f'-{x.name}', {'split.source': x.name}) for x in recipe.data.sources[1:]]
-    if recipe.name == 'covid-2020-asides':
-        return [Variant(v.ending, {k: x or 2 * size for k, x in v.settings.items()}) for v in _ASIDES]
+    if recipe.name == 'covid-2020-asides': return _asides(recipe.image.size)
     more: Sequence[int] = SEEDS.get(recipe.name, (recipe.seed,))
     if recipe.name == 'covid-2020': more = range(recipe.seed, recipe.seed + seeds)
     return [Variant(f'-seed{k}' if len(more) > 1 else '', {'seed': k}) for k in more]
@@ -56,20 +57,23 @@ class PlannedRun(NamedTuple):
     recipe: Recipe
     arm: bool = False      # differs from a run of the plan in its starting weights alone
 
-def _names(only: str | list[str] | None, beside: bool) -> tuple[list[str], bool]:
-    "Recipes to run, and whether the in-domain weights are asked for"
+def _asked(only: str | list[str] | None) -> tuple[list[str], bool]:
+    "Keys of `ARTICLES`, checked, and whether the in-domain weights are asked for"
     keys = [*ARTICLES, PRETRAIN] if only is None else [only] if isinstance(only, str) else list(only)
-    articles = [ARTICLES[k] for k in article_keys([k for k in keys if k != PRETRAIN])]
+    return article_keys([k for k in keys if k != PRETRAIN]), PRETRAIN in keys
+
+def _names(keys: list[str], pretrain: bool, beside: bool) -> list[str]:
+    "Recipes to run"
+    articles = [ARTICLES[k] for k in keys]
     names = [n for a in articles for n in (a.recipes if beside else (a.protocol, a.leak_safe))]
-    pretrain = PRETRAIN in keys
-    return list(dict.fromkeys([*names, *(ABLATION if pretrain else ())])), pretrain
+    return list(dict.fromkeys([*names, *(ABLATION if pretrain else ())]))
 
 # %% ../../nbs/articles/reproduce.ipynb #plan-runs
 def _starting_weights(runs: str | Path, recipe: Recipe, quick: bool) -> dict[str, str]:
     "Arm of the ablation -> weights; ImageNet only where its file is at hand"
     from covid_cxr.model import imagenet_file
     arms = {'in-domain': str(Path(runs) / PRETRAIN / _PRETRAINED)}
-    if not quick and imagenet_file(recipe.model.arch)[1].is_file(): arms['imagenet'] = 'imagenet'
+    if not quick and imagenet_file(recipe.model.arch).path.is_file(): arms['imagenet'] = 'imagenet'
     return arms
 
 def plan_runs(
@@ -87,7 +91,8 @@ def plan_runs(
         recipe = override(load_recipe(name), {**change, **more})
         return recipe if epochs is None else with_epochs(recipe, epochs)
     def every(name: str) -> list[Variant]: return recipe_variants(override(load_recipe(name), change), seeds)
-    names, pretrain = _names(only, beside)
+    keys, pretrain = _asked(only)
+    names = _names(keys, pretrain, beside)
     plan = [PlannedRun(name + v.ending, made(name, v.settings)) for name in names for v in every(name)]
     if not pretrain: return plan
     first = made(PRETRAIN, {})
@@ -169,7 +174,8 @@ def reproduce(
     check_sources(plan, data)
     for k, planned in enumerate(plan, 1):
         log(f'--- {k} of {len(plan)}: {planned.name}')
-        run = train(planned.recipe, data=data, out=out / 'runs' / planned.name, device=device, cache_dir=cache, log=log)
+        run = train(planned.recipe, data=data, out=out / 'runs' / planned.name, device=device, cache_dir=cache,
+                    figures=not quick, log=log)
         if external: _test_outside(run, data, quick, cache, log)
         if baselines: _score_baselines(run, planned, cache, quick)
     return write_reproduced(out, only, quick)
@@ -183,12 +189,11 @@ def page_markdown(
     table: pd.DataFrame,                  # of `reproduce_table`
     runs: pd.DataFrame,                   # of `runs_table`
     quick: bool = False,
-    more: dict[str, pd.DataFrame] | None = None,   # of `make_tables`
+    more: dict[TableName, pd.DataFrame] | None = None,   # of `make_tables`
 ) -> str:
     "The tables and their conditions as Markdown"
     head = []
-    if len(runs) and runs['synthetic'].any():
-        head.append('**Synthetic phantoms: these numbers say nothing about patients.**\n')
+    if len(runs) and runs['synthetic'].any(): head.append(f'**{SYNTHETIC_WARNING}**\n')
     if quick: head.append('**Quick: tiny pictures, one epoch; these numbers only show that it works.**\n')
     notes = '95 % intervals: Wilson for reported values, bootstrap over groups of patients for ours. The runs:'
     rest = [line for name, t in (more or {}).items() for line in ('', f'{TITLES[name]}:', '', markdown_table(t))]
@@ -202,7 +207,7 @@ def write_reproduced(
 ) -> pd.DataFrame:                            # `reproduce_table`
     "Write reproduce.csv and reproduce.md from the runs below OUT/runs"
     out, n_boot = Path(out), 100 if quick else 2000
-    keys = [k for k in ARTICLES if only is None or k in ([only] if isinstance(only, str) else only)]
+    keys, _ = _asked(only)
     table, runs = reproduce_table(out / 'runs', keys, n_boot), runs_table(out / 'runs', keys)
     with atomic_path(out / 'reproduce.csv') as tmp: table.to_csv(tmp, index=False)
     more = make_tables(out / 'runs', _BESIDE, n_boot)

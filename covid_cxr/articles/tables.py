@@ -4,7 +4,7 @@
 
 # %% ../../nbs/articles/tables.ipynb #imports
 from __future__ import annotations
-import json, re, warnings
+import json, re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,27 +14,24 @@ from .. import plots
 from .reported import (
     ABLATION, AIMS, ARTICLES, ENSEMBLE, PUBLISHED_TEST, Aim, ReportedResult, article_keys)
 from ..core import RunError, nearest, write_json
-from ..evaluate import Estimate, Evaluation, UndefinedMetric, evaluate, wilson
+from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate, wilson
 from ..recipe import override
 from ..runs.crossval import (
-    ablation_table, baseline_gains, estimate_columns, find_arms, find_results, fold_table, score_ensemble,
+    ablation_table, baseline_gains, find_arms, find_results, fold_table, score_ensemble,
     score_results, start_of)
+from ..runs.external import read_external_tests
 from ..runs.folder import RunFolder
 from ..words import as_number, format_count, format_estimate, format_number, format_p, join_words
 
 # %% auto #0
-__all__ = ['ABSENT', 'RUN_COLUMNS', 'TableName', 'TITLES', 'TABLES', 'estimate_text', 'as_text', 'reproduce_table', 'runs_table',
-           'made_with', 'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table',
-           'published_test_table', 'aims_table', 'leak_table', 'plot_reported_results', 'auc_table',
-           'plot_auc_beside_baselines', 'make_tables', 'write_tables', 'read_tables', 'select_rows', 'reported_table',
-           'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
+__all__ = ['ABSENT', 'RUN_COLUMNS', 'TableName', 'TITLES', 'TABLES', 'as_text', 'reproduce_table', 'runs_table', 'made_with',
+           'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table',
+           'aims_table', 'leak_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables', 'write_tables',
+           'read_tables', 'select_rows', 'reported_table', 'differences_table', 'run_picture', 'read_measurement',
+           'markdown_table']
 
 # %% ../../nbs/articles/tables.ipynb #as-text
 ABSENT = 'not measured'
-
-def estimate_text(e: Estimate | Sequence | None) -> str: # value, low, high first
-    "An estimate as text; None is 'not measured'"
-    return ABSENT if e is None else format_estimate(*e[:3])
 
 def as_text(
     t: pd.DataFrame,                 # with columns x, x_low, x_high
@@ -63,10 +60,9 @@ def _external_text(runs: dict[str, list[RunFolder]], metric: str) -> str:
     found: dict[str, dict[str, str]] = {}
     for whose, results in runs.items():
         for r in results:
-            for test in (r.external_json or {}).get('tests', ()):
-                e = test['estimates'].get(metric)
-                if e and e['value'] is not None:
-                    found.setdefault(test['name'], {})[whose] = format_estimate(e['value'], e['low'], e['high'])
+            for test in read_external_tests(r.path):
+                e = test.estimates.get(metric, Estimate())
+                if not np.isnan(e.value): found.setdefault(test.name, {})[whose] = str(e)
     texts = [f'{name}: ' + ', '.join(f'{v} ({whose})' for whose, v in by.items()) for name, by in found.items()]
     return '; '.join(texts) or ABSENT
 
@@ -82,7 +78,7 @@ def _article_rows(key: str, found: dict, every: dict, n_boot: int) -> list[dict[
     rows = []
     for metric in dict.fromkeys([*(r.metric for r in a.reported), *a.also]):
         reported = _reported_text(r for r in a.reported if r.metric == metric)
-        cells = {name: estimate_text(e[metric] if e else None) for name, e in ours.items()}
+        cells = {name: str(e[metric]) if e else ABSENT for name, e in ours.items()}
         rows.append(dict(article=key, metric=metric, reported=reported, **cells, outside=_external_text(both, metric)))
     return rows
 
@@ -203,7 +199,7 @@ def left_out_table(
     for (name, source), r in newest.items():
         e = score_results([r], True, n_boot)
         rows.append(dict(recipe=name, left_out=source, images=e.n_images, groups=e.n_groups,
-                         false_positive_rate=estimate_text(e['false_positive_rate']), auc=estimate_text(e['auc'])))
+                         false_positive_rate=str(e['false_positive_rate']), auc=str(e['auc'])))
     return pd.DataFrame(rows, columns=['recipe', 'left_out', 'images', 'groups', 'false_positive_rate', 'auc'])
 
 # %% ../../nbs/articles/tables.ipynb #asides
@@ -214,7 +210,7 @@ def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
                   valid_loss=valid.iloc[-1], highest_valid_loss=valid.max())
     return dict(network=r.recipe.model.arch, size=r.recipe.image.size, epochs=len(h),
                 **{k: round(v, 3) for k, v in losses.items()},
-                accuracy=estimate_text(e['accuracy']), auc=estimate_text(e['auc']))
+                accuracy=str(e['accuracy']), auc=str(e['auc']))
 
 def asides_table(
     results_dir: str | Path,
@@ -239,14 +235,14 @@ def _ensemble_members(every: dict[str, list[RunFolder]]) -> list[RunFolder]:
 def _test_row(name: str, network: str, size: Any, seed: Any, e: Evaluation) -> dict[str, Any]:
     shown = dict(accuracy='accuracy', sensitivity='recall', specificity='specificity', auc='auc')
     return dict(recipe=name, network=network, size=size, seed=seed, images=e.n_images,
-                **{k: estimate_text(e[m]) for k, m in shown.items()})
+                **{k: str(e[m]) for k, m in shown.items()})
 
 # %% ../../nbs/articles/tables.ipynb #published-test-table
 def published_test_table(
     results_dir: str | Path,
     n_boot: int = 2000,
 ) -> pd.DataFrame:          # recipe, network, size, seed, images, accuracy, sensitivity, specificity, auc: text
-    "Every kept network on the published test of 624 images, at its frozen threshold, and the mean of the leak-safe ones"
+    "Every kept network on the published test, at its frozen threshold, and the mean of the leak-safe ones"
     every, rows = find_results(results_dir, every=True), []
     for name in PUBLISHED_TEST:
         for r in _by_seed(every.get(name, [])):
@@ -282,7 +278,7 @@ def aims_table(results_dir: str | Path, n_boot: int = 2000) -> pd.DataFrame: # a
     rows = []
     for a in AIMS:
         e = _measured(a, results_dir, n_boot)
-        rows.append(dict(aim=a.text, metric=a.metric, wanted=a.wanted, measured=estimate_text(e),
+        rows.append(dict(aim=a.text, metric=a.metric, wanted=a.wanted, measured=str(e) if e else ABSENT,
                          reached=_reached(e, a.wanted)))
     return pd.DataFrame(rows)
 
@@ -290,11 +286,10 @@ def aims_table(results_dir: str | Path, n_boot: int = 2000) -> pd.DataFrame: # a
 _LEAKS = ['run', 'images_of', 'images', 'groups', 'accuracy', 'recall', 'specificity', 'auc']
 
 def _leak_row(r: RunFolder, kind: str, t: pd.DataFrame, n_boot: int) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UndefinedMetric)
+    with allow_undefined():
         e = evaluate(t['label'].to_numpy(object), t[f'prob_{r.classes[1]}'].to_numpy(float),
                      t['group'].to_numpy(object), .5, r.classes, n_boot, r.recipe.seed)
-    metrics = {m: estimate_text(e[m]) for m in ('accuracy', 'recall', 'specificity', 'auc')}
+    metrics = {m: str(e[m]) for m in ('accuracy', 'recall', 'specificity', 'auc')}
     return dict(run=r.name, images_of=kind, images=len(t), groups=e.n_groups, **metrics)
 
 def leak_table(
@@ -312,38 +307,6 @@ def leak_table(
         rows += [_leak_row(r, kind, x, n_boot) for kind, x in kinds if len(x)]
     return pd.DataFrame(rows, columns=_LEAKS)
 
-# %% ../../nbs/articles/tables.ipynb #plot-article
-def _plot_article(ax: Any, key: str, metric: str, found: dict[str, list[RunFolder]], n_boot: int) -> None:
-    a = ARTICLES[key]
-    for x, (name, frozen, colour) in enumerate(((a.protocol, False, plots.ORANGE), (a.leak_safe, True, plots.BLUE))):
-        if name not in found:
-            ax.text(x, .5, ABSENT, ha='center', rotation=90, fontsize=8)
-            continue
-        e = score_results(found[name], frozen, n_boot)[metric]
-        below, above = max(e.value - e.low, 0), max(e.high - e.value, 0)
-        ax.errorbar([x], [e.value], yerr=[[below], [above]], fmt='o', color=colour, capsize=4)
-    reported = a.reported[0].value if metric == a.reported[0].metric else np.nan
-    ax.axhline(reported, color=plots.GREY, ls='--', lw=1)
-    ax.set(xlim=(-.6, 1.6), xticks=[0, 1], xticklabels=["article's\nprotocol", 'leak-safe'], ylim=(.3, 1.02))
-    ax.set_title(f'{key}\n{metric}', fontsize=9)
-    ax.tick_params(labelsize=8)
-
-def plot_reported_results(
-    results_dir: str | Path,
-    only: str | list[str] | None = None,       # keys of `ARTICLES`; None: all
-    n_boot: int = 2000,
-    metric_of: dict[str, str] | None = None,   # article -> metric; None: the first one that it reports
-) -> Any:                                      # a matplotlib figure
-    "One panel per article: its reported value as a line, our two measurements with their intervals"
-    import matplotlib.pyplot as plt
-    found, keys = find_results(results_dir), article_keys(only)
-    fig, axes = plt.subplots(1, len(keys), figsize=(2.6 * len(keys), 2.6), sharey=True, squeeze=False)
-    for ax, key in zip(axes[0], keys):
-        _plot_article(ax, key, (metric_of or {}).get(key, ARTICLES[key].reported[0].metric), found, n_boot)
-    axes[0, 0].set_ylabel('dashed: reported', fontsize=8)
-    fig.tight_layout()
-    return fig
-
 # %% ../../nbs/articles/tables.ipynb #auc-table
 _AUC = ['recipe', 'start', 'folds', 'kind', 'name', 'auc', 'auc_low', 'auc_high']
 
@@ -351,7 +314,7 @@ def _auc_rows(runs: list[RunFolder], of: list[RunFolder], n_boot: int) -> list[d
     "The model and the best baseline of each kind, all of ranks within folds"
     about = dict(recipe=runs[0].recipe.name, start=start_of(runs[0]), folds=len(runs))
     model = score_results(runs, True, n_boot)['auc']
-    rows = [dict(about, kind='model', name='model', **estimate_columns('auc', model))]
+    rows = [dict(about, kind='model', name='model', **model.columns('auc'))]
     for kind, t in baseline_gains(runs, 100, of=of).groupby('kind'):
         rows.append(dict(about, kind=kind, name=t['baseline'].iloc[0], auc=t['auc'].iloc[0]))
     return rows
@@ -396,12 +359,12 @@ def plot_auc_beside_baselines(
 # %% ../../nbs/articles/tables.ipynb #all-tables
 TableName = Literal['articles', 'runs', 'crossval', 'gains', 'auc', 'arms', 'left_out', 'asides', 'published_test',
                     'aims', 'leaks']
-TITLES: dict[str, str] = {
+TITLES: dict[TableName, str] = {
     'articles': "Reported, article's protocol, leak-safe, outside", 'runs': 'The runs',
     'crossval': 'Cross-validations, fold by fold', 'gains': 'Above the best lung-free baseline of each kind',
     'auc': 'The model beside its lung-free baselines', 'arms': 'Starting weights',
     'left_out': 'A collection left out', 'asides': 'Asides of article 3',
-    'published_test': 'The published test of 624 images', 'aims': 'Aims', 'leaks': 'What the leak gave'}
+    'published_test': 'The published test', 'aims': 'Aims', 'leaks': 'What the leak gave'}
 
 def _makers(results_dir: str | Path, n_boot: int) -> dict[str, Callable[[], pd.DataFrame]]:
     "Name of a table -> a function that makes it"
@@ -415,7 +378,7 @@ def make_tables(
     results_dir: str | Path,
     names: Iterable[TableName] = get_args(TableName),
     n_boot: int = 2000,
-) -> dict[str, pd.DataFrame]:   # name -> table of text and counts; those without a row are left out
+) -> dict[TableName, pd.DataFrame]:   # name -> table of text and counts; those without a row are left out
     "The tables of the documentation, made from result files"
     makers = _makers(results_dir, n_boot)
     tables = {name: makers[name]() for name in names}
@@ -546,7 +509,7 @@ def read_measurement(
 ) -> Any:
     "What a benchmark measured, in today's words, whichever version wrote it"
     file = Path(results_dir) / f'{name}.json'
-    if not file.is_file(): raise RunError(f'no {file.name} in {results_dir}; it is made by a script of the folder benchmarks.')
+    if not file.is_file(): raise RunError(f'no {file.name} in {results_dir}; a script of benchmarks/ makes it.')
     return _in_todays_words(json.loads(file.read_text(encoding='utf-8')))
 
 # %% ../../nbs/articles/tables.ipynb #markdown

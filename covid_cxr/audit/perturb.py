@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 from ..core import ImageError, check_choice, choices
-from ..evaluate import Estimate, EvaluationError, Scores, check_scores, group_resamples, percentile_interval
+from ..evaluate import (Estimate, EvaluationError, Scores, check_one_per_image, check_scores, group_resamples,
+                                percentile_interval)
 from ..stats.paired import paired_difference
 from .baselines import estimate_auc
 from .regions import (Fill, border_ring, check_image_stack, check_region, corners, dilate_masks, hide,
@@ -38,8 +39,8 @@ def _probs(score, images):
     "(n,) probabilities of the last class from the model, checked"
     p = np.asarray(score(images), float)
     if p.shape != (len(images),):
-        raise EvaluationError(f'score gave shape {p.shape} for {len(images)} images; it must give one probability each, '
-                              'such as lambda x: predictor.probabilities(x)[:, 1].')
+        raise EvaluationError(f'score gave shape {p.shape} for {len(images)} images, not one probability each; '
+                              'take lambda x: predictor.probabilities(x)[:, 1].')
     outside = p[~((p >= 0) & (p <= 1))]
     if len(outside): raise EvaluationError(f'score gave {outside[0]}; it must give probabilities, not logits.')
     return p
@@ -70,6 +71,10 @@ class _Question:
 
     def ask(self, images): return _probs(self.score, images)
 
+    def shift(self, after):
+        "(n,) logits that the changed images gained"
+        return to_logit(after) - to_logit(self.before)
+
     def fall(self, after):
         "The fields of an `AucFall` for the probabilities of the changed images"
         d = paired_difference(self.y, self.before, after, self.groups, n_boot=self.n_boot, seed=self.seed)
@@ -80,11 +85,10 @@ class _Question:
 def _question(score, images, y, groups, n_boot, seed):
     "Images, labels and groups checked, and the unchanged images scored"
     images = check_image_stack(images)
-    if len(np.asarray(y)) != len(images):
-        raise EvaluationError(f'{len(images)} images and {len(np.asarray(y))} labels; give one of each.')
+    check_one_per_image(images=len(images), labels=len(np.asarray(y)))
     s = check_scores(y, np.zeros(len(images)), groups)
     if len(np.unique(s.y)) < 2:
-        raise EvaluationError('all images are of one class; what a change does to the gap between the classes needs both.')
+        raise EvaluationError('all images are of one class; give images of both.')
     return _Question(score, images, s, groups, _probs(score, images), n_boot, seed)
 
 # %% ../../nbs/audit/perturb.ipynb #occlusion-effect
@@ -97,8 +101,6 @@ class OcclusionEffect(AucFall):
     hidden: Hidden
     region: LungRegion     # what stands for the lungs
     fill: Literal['mean'] | Fill
-    n_images: int
-    n_groups: int
 
 def _lung_regions(shape: tuple[int, ...], masks: np.ndarray | None) -> dict[LungRegion, tuple[np.ndarray, np.ndarray]]:
     "Region -> (what covers the lungs, what covers everything else)"
@@ -129,8 +131,7 @@ def measure_occlusion(
         for hidden, where in zip(choices(Hidden), both):
             for fill in fills:
                 after = q.ask(hide(q.images, where, mean_image if fill == 'mean' else fill, seed))
-                out.append(OcclusionEffect(hidden=hidden, region=region, fill=fill, n_images=len(q.y),
-                                           n_groups=q.scores.n_groups, **q.fall(after)))
+                out.append(OcclusionEffect(hidden=hidden, region=region, fill=fill, **q.fall(after)))
     return out
 
 # %% ../../nbs/audit/perturb.ipynb #marker
@@ -158,7 +159,7 @@ def marker_at(
     "The pixels of a marker"
     check_choice('kind', kind, Marker)
     check_choice('place', place, Place)
-    if not .02 <= size <= .5: raise ImageError(f'a marker of size={size}; give its height as a share of the image, .02 to .5.')
+    if not .02 <= size <= .5: raise ImageError(f'size={size}; give the height as a share of the image, .02 to .5.')
     glyph = _glyph(kind, max(5, round(size * h)))
     gh, gw = glyph.shape
     m, out = max(1, round(margin * h)), np.zeros((h, w), bool)
@@ -205,7 +206,7 @@ def swap_corners(
     "Every image gets the corners of a random image of the other class"
     images, y, rng = check_image_stack(images), np.asarray(y), np.random.default_rng(seed)
     own = [np.flatnonzero(y == c) for c in (0, 1)]
-    if min(map(len, own)) == 0: raise ImageError('all images are of one class; corners can be exchanged only between two.')
+    if min(map(len, own)) == 0: raise ImageError('all images are of one class; corners are exchanged between two.')
     donor = np.zeros(len(y), int)
     for c in (0, 1): donor[own[c]] = np.resize(rng.permutation(own[1 - c]), len(own[c]))
     return np.where(corners(images.shape[1], images.shape[2], share), images[donor], images)
@@ -252,7 +253,7 @@ def crop_edges(
 # %% ../../nbs/audit/perturb.ipynb #gap-effect
 @dataclass(frozen=True, kw_only=True)
 class GapEffect:
-    "How far a marker moves the healthy, in units of the gap between the median logits of the two classes; NaN without a gap"
+    "How far a marker moves the healthy; 1 is the gap between the median logits of the classes, NaN without a gap"
     ratio: Estimate        # median shift of the healthy
     closed: Estimate       # the same less the median shift of the ill
 
@@ -263,8 +264,7 @@ def _weighted_median(v, w):
     return v[order][(c >= c[:, -1:] / 2).argmax(1)]
 
 def _gap_effect(q, after):
-    before, ill = to_logit(q.before), q.y == 1
-    shift = to_logit(after) - before
+    before, shift, ill = to_logit(q.before), q.shift(after), q.y == 1
     def at(w):
         middle = lambda v, k: _weighted_median(v[k], w[:, k])
         gap = middle(before, ill) - middle(before, ~ill)
@@ -284,8 +284,6 @@ class PasteEffect(GapEffect, AucFall):
     place: Place
     shift_0: float         # median shift of the logit, class 0
     shift_1: float         # the same, class 1
-    flips: float           # share of the predictions that change
-    n: int                 # images
 
 @dataclass(frozen=True, kw_only=True)
 class EditEffect(AucFall):
@@ -297,36 +295,33 @@ class EditEffect(AucFall):
 class MarkerEffect:
     "What markers do to a frozen model"
     auc: Estimate          # of the untouched images
-    gap: float             # median logit of class 1 minus that of class 0
     pastes: tuple[PasteEffect, ...]
     edits: tuple[EditEffect, ...]
-    sham: GapEffect        # of the blob that matches the marker with the largest ratio
+    sham: GapEffect        # of the blob that matches the strongest marker
 
-    @property
-    def ratio(self) -> Estimate: return _largest(self.pastes, 'ratio').ratio
-    @property
-    def closed(self) -> Estimate: return self.strongest.closed
     @property
     def strongest(self) -> PasteEffect:
         "The marker that closes the largest share of the gap"
-        return _largest(self.pastes, 'closed')
+        return _strongest(self.pastes)
+    @property
+    def ratio(self) -> Estimate: return self.strongest.ratio
+    @property
+    def closed(self) -> Estimate: return self.strongest.closed
     @property
     def worst(self) -> EditEffect:
         "The edit that makes a marker equal for all and after which the AUC falls most"
         return max((e for e in self.edits if e.equalises == 'marker'), key=lambda e: e.fall.value)
 
 # %% ../../nbs/audit/perturb.ipynb #marker-parts
-def _largest(effects, name):
-    "The effect with the largest value of a field; NaN is smallest"
-    return max(effects, key=lambda e: np.nan_to_num(getattr(e, name).value, nan=-np.inf))
+def _strongest(pastes):
+    "The marker that closes the largest share of the gap; one without a gap comes last"
+    return max(pastes, key=lambda p: np.nan_to_num(p.closed.value, nan=-np.inf))
 
-def _paste_effect(q, kind, place, size, threshold):
+def _paste_effect(q, kind, place, size):
     after = q.ask(paste_marker(q.images, kind, place, size))
-    shift = to_logit(after) - to_logit(q.before)
-    shift_0, shift_1 = (float(np.median(shift[q.y == c])) for c in (0, 1))
-    flips = float(((after >= threshold) != (q.before >= threshold)).mean())
-    return PasteEffect(kind=kind, place=place, shift_0=shift_0, shift_1=shift_1, flips=flips, n=len(q.y),
-                       **_gap_effect(q, after), **q.fall(after))
+    shift_0, shift_1 = (float(np.median(q.shift(after)[q.y == c])) for c in (0, 1))
+    return PasteEffect(kind=kind, place=place, shift_0=shift_0, shift_1=shift_1, **_gap_effect(q, after),
+                       **q.fall(after))
 
 def _edited(images, y, seed):
     "(what was done, what it made equal for all, images) of every edit"
@@ -348,23 +343,20 @@ def measure_markers(
     kinds: Sequence[Marker] = ('R', 'L', 'text', 'arrow'),
     places: Sequence[Place] = ('upper left', 'upper right'),
     size: float = .12,                            # of the markers, as in `paste_marker`
-    threshold: float = .5,                        # where predictions change
     n_boot: int = 2000,
     seed: int = 0,
 ) -> MarkerEffect:
     "Paste, erase, swap: how far markers move the healthy, and what AUC is left when they are equal for all"
     q = _question(score, images, y, groups, n_boot, seed)
-    pastes = tuple(_paste_effect(q, kind, place, size, threshold) for kind in kinds for place in places)
+    pastes = tuple(_paste_effect(q, kind, place, size) for kind in kinds for place in places)
     edits = [EditEffect(edit=f"'{p.kind}' pasted on all, {p.place}", equalises='marker',
                         auc_before=p.auc_before, auc=p.auc, fall=p.fall) for p in pastes]
     edits += [EditEffect(edit=edit, equalises=equalises, **q.fall(q.ask(changed)))
               for edit, equalises, changed in _edited(q.images, q.y, seed)]
-    top, logits = _largest(pastes, 'ratio'), to_logit(q.before)
+    top, untouched = _strongest(pastes), estimate_auc(q.y, q.before, groups, n_boot, seed)
     at = marker_at(q.images.shape[1], q.images.shape[2], top.kind, top.place, size)
     sham = GapEffect(**_gap_effect(q, q.ask(paste_blob(q.images, at))))
-    return MarkerEffect(auc=estimate_auc(q.y, q.before, groups, n_boot, seed),
-                        gap=float(np.median(logits[q.y == 1]) - np.median(logits[q.y == 0])),
-                        pastes=pastes, edits=tuple(edits), sham=sham)
+    return MarkerEffect(auc=untouched, pastes=pastes, edits=tuple(edits), sham=sham)
 
 # %% ../../nbs/audit/perturb.ipynb #changes
 def recompress(
@@ -479,7 +471,7 @@ class AcquisitionEffect(AucFall):
 
 def _shifts(q, after):
     "Mean shift of each class and their difference, over patients"
-    shift = to_logit(after) - to_logit(q.before)
+    shift = q.shift(after)
     weights = np.concatenate([np.ones((1, len(q.y))), q.weights])     # first the images as they are, then the resamples
     zero, one = ((weights[:, k] @ shift[k]) / weights[:, k].sum(1) for k in (q.y == 0, q.y == 1))
     estimate = lambda draws: Estimate(float(draws[0]), *percentile_interval(draws[1:])[:2], len(q.y))

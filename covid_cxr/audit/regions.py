@@ -16,14 +16,16 @@ __all__ = ['LUNG_MARGIN', 'DilationShape', 'Fill', 'check_image_stack', 'check_r
            'dilate_masks', 'blacken', 'hide', 'inpaint']
 
 # %% ../../nbs/audit/regions.ipynb #check
+_MAKE_BOOL = 'compare a mask of numbers with > 0 first'
+
 def check_image_stack(
     images: ArrayLike,    # should be (n, h, w) uint8 with sides of 16 pixels or more
 ) -> np.ndarray:          # (n, h, w) uint8
     "The images as an array, or a refusal that says what they should be"
     images = np.asarray(images)
     if images.ndim != 3 or images.dtype != np.uint8 or min(images.shape[1:]) < 16:
-        raise ImageError(f'images are (n, h, w) uint8 with sides of 16 pixels or more, not {images.shape} {images.dtype}; '
-                         'read them with covid_cxr.images.load_image and stack them.')
+        raise ImageError(f'images of shape {images.shape} and type {images.dtype} cannot be used; '
+                         'stack what load_image gives: (n, h, w) uint8, sides of 16 pixels or more.')
     return images
 
 def check_region(
@@ -33,8 +35,8 @@ def check_region(
     "The region or the masks as an array, or a refusal that says what they should be"
     where = np.asarray(where)
     if where.dtype != bool or where.shape not in (shape, shape[1:]):
-        raise ImageError(f'a region is a bool array of shape {shape[1:]}, or {shape} with one mask per image, not {where.shape} '
-                         f'{where.dtype}; compare a mask of numbers with > 0 first.')
+        raise ImageError(f'a region is a bool array of shape {shape[1:]} or {shape}, '
+                         f'not {where.shape} {where.dtype}; {_MAKE_BOOL}.')
     return where
 
 # %% ../../nbs/audit/regions.ipynb #lung-box
@@ -84,7 +86,7 @@ def dilate_masks(
     "Masks made wider on all sides, so that the edge of the lung goes with the lung"
     masks = np.asarray(masks)
     if masks.ndim != 3 or masks.dtype != bool:
-        raise ImageError(f'masks are (n, h, w) bool, not {masks.shape} {masks.dtype}; compare a mask of numbers with > 0 first.')
+        raise ImageError(f'masks are (n, h, w) bool, not {masks.shape} {masks.dtype}; {_MAKE_BOOL}.')
     check_choice('shape', shape, DilationShape)
     k = max(1, round(share * min(masks.shape[1:])))
     yy, xx = np.mgrid[-k:k + 1, -k:k + 1]
@@ -132,7 +134,7 @@ def _shuffled(images, where, rng):
 def _swapped(images, where, rng):
     "Every image's pixels from another image, no image twice"
     if len(images) < 2:
-        raise ImageError("fill='swap' takes the region from another image, and there is only one; give more images or a mean image.")
+        raise ImageError("fill='swap' takes the region from another image, and there is only one; give more images.")
     order = rng.permutation(len(images))
     donor = np.empty_like(order)
     donor[order] = np.roll(order, 1)
@@ -152,7 +154,8 @@ def hide(
         content = (_shuffled if fill == 'shuffle' else _swapped)(images, where, np.random.default_rng(seed))
     elif np.shape(fill) == images.shape[1:]: content = np.asarray(fill).round().astype(np.uint8)
     else:
-        raise ImageError(f'the mean image has shape {np.shape(fill)} and the images {images.shape[1:]}; take training_images.mean(0).')
+        raise ImageError(f'a mean image of shape {np.shape(fill)} for images of {images.shape[1:]}; '
+                         'take training_images.mean(0).')
     return np.where(where, content, images)
 
 # %% ../../nbs/audit/regions.ipynb #surface
@@ -190,7 +193,7 @@ def inpaint(
     for mask, chosen in [(where, slice(None))] if where.ndim == 2 else one_each:
         if not mask.any(): continue
         if mask.all():
-            raise ImageError('the region to take away is the whole image, and nothing is left to fill it from; give a smaller region.')
+            raise ImageError('the region is the whole image, so nothing is left to fill it from; give a smaller one.')
         solver, known = _surface(mask)
         flat = images[chosen].reshape(-1, mask.size).astype(float)
         out[chosen, mask] = np.clip(solver.solve(known @ flat.T).T + .5, 0, 255).astype(np.uint8)

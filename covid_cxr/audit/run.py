@@ -5,17 +5,16 @@
 # %% ../../nbs/audit/run.ipynb #imports
 from __future__ import annotations
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 import numpy as np, pandas as pd
 import covid_cxr.audit.checks_data, covid_cxr.audit.checks_numbers, covid_cxr.audit.checks_model      # they fill CHECKS
 from .baselines import Baseline, fit_baselines
-from .case import CHECKS, RULES, Audit, Case, NotRun, Verdict, measure_headline, run_check
+from .case import CHECKS, RULES, Audit, Case, NotRun, Verdict, given, measure_headline, run_check
 from .sentences import describe_audit
 from ..bundle import update_manifest
 from ..cache import ImageCache
-from ..core import RunError, atomic_path, versions, write_json, write_text
+from ..core import RunError, atomic_path, utc_now, versions, write_json, write_text
 from ..duplicates import find_near
 from ..images import ImageRule, fit_to, read_grey
 from ..predict import Predictor, load_predictor
@@ -50,6 +49,11 @@ def rules_table() -> pd.DataFrame:    # checks, rule, text, thresholds; in the o
                               thresholds=dict(RULES[r].thresholds)) for r in order])
 
 # %% ../../nbs/audit/run.ipynb #audit-case
+def _fit_baselines(case, retrain):
+    "The lung-free baselines of a case; with `retrain` also those for which a network is trained"
+    return fit_baselines(case.table, case.small, case.positive, case.split, case.masks, retrain, n_boot=case.n_boot,
+                         seed=case.seed)
+
 class CaseAudit(NamedTuple):
     "What the checks said of a case"
     verdicts: list[Verdict]     # in the order of their codes
@@ -62,16 +66,16 @@ def audit_case(
     "Every check that this case allows; its baselines are fitted where it has none"
     if case.baselines is None:
         log('baselines that see no lung')
-        masks = None if case.quick else case.masks
-        case.baselines = fit_baselines(case.table, case.small, case.positive, case.split, masks, not case.quick,
-                                       n_boot=case.n_boot, seed=case.seed)
+        case.baselines = _fit_baselines(case, retrain=not case.quick)
     out = CaseAudit([], [])
     for check in _in_order():
         missing = check.lacks(case)
         if missing: out.not_run.append(NotRun(check.code, check.title, missing))
         else:
             log(f'{check.code} {check.title}')
-            out.verdicts.extend(run_check(check, case))
+            verdicts = run_check(check, case)
+            out.verdicts.extend(verdicts)
+            if not verdicts: out.not_run.append(NotRun(check.code, check.title, 'subject'))
     return out
 
 # %% ../../nbs/audit/run.ipynb #images
@@ -82,8 +86,7 @@ def _read_images(folder, cache):
     small, evaluated = [], []
     for path, split in zip(folder.rows['path'], folder.rows['split']):
         if not Path(path).is_file():
-            raise RunError(f'{path} is gone; an audit reads the images again, so put the data back where the run found it, '
-                           f'into {Path(path).parent}.')
+            raise RunError(f'{path} is gone, and an audit reads the images again; put it back where the run found it.')
         pixels = cache.get(path)
         small.append(pixels if pixels.shape[0] <= SMALL else fit_to(pixels, SMALL, 'squash'))
         if split == folder.split: evaluated.append(pixels)
@@ -103,24 +106,21 @@ def _image_masks(rows, rule: ImageRule):
     return np.stack([read(m) for m in rows['mask']])
 
 # %% ../../nbs/audit/run.ipynb #model
+def _probabilities(predictor, images, bs=16):
+    "(n, k) class probabilities, from `bs` images per pass"
+    return np.concatenate([predictor.probabilities(list(images[i:i + bs])) for i in range(0, len(images), bs)])
+
 def last_features(
     predictor: Predictor,
     images: np.ndarray,      # (n, h, w) uint8, as the model sees them
-    bs: int = 16,            # images per pass
 ) -> np.ndarray:             # (n, f)
     "What the network's last linear layer sees"
     import torch
     layer, kept = [m for m in predictor.model.modules() if isinstance(m, torch.nn.Linear)][-1], []
     hook = layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach().float().cpu().numpy()))
-    try:
-        for i in range(0, len(images), bs): predictor.probabilities(list(images[i:i + bs]))
+    try: _probabilities(predictor, images)
     finally: hook.remove()
     return np.concatenate(kept)
-
-def _score(predictor, images, bs=16):
-    "(n,) probability of the last class"
-    starts = range(0, len(images), bs)
-    return np.concatenate([predictor.probabilities(list(images[i:i + bs]))[:, -1] for i in starts])
 
 def _last_against_rest(rows, classes):
     "Rows and classes of a task of two classes; of more, the last class against the rest"
@@ -136,14 +136,14 @@ def case_of_run(
     n_boot: int = 2000,                   # resamples of patients
 ) -> Case:
     "Everything that an audit may look at, from a run's folder and its exported model"
-    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    folder = RunFolder.open(run)
     predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
     small, images = _read_images(folder, ImageCache(cache / 'images', predictor.rule))
     rows, classes = _last_against_rest(folder.rows, folder.classes)
     point, prints = folder.operating_point, cache / 'fingerprints.npz'
     return Case(
         rows, small, rows[f'prob_{classes[-1]}'].to_numpy(float), classes, point.threshold if point else .5,
-        point.to_dict() if point else None, folder.split, images, score=lambda x: _score(predictor, x),
+        point.to_dict() if point else None, folder.split, images, score=lambda x: _probabilities(predictor, x)[:, -1],
         features=lambda x: last_features(predictor, x), network=predictor, masks=_small_masks(rows),
         image_masks=_image_masks(rows[rows['split'] == folder.split], predictor.rule),
         pairs=find_near(rows, prints) if copies else None, fingerprints=prints, folder=folder, ood=predictor.ood_check,
@@ -170,19 +170,16 @@ def save_baselines(
 ) -> Path:                                # RUN/baselines.csv
     "Score the evaluated images by every lung-free baseline, without a whole audit"
     case = case_of_run(run, cache_dir, copies=False, n_boot=0)
-    fitted = fit_baselines(case.table, case.small, case.positive, case.split, case.masks if retrain else None, retrain,
-                           n_boot=0, seed=case.seed)
-    return write_baselines(run, case, fitted)
+    return write_baselines(run, case, _fit_baselines(case, retrain))
 
 # %% ../../nbs/audit/run.ipynb #affordable
 PASSES, QUICK = 15, 180      # how often the quick checks show an image to the model; seconds that this may take
 
 def affordable_images(case: Case) -> int:   # 40 or more
     "Images that the frozen model can be asked about in `QUICK` seconds"
-    assert case.score is not None and case.images is not None
-    k = min(8, len(case.images))
-    start = time.perf_counter()
-    case.score(case.images[:k])
+    score, images = given(case.score, 'images and model'), given(case.images, 'images and model')
+    k, start = min(8, len(images)), time.perf_counter()
+    score(images[:k])
     return max(40, int(QUICK / PASSES / ((time.perf_counter() - start) / k)))
 
 # %% ../../nbs/audit/run.ipynb #audit-run
@@ -203,11 +200,9 @@ def audit_run(
     baselines = tuple(case.baselines or ())
     write_baselines(folder.path, case, baselines)
     headline, seconds = measure_headline(case), round(time.perf_counter() - start, 1)
-    audit = Audit(folder.state['recipe'], folder.synthetic, quick, case.split, _now(), versions(), headline,
+    audit = Audit(folder.state['recipe'], folder.synthetic, quick, case.split, utc_now(), versions(), headline,
                   tuple(found.verdicts), baselines, tuple(found.not_run), seconds)
     write_json(folder.path / 'audit.json', audit.to_dict())
     write_text(folder.path / 'audit.txt', describe_audit(audit, every=True) + '\n')
     update_manifest(folder.path, ['audit.json', 'audit.txt'])
     return audit
-
-def _now(): return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')

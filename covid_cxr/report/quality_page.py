@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import numpy as np, pandas as pd
-from ..core import choices, write_text
-from ..words import format_count, format_number, join_words
+from ..core import choices, is_missing, write_text
+from ..words import format_count, format_number, join_words, printable, safe_cell
 from ..sources import SOURCES
 from ..table import AGE_BANDS, NOT_RECORDED, Pairs
 from ..curate.quality import (Inspection, Leak, Problems, SectionName, describe_note, inspect_table,
                                       pair_scores)
-from .render import Cell, Table, Thumbnail, clean_text, render, thumbnail
+from .render import Cell, Table, Thumbnail, render, thumbnail
 
 # %% auto #0
 __all__ = ['SECTION_WORDS', 'section_title', 'describe_leak', 'inspection_text', 'notes_table', 'write_inspection_csv',
@@ -26,19 +26,19 @@ SECTION_WORDS: dict[SectionName, tuple[str, str]] = {   # title, and how to read
     'leaks': ('Groups on both sides of the split', 'Images of each in every split.'),
     'account': ('Rows in, rows used', 'Every row, by the first rule that excluded it.'),
     'conflicts': ('Conflicts: one picture under two labels', 'At least one of each pair is wrong.'),
-    'duplicates': ('One picture on two rows: how many', 'An image on both sides of a split is a question whose answer was given away.'),
-    'source': ('{word} by source', 'Used images. A network can tell a class by its source where the class comes from one source alone.'),
+    'duplicates': ('One picture on two rows: how many', 'A picture in two splits was seen before the test.'),
+    'source': ('{word} by source', 'Used images. Where a class comes from one source, the source tells the class.'),
     'view': ('{word} by source by view', 'Used images.'),
     'age': ('{word} by age', 'Used images, years.'),
     'sex': ('{word} by sex', 'Used images.'),
-    'leakage': ('What gives the label away', 'Balanced accuracy of an answer from one recorded column alone, and by chance; '
-                                             'skill 0 is chance, 1 is certainty.'),
-    'patients': ('Patients', 'Used images. Patients as the source tells them apart, by how many images they have; no patient: '
-                             'images whose patient the source does not tell.'),
-    'patient_ids': ('Patient ids: do they mean anything?', 'Likeness of different images of one id, and by chance within source '
-                    'and finding. With z below 3 the ids say nothing. Several: ids with more than one image.'),
+    'leakage': ('What gives the label away', 'Balanced accuracy of an answer from one recorded column alone, and by '
+                'chance. Skill 0 is chance, 1 is certainty.'),
+    'patients': ('Patients', 'Used images. Patients by how many images they have. No patient: images whose patient '
+                 'the source does not tell.'),
+    'patient_ids': ('Patient ids: do they mean anything?', 'Likeness of different images of one id, and by chance '
+                    'within source and finding. Below z = 3 the ids say nothing. Several: ids with several images.'),
     'splits': ('Splits', 'Used images.'),
-    'licences': ('Licences', 'A reading aid, not legal advice: what the wording in the table says of commercial use.'),
+    'licences': ('Licences', 'What the wording in the table says of commercial use. A reading aid, not legal advice.'),
     'pairs': ('One picture on two rows: which', 'The most dangerous first.'),
     'files_used_twice': ('Files that several rows name', ''),
     'missing': ('Missing files', 'Named by a row, not on this disk.'),
@@ -53,7 +53,7 @@ def section_title(
     name: SectionName,
 ) -> str:
     "The title of a section"
-    return SECTION_WORDS[name][0].format(word=inspection.sections['source'].names.capitalize())
+    return SECTION_WORDS[name][0].format(word=inspection.class_column.capitalize())
 
 def _short_title(i, name):
     return 'Pictures on two rows' if name in ('pairs', 'duplicates') else section_title(i, name).split(':')[0]
@@ -64,8 +64,9 @@ def _say_what_leaks(leak, split):
     if leak.pairs: found.append(format_count(leak.pairs, 'pair') + ' of one picture')
     first = [f'{g} ({where})' for g, where in zip(leak.groups['group'], leak.groups['where'])]
     named = f': {join_words(first, most=3)}' if first else ''
-    return (f'LEAK: {join_words(found)} on both sides of {split}{named}. {leak.seen:,} of {leak.test:,} test images were seen in training '
-            'or validation, as themselves or as another image of the patient: every number from this split is too good.')
+    seen = f'{leak.seen:,} of {leak.test:,} test images were seen in training or validation'
+    return (f'LEAK: {join_words(found)} on both sides of {split}{named}. {seen}, '
+            'as themselves or as another image of the patient: every number from this split is too good.')
 
 def describe_leak(
     leak: Leak,
@@ -76,20 +77,20 @@ def describe_leak(
     if leak.state == 'leak': return _say_what_leaks(leak, split)
     if leak.without_group and leak.maker == 'own':
         return f'No leak found, and little was asked: {format_count(leak.without_group, "used row")} without a group.'
-    if not leak.compared:
-        return f'No leak found: no patient and no file stands on two sides of {split}; pictures were not compared with each other.'
-    return f'No leak found: no patient, no file and no copy that was found stands on two sides of {split}.'
+    sides = f'stands on two sides of {split}'
+    if not leak.compared: return f'No leak found: no patient and no file {sides}; pictures were not compared.'
+    return f'No leak found: no patient, no file and no copy that was found {sides}.'
 
 # %% ../../nbs/report/quality_page.ipynb #cells
 def _cell(v, column='', root=''):
     "One value as a person reads it; control characters are written out"
-    if v is None or v is pd.NA or isinstance(v, (float, np.floating)) and np.isnan(v): return '-'
+    if is_missing(v): return '-'
     if isinstance(v, (bool, np.bool_)): return 'yes' if v else 'no'
     if isinstance(v, (int, np.integer)): return format_count(int(v))
     if isinstance(v, (float, np.floating)): return format_count(int(v)) if float(v).is_integer() else format_number(v)
     v = str(v)
     if column == 'path' and root and v.startswith(root + os.sep): v = v[len(root) + 1:]
-    return clean_text(v)
+    return printable(v)
 
 def _is_number(s): return pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
 
@@ -102,6 +103,8 @@ def _shown(name, t):
     return t[[c for c in _PAIR_COLUMNS if c in t and not (c == 'verdict' and t['duplicate'].all())]]
 
 # %% ../../nbs/report/quality_page.ipynb #text-table
+_MOST_ROWS = 14
+
 def _shorten(text, n): return text if len(text) <= n else text[:n - 1 - n // 3] + '…' + text[len(text) - n // 3:]
 
 def _blocks(wide, width):
@@ -113,10 +116,10 @@ def _blocks(wide, width):
         blocks[-1].append(c)
     return [[first, *b] for b in blocks]
 
-def _text_table(t, width, root='', most=14):
+def _text_table(t, width, root):
     "A frame as aligned lines"
-    cells = {c: [_shorten(_cell(v, c, root), 46) for v in t[c].head(most)] for c in t}
-    head = {c: clean_text(c) for c in t}
+    cells = {c: [_shorten(_cell(v, c, root), 46) for v in t[c].head(_MOST_ROWS)] for c in t}
+    head = {c: printable(c) for c in t}
     wide = {c: max([len(head[c]), *map(len, cells[c])]) for c in t}
     def put(s, c): return s.rjust(wide[c]) if _is_number(t[c]) else s.ljust(wide[c])
     lines = []
@@ -126,16 +129,15 @@ def _text_table(t, width, root='', most=14):
     return lines
 
 # %% ../../nbs/report/quality_page.ipynb #text
-_MOST_ROWS = 14
 _NOT_IN_TEXT = ('flow', 'faults')
 _HIDDEN = {'missing': ('source', 'patient', 'path'), 'unreadable': ('source', 'patient', 'path'),
            'files_used_twice': ('image_ids',)}
 
-def _wrap(text, width, **options): return textwrap.wrap(clean_text(text), width, break_on_hyphens=False, **options)
+def _wrap(text, width, **options): return textwrap.wrap(printable(text), width, break_on_hyphens=False, **options)
 
 def _text_head(i, width):
-    head = f'{i.rows:,} rows in = {i.used:,} used + {i.rows - i.used:,} excluded; {format_count(i.patients, "patient")}; '
-    head += f'from {join_words(i.sources, most=8) or "no source"}'
+    account = f'{i.rows:,} rows in = {i.used:,} used + {i.rows - i.used:,} excluded'
+    head = f"{account}; {format_count(i.patients, 'patient')}; from {join_words(i.sources, most=8) or 'no source'}"
     phantoms = ['SYNTHETIC PHANTOMS: nothing here says anything about patients.', ''] if i.synthetic else []
     leak = _wrap(describe_leak(i.leak), width)
     return [*phantoms, *leak, *([''] if leak else []), *_wrap(head, width), '']
@@ -144,7 +146,7 @@ def _text_section(i, name, width):
     t = _shown(name, i[name])
     t = t.drop(columns=[c for c in _HIDDEN.get(name, ()) if c in t])
     more = [f'... and {len(t) - _MOST_ROWS:,} more'] if len(t) > _MOST_ROWS else []
-    return ['', section_title(i, name).upper(), *_text_table(t, width, i.root, _MOST_ROWS), *more]
+    return ['', section_title(i, name).upper(), *_text_table(t, width, i.root), *more]
 
 # %% ../../nbs/report/quality_page.ipynb #inspection-text
 def inspection_text(
@@ -164,10 +166,7 @@ def inspection_text(
     return '\n'.join(lines) + '\n'
 
 # %% ../../nbs/report/quality_page.ipynb #csv
-def _safe_cell(v):
-    if not isinstance(v, str): return v
-    v = clean_text(v)
-    return f"'{v}" if v[:1] in ('=', '+', '-', '@') else v
+def _csv_cell(v): return safe_cell(printable(v)) if isinstance(v, str) else v
 
 def notes_table(
     inspection: Inspection,
@@ -184,7 +183,7 @@ def write_inspection_csv(
     "One CSV per section, and notes.csv; each written whole or not at all"
     frames: dict[str, pd.DataFrame] = {'notes': notes_table(inspection)}
     frames.update({name: s.table for name, s in inspection.sections.items()})
-    return [write_text(Path(folder) / f'{name}.csv', t.map(_safe_cell).rename(columns=_safe_cell).to_csv(index=False))
+    return [write_text(Path(folder) / f'{name}.csv', t.map(_csv_cell).rename(columns=_csv_cell).to_csv(index=False))
             for name, t in frames.items()]
 
 # %% ../../nbs/report/quality_page.ipynb #bars
@@ -228,9 +227,10 @@ def _share_line(name, counts, colours):
 def _share_chart(section):
     "The bars of a section, or None"
     if not section.bars: return None
-    t = section.table[section.table[section.names] != 'all'].head(40)
+    names = section.table.columns[0]
+    t = section.table[section.table[names] != 'all'].head(40)
     colours = {c: _colour(c, k) for k, c in enumerate(section.bars)}
-    lines = [_share_line(str(r[section.names]), {c: int(r[c]) for c in section.bars}, colours) for _, r in t.iterrows()]
+    lines = [_share_line(str(r[names]), {c: int(r[c]) for c in section.bars}, colours) for _, r in t.iterrows()]
     return _Chart(lines, [(c, colours[c]) for c in section.bars if t[c].sum()]) if lines else None
 
 # %% ../../nbs/report/quality_page.ipynb #flow-chart
@@ -274,7 +274,7 @@ def _pair_side(pair, side, i, columns):
 
 def _pair_card(pair, score, i):
     "A pair side by side, what differs marked"
-    word = 'label' if 'label_a' in pair else 'finding'
+    word = i.class_column
     dangers = {'in two splits': pair['two_splits'], f'two {word}s': _differs(pair, word),
                'two sources': pair['two_sources'], 'two patients': pair['patients'] == 'two'}
     danger = ', '.join(w for w, hit in dangers.items() if hit) or f'one patient, one {word}'
@@ -309,7 +309,7 @@ def _page_table(t, caption, root, most):
     numbers = tuple(k for k, c in enumerate(t) if _is_number(t[c]))
     rows = [[_cell(v, c, root) for v, c in zip(row, t)] for row in t.head(most).itertuples(index=False)]
     rows = [[Cell(bold=v) for v in row] if row[0] in _TOTALS else row for row in rows]
-    return Table(caption, [clean_text(c) for c in t], rows, numbers)
+    return Table(caption, [printable(c) for c in t], rows, numbers)
 
 # %% ../../nbs/report/quality_page.ipynb #page-sections
 _PAGE_ORDER: tuple[SectionName, ...] = (

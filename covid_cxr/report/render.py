@@ -19,21 +19,16 @@ from ..images import ImageRule, load_image
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Language', 'Layout', 'DotColour', 'BROWSERS', 'clean_text', 'environment', 'render', 'Cell', 'Table', 'Picture',
-           'draw_picture', 'Thumbnail', 'thumbnail', 'Dot', 'DotChart', 'find_browser', 'page_picture']
-
-# %% ../../nbs/report/render.ipynb #clean-text
-def clean_text(text: object) -> str:
-    "The text with every control character written out"
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+__all__ = ['Language', 'Layout', 'DotColour', 'BROWSERS', 'environment', 'render', 'Cell', 'Table', 'Picture', 'draw_picture',
+           'Thumbnail', 'thumbnail', 'Dot', 'DotChart', 'find_browser', 'page_picture']
 
 # %% ../../nbs/report/render.ipynb #finalize
 def _plain(value):
     "What a template is about to print, as clean text; what is HTML already passes"
     if hasattr(value, '__html__'): return value
     if value is None or isinstance(value, (float, np.floating)):
-        raise TypeError(f'a template prints {value!r} as it is; give it a filter of covid_cxr.words, such as format_number.')
-    return clean_text(value)
+        raise TypeError(f'a template prints {value!r} as it is; give it a filter of words, such as format_number.')
+    return words.printable(value)
 
 def _markdown(value):
     "What a Markdown template is about to print: neither Markdown nor a browser takes it for a command"
@@ -43,8 +38,6 @@ def _markdown(value):
 
 # %% ../../nbs/report/render.ipynb #environment
 Language = Literal['html', 'markdown']
-_FILTERS = ('format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p', 'format_count',
-            'join_words', 'sentence')
 
 @lru_cache
 def environment(
@@ -55,7 +48,7 @@ def environment(
     env = Environment(loader=PackageLoader('covid_cxr.report'), autoescape=True, undefined=StrictUndefined,
                       finalize=_markdown if language == 'markdown' else _plain,
                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    env.filters.update({name: getattr(words, name) for name in _FILTERS})
+    env.filters.update({name: getattr(words, name) for name in words.__all__})
     return env
 
 # %% ../../nbs/report/render.ipynb #render
@@ -96,7 +89,8 @@ class Table:
         check_choice('layout', self.layout, Layout)
         for row in self.rows:
             if len(row) != len(self.head):
-                raise CxrError(f"table '{self.caption}': the row {str(row[0])!r} has {len(row)} cells for {len(self.head)} columns.")
+                sizes = f'{len(row)} cells for {len(self.head)} columns'
+                raise CxrError(f"table '{self.caption}': the row {str(row[0])!r} has {sizes}.")
 
     def __str__(self) -> str:
         lines = [self.head, *([str(cell) for cell in row] for row in self.rows)]

@@ -5,7 +5,7 @@
 # %% ../../nbs/runs/compare.ipynb #imports
 from __future__ import annotations
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -29,9 +29,10 @@ class EvaluatedRun:
     "What a comparison needs of one run"
     name: str
     run: RunFolder
-    threshold: float                         # frozen
     test: pd.DataFrame = field(repr=False)   # predictions of the test split, by image_id
 
+    @property
+    def threshold(self) -> float: return self.run.frozen_threshold
     @property
     def task(self) -> str: return self.run.recipe.task
     @property
@@ -54,11 +55,11 @@ def read_evaluated(
     p = folder.predictions
     test = p[p['split'] == 'test'].set_index('image_id')
     if not len(test): raise RunError(f'{run} has no test split; there is nothing to compare it on.')
-    if folder.threshold is None: raise RunError(f'{run} has no operating point in evaluation.json; train it again.')
-    found = EvaluatedRun(name or folder.name, folder, folder.threshold, test)
+    found = EvaluatedRun(name or folder.name, folder, test)
     if ((found.scores(test.index) >= found.threshold) != (test['predicted'] == found.positive)).any():
-        raise RunError(f"the predicted classes in {folder.file('predictions.csv')} are not those of the frozen threshold "
-                       f'{found.threshold:.4f}; the file was altered.')
+        file = folder.file('predictions.csv')
+        raise RunError(f'{file} was altered: its classes are not those of the frozen threshold {found.threshold:.4f}; '
+                       'put a copy of the file back.')
     return found
 
 def _short_names(runs):
@@ -78,8 +79,8 @@ def _common_ids(runs, shared):
     common = set.intersection(*sets)
     if common != set.union(*sets) and not shared:
         counts = ', '.join(f'{j.name} {len(s)}' for j, s in zip(runs, sets))
-        raise RunError(f'the test splits differ: {counts} images, {len(common)} of them in all; a difference could come from '
-                       'the images. Train with one split, or compare on the shared images alone (shared=True, --shared).')
+        raise RunError(f'the test splits differ: {counts} images, {len(common)} of them in all; train with one split, '
+                       'or compare on the shared images alone (shared=True, --shared).')
     return sorted(common)
 
 def _check_alike(runs, ids):
@@ -102,7 +103,11 @@ def _check_task(runs):
     first = runs[0]
     for j in runs[1:]:
         if (j.task, j.run.classes) != (first.task, first.run.classes):
-            raise RunError(f"{first.name} answers '{first.task}' and {j.name} '{j.task}'; runs of one task can be compared.")
+            raise RunError(f"{first.name} answers '{first.task}' and {j.name} '{j.task}'; compare runs of one task.")
+
+def _count_unknown(runs, ids):
+    "Images whose patient none of the runs has recorded"
+    return int(np.logical_and.reduce([j.test.loc[ids, 'patient'].isna() for j in runs]).sum())
 
 def _joint_groups(runs, ids):
     "(n,) one group per patient: images that any of the runs keeps together"
@@ -176,13 +181,14 @@ class Comparison:
     test_evaluations: int            # of these runs' test splits, this one included when it is recorded
     recorded: bool                   # does this comparison stand in the test logs?
     margin: float | None = None      # of non-inferiority, in AUC
+    unknown_patients: int = 0        # images whose patient no run has recorded
 
     @cached_property
     def pairs(self) -> pd.DataFrame: return pd.DataFrame([asdict(d) for d in self.differences])
 
     def to_dict(self) -> dict:
         "Plain Python for JSON (`core.write_json` turns NaN into null)"
-        kept = ('n_images', 'n_groups', 'test_evaluations', 'recorded', 'margin', 'ranking')
+        kept = 'n_images', 'n_groups', 'unknown_patients', 'test_evaluations', 'recorded', 'margin', 'ranking'
         numbers = {k: getattr(self, k) for k in kept}
         return dict(format='covid_cxr comparison', version=2, **numbers, runs=self.runs.to_dict('records'),
                     pairs=[asdict(d) for d in self.differences])
@@ -212,8 +218,7 @@ def _correct(rows, level):
         for r, p in zip(these, holm([r.p for r in these])):
             significant = bool(p < 1 - level and (r.low > 0 or r.high < 0))
             better = (r.first if r.difference > 0 else r.second) if significant else None
-            found = dict(asdict(r), p_holm=float(p), significant=significant, better=better)
-            out[r.first, r.second, metric] = RunDifference(**found)
+            out[r.first, r.second, metric] = replace(r, p_holm=float(p), significant=significant, better=better)
     return [out[r.first, r.second, r.metric] for r in rows]
 
 # %% ../../nbs/runs/compare.ipynb #ranking
@@ -260,4 +265,5 @@ def compare_runs(
         note = 'with ' + ', '.join(o.name for o in found if o is not j)
         log_test_evaluation(j.run.path, 'compare', metrics=values[j.name], threshold=j.threshold, images=ids, note=note)
     return Comparison(_runs_table(found, values), differences, _ranking([j.name for j in found], differences), len(ids),
-                      int(groups.max()) + 1, count_test_evaluations(runs), record, margin)
+                      int(groups.max()) + 1, count_test_evaluations(runs), record, margin,
+                      _count_unknown(found, ids))

@@ -4,28 +4,27 @@
 
 # %% ../../nbs/runs/external.ipynb #imports
 from __future__ import annotations
-import dataclasses, re, warnings
+import dataclasses, re
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Sequence
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 from .. import plots
 from ..cache import OnBad
 from ..bundle import update_manifest
 from ..core import (SPLITS, BundleError, LeakError, Reason, RunError, TableError, canonical_finding,
-                            check_choice, choices, exclude, new_table, sha256_file, used, write_json)
+                            check_choice, choices, exclude, new_table, sha256_file, used, utc_now, write_json)
 from ..duplicates import find_exact, find_near
-from ..evaluate import Estimate, UndefinedMetric, evaluate
+from ..evaluate import Estimate, allow_undefined
 from ..predict import Predictor, load_predictor, predictions_frame
 from ..recipe import SourceSpec, read_one_source
-from .folder import EXTERNAL_FORMAT, EXTERNAL_VERSION, RunFolder, is_synthetic, run_lock, write_table
+from .folder import (EXTERNAL_FORMAT, EXTERNAL_VERSION, RunFolder, evaluate_rows, is_synthetic,
+                                   reading_file, run_lock, write_table)
 from .test_log import log_test_evaluation
 from ..stats.bootstrap import patient_wilson
 from ..table import drop_repeats, filter_ages, filter_views, flow, group_leaksafe, label_for
-from ..words import as_number, format_count, format_number
+from ..words import format_count, format_number
 
 # %% auto #0
 __all__ = ['LinkKind', 'Search', 'Baselines', 'FrozenRun', 'open_frozen', 'ExternalSource', 'read_external', 'find_overlap',
@@ -54,8 +53,8 @@ def open_frozen(
     predictor = load_predictor(run, device)
     threshold = folder.threshold
     if predictor.threshold is not None and threshold is not None and predictor.threshold != threshold:
-        raise BundleError(f'the bundle of {run} has threshold {predictor.threshold:.4f}, and {threshold:.4f} was chosen on '
-                          'the validation split; an external test uses the frozen one, export the run again.')
+        raise BundleError(f'the bundle of {run} has threshold {predictor.threshold:.4f}, and {threshold:.4f} was '
+                          'chosen on the validation split; export the run again.')
     return FrozenRun(folder, predictor)
 
 # %% ../../nbs/runs/external.ipynb #asked
@@ -121,7 +120,7 @@ def read_external(
     if views: table = filter_views(table, views)
     table = label_for(filter_ages(table, asked.min_age), frozen.run.recipe.task, every_class=False)
     if not len(used(table)):
-        f = flow(table).sort_values('excluded', ascending=False)
+        f = flow(table).sort_values('excluded', ascending=False)          # it names the views that there are
         reasons = ', '.join(f'{r} ({k})' for r, k in zip(f['rule'][:4], f['excluded'])) or 'it is empty'
         raise TableError(f'no image of {asked.name} is left for the task {frozen.run.recipe.task}: {reasons}; '
                          'ask for other views, findings or ages.')
@@ -145,7 +144,7 @@ def _together(new, own, duplicates, cache_file, workers):
     return both
 
 def _matches(both):
-    "For every external image the first image of the run it is linked with: train before valid before test, strong links first"
+    "For every external image its first link with the run: train before valid before test, strong links first"
     new, own = both[both['external_id'].notna()], both[both['external_id'].isna()]
     empty = dict(overlap_split=np.nan, overlap_kind=np.nan, overlap_with=np.nan)
     out = pd.DataFrame(dict(image_id=new['external_id'], group=new['by_patient'], **empty), dtype=object)
@@ -203,8 +202,7 @@ def _leave_out(table, frozen, duplicates, cache_file, check_files):
     lost = _missing_files(own)
     if lost and check_files:
         raise RunError(f'{len(lost)} of the {len(used(own))} images that this model was made with are not on this disk '
-                       f'(first: {lost[0]}), so it is not known whether the new ones are among them; put them back, or '
-                       'go on with check_files=False and the test will say so.')
+                       f'(first: {lost[0]}); put them back, or go on with check_files=False and the test will say so.')
     matches = find_overlap(table, own, duplicates, cache_file)
     table = table.drop(columns=[c for c in matches if c in table and c != 'image_id'])
     table = table.merge(matches, on='image_id', how='left')
@@ -213,28 +211,24 @@ def _leave_out(table, frozen, duplicates, cache_file, check_files):
     reasons = [Reason('split', f'group also in the {s} split of the model') for s in table['overlap_split']]
     out = exclude(table, made, reasons)
     if not len(used(out)):
-        raise LeakError(f'all {overlap.images} images of this set belong to patients that the model was made with, '
-                        f'e.g. {overlap.examples[0]}: it is no external set for this run; take another one.')
+        raise LeakError(f'all {overlap.images} images of this set are of patients or pictures that the model was made '
+                        f'with, e.g. {overlap.examples[0]}; take another set.')
     return drop_repeats(out, cache_file=cache_file), overlap
 
 # %% ../../nbs/runs/external.ipynb #evaluate
 def evaluate_external(
-    labels: ArrayLike,             # (n,) class names
-    probs: ArrayLike,              # (n, k) probabilities
-    groups: ArrayLike,             # (n,) patient groups
-    classes: Sequence[str],        # names, negative first and positive last
-    threshold: float | None,       # frozen; None with more than two classes
+    rows: pd.DataFrame,         # label, group and prob_CLASS of every class
+    classes: Sequence[str],     # names, negative first and positive last
+    threshold: float | None,    # frozen; None with more than two classes
     n_boot: int = 2000, seed: int = 0,
-) -> dict[str, Estimate]:          # by metric: all of `evaluate`, or with one class of two what one class can tell
+) -> dict[str, Estimate]:       # by metric: all of `evaluate`, or with one class of two what one class can tell
     "What these images say about the frozen model"
-    labels, probs = np.asarray(labels, object), np.asarray(probs, float)
-    present = [c for c in classes if (labels == c).any()]
+    present = [c for c in classes if (rows['label'] == c).any()]
     if len(classes) == 2 and len(present) == 1:
-        return _one_class(present[0] == classes[1], probs[:, 1] >= threshold, groups)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UndefinedMetric)          # a class that is absent is said in the test itself
-        scores = probs[:, 1] if len(classes) == 2 else probs
-        e = evaluate(labels, scores, groups, .5 if threshold is None else threshold, classes, n_boot, seed)
+        predicted = rows[f'prob_{classes[1]}'].to_numpy(float) >= threshold
+        return _one_class(present[0] == classes[1], predicted, rows['group'])
+    with allow_undefined():       # a class that is absent is said in the test itself
+        e = evaluate_rows(rows, classes, threshold, n_boot, seed)
     return {m: v for m, v in e.estimates.items() if not np.isnan(v.value)}
 
 def _one_class(ill, predicted, groups):
@@ -242,17 +236,6 @@ def _one_class(ill, predicted, groups):
     positive, negative = patient_wilson(predicted, groups), patient_wilson(~predicted, groups)
     if ill: return dict(recall=positive, false_negative_rate=negative)
     return dict(specificity=negative, false_positive_rate=positive)
-
-# %% ../../nbs/runs/external.ipynb #external-test-data
-def _plain(e):
-    "An `Estimate` as JSON has it"
-    if e is None: return None
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in e._asdict().items()}
-
-def _estimate(d):
-    "An `Estimate` from JSON"
-    if d is None: return None
-    return Estimate(as_number(d['value']), as_number(d['low']), as_number(d['high']), d['n'], d['note'])
 
 # %% ../../nbs/runs/external.ipynb #external-test-class
 @dataclass(frozen=True, eq=False)
@@ -282,6 +265,7 @@ class ExternalTest:
     table_sha256: str = ''
     predictions: str = ''                        # likewise
     predictions_sha256: str = ''
+    unknown_patients: int | None = None          # images whose patient is not recorded; None: not known
 
     @property
     def classes(self) -> list[str]: return list(self.images_per_class)
@@ -296,30 +280,39 @@ class ExternalTest:
 
     def to_dict(self) -> dict:
         "Plain Python that JSON can hold: NaN is None"
-        named = {k: {m: _plain(e) for m, e in getattr(self, k).items()} for k in ('estimates', 'baselines')}
-        return dict(vars(self), overlap=dataclasses.asdict(self.overlap), **named)
+        plain = lambda estimates: {m: None if e is None else e.to_dict() for m, e in estimates.items()}
+        return dict(vars(self), overlap=dataclasses.asdict(self.overlap), estimates=plain(self.estimates),
+                    baselines=plain(self.baselines))
 
     @classmethod
     def from_dict(
         cls, d: dict,   # as `to_dict` made it, or JSON of it
     ) -> ExternalTest:
         "The same test from `to_dict`"
-        named = {k: {m: _estimate(e) for m, e in d[k].items()} for k in ('estimates', 'baselines')}
-        return cls(**{**d, **named, 'overlap': Overlap(**d['overlap'])})
+        read = lambda estimates: {m: None if e is None else Estimate.from_dict(e) for m, e in estimates.items()}
+        return cls(**{**d, 'overlap': Overlap(**d['overlap']), 'estimates': read(d['estimates']),
+                      'baselines': read(d['baselines'])})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ExternalTest) and self.to_dict() == other.to_dict()
 
 # %% ../../nbs/runs/external.ipynb #read-tests
+def _with_unknown(run, t):
+    "The test with its count of images without a patient; older runs did not keep it, their predictions tell it"
+    file = run.path / t.predictions
+    if t.unknown_patients is not None or not file.is_file(): return t
+    with reading_file(file, 'run the external test again'): p = pd.read_csv(file)
+    return dataclasses.replace(t, unknown_patients=int(p['patient'].isna().sum())) if 'patient' in p else t
+
 def read_external_tests(
     run: str | Path | RunFolder,   # run directory
 ) -> list[ExternalTest]:           # in the order in which they were first made; empty when there are none
     "The external tests of a run"
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    found = folder.external_json
-    try: return [ExternalTest.from_dict(t) for t in (found or dict(tests=[]))['tests']]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise RunError(f"{folder.file('external.json')} is damaged ({e!r}); delete it and run the external tests again.") from e
+    found = folder.external_json or dict(tests=[])
+    with reading_file(folder.file('external.json'), 'run the external tests again'):
+        tests = [ExternalTest.from_dict(t) for t in found['tests']]
+        return [_with_unknown(folder, t) for t in tests]
 
 # %% ../../nbs/runs/external.ipynb #predict
 def _predict(predictor, table, on_bad):
@@ -339,7 +332,7 @@ def _file_stem(name, tests):
     stem = re.sub(r'[^\w.+-]+', '-', name).strip('-.') or 'external'
     for t in tests:
         if t.name != name and Path(t.predictions).stem.lower() == stem.lower():
-            raise RunError(f"the name '{name}' is too like that of the external test '{t.name}'; choose another with name=.")
+            raise RunError(f"the name '{name}' is too like '{t.name}', another external test; choose one with name=.")
     return stem
 
 # %% ../../nbs/runs/external.ipynb #collect
@@ -348,14 +341,15 @@ def _collect(frozen, name, asked, table, estimates, baselines, overlap):
     rows, classes = used(table), frozen.classes
     by_class = {c: rows[rows['label'] == c] for c in classes}
     return ExternalTest(
-        name=name, **asked.to_dict(), date=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'),
+        name=name, **asked.to_dict(), date=utc_now(),
         n_images=len(rows), n_groups=int(rows['group'].nunique()),
         images_per_class={c: len(r) for c, r in by_class.items()},
         groups_per_class={c: int(r['group'].nunique()) for c, r in by_class.items()},
         threshold=frozen.predictor.threshold, estimates=estimates, baselines=baselines, overlap=overlap,
         ood_warnings=int(rows['ood_warning'].notna().sum()),
         excluded={r.rule: int(r.excluded) for r in flow(table).itertuples()},
-        synthetic=frozen.run.synthetic or is_synthetic(table))
+        synthetic=frozen.run.synthetic or is_synthetic(table),
+        unknown_patients=int(rows['patient'].isna().sum()))
 
 def _keep(frozen, test, table, tests):
     "The table, the predictions, the entry in the test log, then external.json"
@@ -390,9 +384,7 @@ def _test(frozen, name, asked, tests, *, on_bad, duplicates, check_files, cache_
     log(f'{name}: comparing with the images that the model was made with ({duplicates} copies)')
     table, overlap = _leave_out(table, frozen, duplicates, cache_file, check_files)
     rows = used(table)
-    probs = rows[[f'prob_{c}' for c in frozen.classes]]
-    estimates = evaluate_external(rows['label'], probs, rows['group'], frozen.classes, frozen.predictor.threshold,
-                                  n_boot, seed)
+    estimates = evaluate_external(rows, frozen.classes, frozen.predictor.threshold, n_boot, seed)
     found: dict[str, Estimate | None] = dict(file=None, metadata=None)
     if baselines is not None:
         own = used(frozen.run.table)
@@ -435,28 +427,29 @@ def external_test(
 # %% ../../nbs/runs/external.ipynb #table
 _SHOWN = dict(auc='auc', sensitivity='recall', false_positive_rate='false_positive_rate')   # column -> metric
 
-def _row(name, kind, n, groups, estimates, left_out=0):
-    row = dict(name=name, kind=kind, images=n, groups=groups)
-    for column, metric in _SHOWN.items():
-        e = estimates.get(metric) or Estimate(np.nan, np.nan, np.nan, 0)
-        row.update({column: e.value, f'{column}_low': e.low, f'{column}_high': e.high})
+def _row(name, kind, counts, estimates, left_out=0):
+    row = dict(name=name, kind=kind, **counts)
+    for column, metric in _SHOWN.items(): row.update(estimates.get(metric, Estimate()).columns(column))
     return dict(row, left_out=left_out)
+
+def _counts(rows):
+    "How many images and groups a split has, and of how many images the patient is not recorded"
+    return dict(images=len(rows), groups=rows['group'].nunique(), unknown_patients=int(rows['patient'].isna().sum()))
 
 def external_table(
     run: str | Path | RunFolder,   # a finished run
-) -> pd.DataFrame:   # name, kind, images, groups, left_out; auc, sensitivity, false_positive_rate with _low and _high
+) -> pd.DataFrame:   # a row per set: name, kind, counts, AUC, sensitivity and false positive rate with _low and _high
     "Every external test of a run, its own splits first; what cannot be estimated is NaN"
-    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    p, classes, recipe = run.predictions, run.classes, run.recipe
-    v = p[p['split'] == 'valid']
-    valid = evaluate_external(v['label'], v[[f'prob_{c}' for c in classes]], v['group'], classes, run.threshold,
-                              recipe.evaluation.n_boot, recipe.seed)
-    rows = [_row('own validation split', 'valid', len(v), v['group'].nunique(), valid)]
+    run = RunFolder.open(run)
+    valid = run.predictions[run.predictions['split'] == 'valid']
+    chosen = evaluate_external(valid, run.classes, run.threshold, run.recipe.evaluation.n_boot, run.recipe.seed)
+    rows = [_row('own validation split', 'valid', _counts(valid), chosen)]
     if run.split == 'test':
-        rows.append(_row('own test split', 'test', run.result.n_images, run.result.n_groups, run.result.estimates))
+        rows.append(_row('own test split', 'test', _counts(run.evaluated_predictions), run.result.estimates))
     for t in read_external_tests(run):
-        rows.append(_row(t.name, 'external', t.n_images, t.n_groups, t.estimates, t.overlap.images))
-    return pd.DataFrame(rows)
+        counts = dict(images=t.n_images, groups=t.n_groups, unknown_patients=t.unknown_patients)
+        rows.append(_row(t.name, 'external', counts, t.estimates, t.overlap.images))
+    return pd.DataFrame(rows).astype(dict(unknown_patients=float))
 
 # %% ../../nbs/runs/external.ipynb #plot
 def _panel(ax, t, y, column, title, colour):
@@ -470,17 +463,22 @@ def _panel(ax, t, y, column, title, colour):
     ax.set(xlim=(-.08, 1.08), ylim=(-.5, len(t) - .3))
     ax.set_title(title, loc='left', fontsize=10)
 
+def _tick(r):
+    "Name and size of a row"
+    name = r['name'] if len(r['name']) <= 34 else r['name'][:33] + '…'
+    groups = format_count(r['groups'], 'patient' if r['unknown_patients'] == 0 else 'group')
+    return f'{name}\n{format_count(r["images"], "image")}, {groups}'
+
 def plot_external(
     run: str | Path | RunFolder,   # a finished run
 ) -> Figure:
     "Every external test with its intervals: AUC, sensitivity and false positive rate at the frozen threshold"
-    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    run = RunFolder.open(run)
     t, synthetic = external_table(run), run.synthetic or any(t.synthetic for t in read_external_tests(run))
     fig, axes = plots.new_figure(9, 1.3 + .42 * len(t), 1, 3, synthetic=synthetic, sharey=True)
     y = np.arange(len(t))[::-1]
     titles, colours = ('AUC', 'sensitivity', 'false positive rate'), (plots.BLUE, plots.GREEN, plots.ORANGE)
     for ax, column, title, colour in zip(axes, _SHOWN, titles, colours): _panel(ax, t, y, column, title, colour)
     axes[0].axvline(.5, color=plots.GREY, lw=.8, ls=':')
-    names = [r['name'] if len(r['name']) <= 34 else r['name'][:33] + '…' for r in t.to_dict('records')]
-    axes[0].set_yticks(y, [f'{name}\n{n} images, {g} patients' for name, n, g in zip(names, t['images'], t['groups'])])
+    axes[0].set_yticks(y, [_tick(r) for r in t.to_dict('records')])
     return fig

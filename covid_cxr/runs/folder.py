@@ -4,26 +4,25 @@
 
 # %% ../../nbs/runs/folder.ipynb #imports
 from __future__ import annotations
-import contextlib, json, re, warnings
+import contextlib, json, warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Literal, cast
+from typing import Any, Iterator, Literal, Sequence, cast
 import numpy as np, pandas as pd
 from ..bundle import MANIFEST, AlteredWarning, Integrity, check_manifest, describe_integrity, read_description
 from ..core import (COLUMNS, NUMERIC, SPLITS, SYNTHETIC, CxrError, RunError, atomic_path, check_choice,
                             new_table, sha256_file, used)
-from ..evaluate import Evaluation, OperatingPoint
+from ..evaluate import Evaluation, OperatingPoint, evaluate
 from ..recipe import Recipe, parse_recipe
 from ..table import as_task
-from ..words import format_count
+from ..words import format_count, plain_cell, safe_cell
 
 # %% auto #0
-__all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'OLD_BASELINE_KINDS', 'OLD_BASELINE_NAMES', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT',
-           'EXTERNAL_VERSION', 'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading', 'read_json',
-           'read_run_state', 'guard_cells', 'unguard_cells', 'write_table', 'read_table', 'is_synthetic', 'run_lock',
-           'read_predictions', 'check_finished', 'manifest_names', 'read_external_json', 'read_baseline_scores',
-           'RunFolder']
+__all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT', 'EXTERNAL_VERSION',
+           'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading_file', 'read_json',
+           'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock', 'evaluate_rows',
+           'describe_images', 'check_finished', 'manifest_names', 'RunFolder']
 
 # %% ../../nbs/runs/folder.ipynb #old-names
 OLD_FILES = {'external.json': 'ladder.json', 'external': 'ladder', 'test_log.jsonl': 'ledger.jsonl',
@@ -33,11 +32,9 @@ OLD_KEYS: dict[str, dict[str, str]] = {
     'evaluation.json': {'part': 'split', 'source_only': 'source_baseline'},
     'bundle.json': {'gate': 'ood_check', 'input_gate': 'ood_check', 'part': 'split'},
     'history.csv': {'round': 'stage'},
-    'lr_find.csv': {'round': 'stage'},
     'baselines.csv': {'floor': 'baseline'},
     'external.json': {'rungs': 'tests', 'floors': 'baselines', 'gate_warnings': 'ood_warnings',
                       'provenance': 'metadata'},
-    'external.csv': {'overlap_part': 'overlap_split', 'gate_warning': 'ood_warning'},
     'test_log.jsonl': {'part': 'split'},
 }
 
@@ -62,14 +59,14 @@ def find_file(
 
 # %% ../../nbs/runs/folder.ipynb #baseline-words
 BaselineKind = Literal['image_without_lungs', 'file', 'metadata']
-OLD_BASELINE_KINDS: dict[str, BaselineKind] = {'pixels': 'image_without_lungs', 'provenance': 'metadata'}
-OLD_BASELINE_NAMES = {'provenance': 'metadata', 'shape of the film': 'shape of the image'}
+_OLD_KINDS: dict[str, BaselineKind] = {'pixels': 'image_without_lungs', 'provenance': 'metadata'}
+_OLD_NAMES = {'provenance': 'metadata', 'shape of the film': 'shape of the image'}
 
 def baseline_kind(
     word: str,         # today's word, or the one that older runs have
 ) -> BaselineKind:
     "The kind of a baseline"
-    kind = OLD_BASELINE_KINDS.get(word, word)
+    kind = _OLD_KINDS.get(word, word)
     check_choice('kind of baseline', kind, BaselineKind, RunError)
     return cast(BaselineKind, kind)
 
@@ -77,11 +74,11 @@ def baseline_name(
     name: str,         # today's name, or the one that older runs have
 ) -> str:
     "The name of a baseline"
-    return OLD_BASELINE_NAMES.get(name, name)
+    return _OLD_NAMES.get(name, name)
 
 # %% ../../nbs/runs/folder.ipynb #read-json
 @contextlib.contextmanager
-def reading(
+def reading_file(
     file: str | Path,              # what is read
     cure: str = 'make it again',   # what to do about a damaged file
 ) -> Iterator[None]:
@@ -98,8 +95,9 @@ def read_json(
     cure: str = 'make it again',   # what to do about a damaged file
 ) -> dict:
     "A JSON object from a file; a damaged one is named"
-    with reading(file, cure): values = json.loads(Path(file).read_text(encoding='utf-8'))
-    if not isinstance(values, dict): raise RunError(f'{file} does not hold what covid_cxr writes there; delete it and {cure}.')
+    with reading_file(file, cure):
+        values = json.loads(Path(file).read_text(encoding='utf-8'))
+        if not isinstance(values, dict): raise ValueError('it does not hold a JSON object')
     return values
 
 # %% ../../nbs/runs/folder.ipynb #read-state
@@ -111,10 +109,12 @@ _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
 def _check_state(state, file):
     "Refuse a run.json whose values are of another kind"
     odd = [k for k, kind in _STATE_TYPES.items() if k in state and not isinstance(state[k], kind)]
-    log = state.get('test_log', {})
+    log = state.get('test_log')
     if not odd and log and not (isinstance(log.get('entries'), int) and isinstance(log.get('head'), (str, type(None)))):
         odd = ['test_log']
-    if odd: raise RunError(f"{file} is damaged ('{odd[0]}' is {str(state[odd[0]])[:60]!r}); put a copy of the file back.")
+    if not odd: return
+    found = str(state[odd[0]])[:60]
+    raise RunError(f"{file} is damaged ('{odd[0]}' is {found!r}); put a copy of the file back.")
 
 def read_run_state(
     folder: str | Path,   # run directory
@@ -122,52 +122,45 @@ def read_run_state(
     "The state of a run directory"
     file = Path(folder) / 'run.json'
     if not file.is_file():
-        raise RunError(f'{folder} is no run directory ({file.name} is missing); give the folder that was named with --out.')
+        raise RunError(f'{folder} is no run directory (run.json is missing); give the folder named with --out.')
     cure = f'train again into a new folder instead of {folder}'
     state = rename_old_keys(read_json(file, cure), 'run.json')
     _check_state(state, file)
     return state
 
 # %% ../../nbs/runs/folder.ipynb #table
-_FORMULA, _GUARDED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")
+_AGAIN = 'put a copy of the file back, or train the run again'
 
-def _on_texts(table, pattern, change):
-    "A copy of the table with the text cells that begin with a pattern changed"
+def _on_texts(table, change):
+    "A copy of the table with every cell of its text columns changed"
     out = table.copy()
-    for c in [c for c in table.columns if table[c].dtype == object]:
-        hit = np.array([isinstance(v, str) and bool(pattern.match(v)) for v in table[c]], bool)
-        if hit.any(): out.loc[hit, c] = change(table.loc[hit, c].astype(str))
+    for c in table.columns[table.dtypes == object]:
+        out[c] = pd.Series([change(v) for v in table[c]], index=table.index, dtype=object)
     return out
 
-def guard_cells(table: pd.DataFrame) -> pd.DataFrame:
-    "Texts that a spreadsheet would run as a formula get an apostrophe in front"
-    return _on_texts(table, _FORMULA, lambda cells: "'" + cells)
-
-def unguard_cells(table: pd.DataFrame) -> pd.DataFrame:
-    "The texts as they were before `guard_cells`"
-    return _on_texts(table, _GUARDED, lambda cells: cells.str[1:])
-
-# %% ../../nbs/runs/folder.ipynb #write-table
 def write_table(
     table: pd.DataFrame,
     path: str | Path,
 ) -> Path:
-    "Write a table as CSV, whole or not at all; no cell of it is a formula"
-    with atomic_path(path) as tmp: guard_cells(table).to_csv(tmp, index=False)
+    "Write a table as CSV, whole or not at all; no cell of it is a formula (`words.safe_cell`)"
+    with atomic_path(path) as tmp: _on_texts(table, safe_cell).to_csv(tmp, index=False, errors='backslashreplace')
     return Path(path)
 
+# %% ../../nbs/runs/folder.ipynb #read-table
 def read_table(
     path: str | Path,   # a CSV that `write_table` wrote
 ) -> pd.DataFrame:
     "Read a table with the types of the contract"
-    if not Path(path).is_file(): raise RunError(f'{path} is missing; put a copy of the file back, or train the run again.')
+    if not Path(path).is_file(): raise RunError(f'{path} is missing; {_AGAIN}.')
     text = {c: str for c in COLUMNS if c not in NUMERIC}
-    with reading(path, 'put a copy of the file back, or train the run again'):
+    with reading_file(path, _AGAIN):
         t = new_table(pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[''], low_memory=False))
-    t = unguard_cells(t)
+    t = _on_texts(t, plain_cell)
     untold = t['excluded'].notna() & t['excluded_step'].isna()
     t.loc[untold, 'excluded_step'], t.loc[untold, 'excluded_rule'] = 'unknown', t['excluded'][untold]
     return t
+
+SYNTHETIC_WARNING = 'SYNTHETIC PHANTOMS: these numbers say nothing about patients.'
 
 def is_synthetic(table: pd.DataFrame) -> bool:
     "Does any used row come from a phantom?"
@@ -185,51 +178,48 @@ def run_lock(
         return
     with open(Path(folder) / '.lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e: raise RunError(f'another process is working in {folder}; wait for it or use another folder.') from e
+        except OSError as e:
+            raise RunError(f'another process is working in {folder}; wait for it or use another folder.') from e
         yield
 
-# %% ../../nbs/runs/folder.ipynb #helpers
+# %% ../../nbs/runs/folder.ipynb #check-predictions
 TEXT_COLUMNS = ('path', 'image_id', 'patient', 'group', 'split', 'label', 'predicted', 'source')   # of predictions.csv
 _NEEDED = ('image_id', 'split', 'label', 'predicted', 'group')
-_AGAIN = 'put a copy of the file back, or train the run again'
+
+def _check_columns(p, columns, file):
+    "Refuse predictions without a column that every run has, or of one class"
+    lost = [c for c in _NEEDED if c not in p] or ['prob_CLASS'] * (len(columns) < 2)
+    if lost: raise RunError(f'{file} has no column {lost[0]}; {_AGAIN}.')
 
 def _check_predictions(p, file):
     "Refuse predictions that are none: doubled images, probabilities that are no probabilities"
-    lost = [c for c in _NEEDED if c not in p]
     columns = [c for c in p if str(c).startswith('prob_')]
-    if lost or len(columns) < 2:
-        raise RunError(f"{file} has no column {lost[0] if lost else 'prob_CLASS'}; {_AGAIN}.")
-    doubled = p['image_id'][p['image_id'].duplicated() | p['image_id'].isna()]
-    if len(doubled):
-        raise RunError(f'{file}: {format_count(len(doubled), "row")} repeat an image or name none, first {doubled.iloc[0]}; {_AGAIN}.')
-    probs = p[columns]
-    if not all(d.kind == 'f' for d in probs.dtypes): probs = probs.apply(pd.to_numeric, errors='coerce')
-    values = probs.to_numpy(float)
-    bad = ~(np.isfinite(values).all(1) & (np.abs(values.sum(1) - 1) < 1e-3) & (values > -1e-6).all(1))
-    if bad.any():
-        raise RunError(f'{file}: {format_count(int(bad.sum()), "row")} hold no probabilities that add up to 1, '
-                       f"first of {p['image_id'][bad].iloc[0]}; {_AGAIN}.")
-    wrong = p['split'][~p['split'].isin(SPLITS)]
-    if len(wrong): raise RunError(f"{file}: '{wrong.iloc[0]}' is no split; {_AGAIN}.")
+    _check_columns(p, columns, file)
+    values = p[columns].apply(pd.to_numeric, errors='coerce').to_numpy(float)
+    sound = np.isfinite(values).all(1) & (np.abs(values.sum(1) - 1) < 1e-3) & (values > -1e-6).all(1)
+    faults = {'repeat an image or name none': p['image_id'].duplicated() | p['image_id'].isna(),
+              'hold no probabilities that add up to 1': ~sound, 'are of no split': ~p['split'].isin(SPLITS)}
+    for what, bad in faults.items():
+        if not bad.any(): continue
+        rows, first = format_count(int(bad.sum()), 'row'), p['image_id'][bad].iloc[0]
+        raise RunError(f'{file}: {rows} {what}, first {first}; {_AGAIN}.')
 
 # %% ../../nbs/runs/folder.ipynb #read-predictions
-def read_predictions(
-    file: str | Path,   # predictions.csv of a run
-) -> pd.DataFrame:      # ids, labels and split as text, probabilities as float, blanks as NaN
-    "What a model said of every image, with one rule for types and blanks; doubled rows and NaN are refused"
-    if not Path(file).is_file(): raise RunError(f'{file} is missing; train the run again.')
-    with reading(file, _AGAIN):
+def _read_predictions(file):
+    "What a model said of every image: ids, labels and split as text, probabilities as float, blanks as NaN"
+    if not file.is_file(): raise RunError(f'{file} is missing; train the run again.')
+    with reading_file(file, _AGAIN):
         text = {c: str for c in TEXT_COLUMNS}
-        p = unguard_cells(pd.read_csv(file, dtype=text, keep_default_na=False, na_values=['']))
+        p = _on_texts(pd.read_csv(file, dtype=text, keep_default_na=False, na_values=['']), plain_cell)
         _check_predictions(p, file)
-    return p
+    return p if 'patient' in p else p.assign(patient=np.nan)
 
 _EPOCH = ('stage', 'epoch', 'lr', 'images', 'seconds')   # of history.csv
 
 def _read_history(file):
     "history.csv with today's column names; what is no number is refused"
     if not file.is_file(): raise RunError(f'{file} is missing; train the run again.')
-    with reading(file, _AGAIN):
+    with reading_file(file, _AGAIN):
         t = pd.read_csv(file).rename(columns=OLD_KEYS['history.csv'])
         odd = [c for c in t if t[c].dtype.kind not in 'fiub']
         if odd or not np.isfinite(t[list(_EPOCH)].to_numpy(float)).all(): raise ValueError('a cell is no number')
@@ -243,9 +233,33 @@ def _join_predictions(run, table, predictions, classes):
     rows = rows.merge(keep, left_on='image_id', right_index=True, how='left', validate='one_to_one')
     gone = int(rows['predicted'].isna().sum())
     if gone or len(predictions) != len(rows):
-        raise RunError(f'{run}: {format_count(gone, "used row")} of table.csv have no prediction, and predictions.csv has '
-                       f'{len(predictions)} rows for {len(rows)}; the files are not of one run, train it again.')
+        counts = f'{len(rows)} used rows in table.csv, {len(predictions)} predictions, {gone} rows without one'
+        raise RunError(f'{run}: the files are not of one run ({counts}); {_AGAIN}.')
     return rows.reset_index(drop=True)
+
+# %% ../../nbs/runs/folder.ipynb #evaluate-rows
+def evaluate_rows(
+    rows: pd.DataFrame,         # label, group and prob_CLASS of every class
+    classes: Sequence[str],     # names, negative first and positive last
+    threshold: float | None,    # frozen; None with more than two classes: none is used
+    n_boot: int = 2000, seed: int = 0,
+) -> Evaluation:
+    "All metrics of predictions"
+    probs = rows[[f'prob_{c}' for c in classes]].to_numpy(float)
+    score = probs[:, 1] if len(classes) == 2 else probs
+    return evaluate(rows['label'].to_numpy(object), score, rows['group'].to_numpy(object),
+                    .5 if threshold is None else threshold, classes, n_boot, seed)
+
+def describe_images(
+    images: int,
+    groups: int,           # of patients
+    unknown: int | None,   # images whose patient is not recorded; None: not counted
+) -> str:
+    "'120 images of 60 patients'; where patients are not recorded, nothing is said of patients"
+    n = format_count(images, 'image')
+    if unknown == 0: return f'{n} of {format_count(groups, "patient")}'
+    text = f'{n} in {format_count(groups, "group")}'
+    return f'{text} (the patient of {unknown:,} is not recorded)' if unknown else text
 
 # %% ../../nbs/runs/folder.ipynb #check-finished
 def check_finished(
@@ -254,7 +268,7 @@ def check_finished(
 ) -> None:
     "Refuse a run that is not finished"
     if state.get('status') != 'finished':
-        raise RunError(f"{run} is not finished (it is {state.get('status')}); run the same 'covid-cxr train' again to resume it.")
+        raise RunError(f"{run} is not finished (it is {state.get('status')}); 'covid-cxr train' goes on with it.")
 
 # %% ../../nbs/runs/folder.ipynb #vouched
 def _vouched_for(run):
@@ -285,29 +299,23 @@ def _external_of(old):
     tests = [dict(t, baselines={'file': None, 'metadata': None, **t['baselines']}) for t in tests]
     return dict(format=EXTERNAL_FORMAT, version=EXTERNAL_VERSION, tests=tests)
 
-def read_external_json(
-    run: str | Path,   # run directory
-) -> dict | None:      # format, version 2, tests: a list of JSON objects; None when no external test was made
-    "The external tests of a run as data, whichever version wrote them"
-    file = find_file(run, 'external.json')
+def _read_external(file):
+    "The external tests of a run as data, whichever version wrote them; None when no external test was made"
     if not file.is_file(): return None
     cure = 'run the external tests again'
     values = read_json(file, cure)
     kind = str(values.get('format')), values.get('version')
     if kind not in (_OLD_EXTERNAL, (EXTERNAL_FORMAT, EXTERNAL_VERSION)):
-        raise RunError(f"{file} is '{kind[0]}' of version {kind[1]}, this library reads '{EXTERNAL_FORMAT}' "
-                       f"{EXTERNAL_VERSION}; {cure}.")
-    with reading(file, cure):
+        known = f"'{EXTERNAL_FORMAT}' {EXTERNAL_VERSION}"
+        raise RunError(f"{file} is '{kind[0]}' of version {kind[1]}, this library reads {known}; {cure}.")
+    with reading_file(file, cure):
         return _external_of(values) if kind == _OLD_EXTERNAL else dict(values, tests=[*values['tests']])
 
 # %% ../../nbs/runs/folder.ipynb #baseline-scores
-def read_baseline_scores(
-    run: str | Path,          # run directory
-) -> pd.DataFrame | None:     # image_id, baseline, kind, score; None when no audit has kept them
-    "What every baseline without lungs scored on every evaluated image"
-    file = find_file(run, 'baselines.csv')
+def _read_baselines(file):
+    "What every baseline without lungs scored on every evaluated image: image_id, baseline, kind, score; None: not kept"
     if not file.is_file(): return None
-    with reading(file, 'run the audit again'):
+    with reading_file(file, 'run the audit again'):
         t = pd.read_csv(file, dtype={'image_id': str}).rename(columns=OLD_KEYS['baselines.csv'])
         if not np.isfinite(t['score'].to_numpy(float)).all(): raise ValueError('a score is no finite number')
         return t.assign(baseline=t['baseline'].map(baseline_name), kind=t['kind'].map(baseline_kind))
@@ -316,8 +324,8 @@ def _check_count(predictions, split, evaluated, file):
     "Refuse predictions that are more or fewer than those that were evaluated"
     n = int((predictions['split'] == split).sum())
     if n != evaluated:
-        raise RunError(f'{file} has {format_count(n, "row")} of the {split} split, and {format_count(evaluated, "image")} of it '
-                       f'were evaluated; rows were removed or added, {_AGAIN}.')
+        counts = f'{format_count(n, "row")} of the {split} split, {format_count(evaluated, "image")} evaluated'
+        raise RunError(f'{file}: rows were removed or added ({counts}); {_AGAIN}.')
 
 def _check_classes(p, classes, file):
     "Refuse predictions of other classes than those of the recipe"
@@ -356,10 +364,11 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | Path,   # run directory
-        finished: bool = True,   # refuse a run that is not finished
+        cls, path: str | Path | RunFolder,   # run directory, or one that was opened before
+        finished: bool = True,               # refuse a run that is not finished
     ) -> RunFolder:
         "A run directory; one that is not finished, or no run, is refused"
+        if isinstance(path, RunFolder): return path
         run = cls(Path(path))
         if finished: check_finished(path, run.state)
         if run.integrity.status == 'altered':
@@ -393,7 +402,7 @@ class RunFolder:
     def recipe(self) -> Recipe:
         file = self.file('recipe.toml')
         if not file.is_file(): raise RunError(f'{file} is missing; train the run again into a new folder.')
-        with reading(file, _AGAIN): return parse_recipe(file.read_text(encoding='utf-8'), str(file))
+        with reading_file(file, _AGAIN): return parse_recipe(file.read_text(encoding='utf-8'), str(file))
     @property
     def classes(self) -> tuple[str, ...]: return tuple(as_task(self.recipe.task).classes)
 
@@ -404,7 +413,7 @@ class RunFolder:
     @cached_property
     def predictions(self) -> pd.DataFrame:
         file = self.file('predictions.csv')
-        found = read_predictions(file)
+        found = _read_predictions(file)
         _check_classes(found, self.classes, file)
         if self.file('evaluation.json').is_file(): _check_count(found, self.split, self.result.n_images, file)
         return found
@@ -431,12 +440,16 @@ class RunFolder:
     @cached_property
     def operating_point(self) -> OperatingPoint | None:
         found = self.evaluation.get('operating_point')
-        with reading(self.file('evaluation.json'), _AGAIN): return _read_point(found) if found else None
+        with reading_file(self.file('evaluation.json'), _AGAIN): return _read_point(found) if found else None
 
     def _evaluation(self, key: str) -> Evaluation:
-        with reading(self.file('evaluation.json'), _AGAIN): return _read_evaluation(self.evaluation[key])
+        with reading_file(self.file('evaluation.json'), _AGAIN): return _read_evaluation(self.evaluation[key])
     @property
     def threshold(self) -> float | None: return self.operating_point.threshold if self.operating_point else None
+    @property
+    def frozen_threshold(self) -> float:
+        if self.threshold is not None: return self.threshold
+        raise RunError(f'{self.path} has no operating point in evaluation.json; train it again.')
 
     @cached_property
     def history(self) -> pd.DataFrame: return _read_history(self.file('history.csv'))
@@ -447,6 +460,6 @@ class RunFolder:
     @property
     def audit_json(self) -> dict | None: return self._json('audit.json', optional=True)
     @property
-    def external_json(self) -> dict | None: return read_external_json(self.path)
+    def external_json(self) -> dict | None: return _read_external(self.file('external.json'))
     @cached_property
-    def baseline_scores(self) -> pd.DataFrame | None: return read_baseline_scores(self.path)
+    def baseline_scores(self) -> pd.DataFrame | None: return _read_baselines(self.file('baselines.csv'))

@@ -7,9 +7,10 @@ from __future__ import annotations
 import math, textwrap
 from typing import Iterator
 import numpy as np, pandas as pd
-from ..evaluate import Estimate, Evaluation
+from ..evaluate import Evaluation
 from .compare import Comparison, RunDifference
-from .external import ExternalTest, Overlap
+from .external import ExternalTest
+from .folder import SYNTHETIC_WARNING, describe_images
 from ..words import format_count, format_estimate, format_number, format_p, join_words
 
 # %% auto #0
@@ -17,47 +18,49 @@ __all__ = ['EXPECTED_FALL', 'describe_external_test', 'format_external_table', '
            'comparison_sentences', 'describe_comparison']
 
 # %% ../../nbs/runs/sentences.ipynb #external
-def _ci(e): return format_estimate(*e[:3])
-
-def _images(n, groups): return f'{format_count(n, "image")} of {format_count(groups, "patient")}'
+def _images(t): return describe_images(t.n_images, t.n_groups, t.unknown_patients)
 
 def _own(own, metric):
     "The same metric on the run's own test split, in brackets"
     if own is None or metric not in own.estimates or np.isnan(own.estimates[metric].value): return ''
-    return f" (on the run's own test split {_ci(own.estimates[metric])})"
+    return f" (on the run's own test split {own.estimates[metric]})"
 
 # %% ../../nbs/runs/sentences.ipynb #one-class
 def _one_class(t, own):
     "A set of ill people, or of people without the disease"
-    images, positive = _images(t.n_images, t.n_groups), t.classes[-1]
+    rate = t.sensitivity or t.false_positive_rate
+    positive, n = t.classes[-1], round(rate.value * t.n_images)
     if t.sensitivity is None:
-        rate, wrong = t.estimates['false_positive_rate'], round(t.estimates['false_positive_rate'].value * t.n_images)
-        return (f'Of {images} without {positive}, the frozen model predicts {positive} for {wrong}: false positive rate '
-                f'{_ci(rate)}{_own(own, "false_positive_rate")}.')
-    right = round(t.sensitivity.value * t.n_images)
-    return (f'Of {images} with {positive}, the frozen model finds {right}: sensitivity {_ci(t.sensitivity)}{_own(own, "recall")}. '
+        return (f'Of {_images(t)} without {positive}, the frozen model predicts {positive} for {n}: '
+                f'false positive rate {rate}{_own(own, "false_positive_rate")}.')
+    return (f'Of {_images(t)} with {positive}, the frozen model finds {n}: sensitivity {rate}{_own(own, "recall")}. '
             'This set says nothing about false positives.')
 
 # %% ../../nbs/runs/sentences.ipynb #external-parts
 def _result(t, own):
     "The headline of an external test"
-    e, images = t.estimates, _images(t.n_images, t.n_groups)
     if t.one_class and len(t.classes) == 2: return _one_class(t, own)
-    if 'auc' not in e: return f"{images}: accuracy {_ci(e['accuracy'])}{_own(own, 'accuracy')}."
-    return (f"{images}: AUC {_ci(e['auc'])}{_own(own, 'auc')}; at the frozen threshold sensitivity {_ci(e['recall'])}, "
-            f"specificity {_ci(e['specificity'])}.")
+    e = t.estimates
+    if 'auc' not in e: return f"{_images(t)}: accuracy {e['accuracy']}{_own(own, 'accuracy')}."
+    return (f"{_images(t)}: AUC {e['auc']}{_own(own, 'auc')}; at the frozen threshold sensitivity {e['recall']}, "
+            f"specificity {e['specificity']}.")
 
-def _overlap_sentences(o):
+def _left_out(o, unknown):
+    "Which images were left out because the model was made with them"
+    of = f'of {format_count(o.groups, "patient")}' if unknown == 0 else f'in {format_count(o.groups, "group")}'
+    was = 'was' if o.images == 1 else 'were'
+    kinds = f'{o.exact} the same picture, {o.near} an edited copy, {o.patient} the same patient'
+    return (f'{format_count(o.images, "more image")} {of} {was} left out because the model was made with them '
+            f'({kinds}).')
+
+def _overlap_sentences(o, unknown):
     "What was left out, and what is not known"
-    if o.images:
-        kinds = f'{o.exact} the same picture, {o.near} an edited copy, {o.patient} the same patient'
-        yield (f'{format_count(o.images, "more image")} of {format_count(o.groups, "patient")} '
-               f'{"was" if o.images == 1 else "were"} left out because the model was made with them ({kinds}).')
+    if o.images: yield _left_out(o, unknown)
     if o.with_own_test:
-        yield (f"{format_count(o.with_own_test, 'image shares', 'images share')} patients with the run's own test split: "
-               'no new evidence.')
+        share = format_count(o.with_own_test, 'image shares', 'images share')
+        yield f"{share} a patient or a picture with the run's own test split: no new evidence."
     if o.searched == 'exact':
-        yield 'Only equal pictures were looked for among the images the model was made with; edited copies would not be seen.'
+        yield 'Edited copies of the images that the model was made with were not looked for, only equal pictures.'
     if o.not_compared:
         yield (f'{format_count(o.not_compared, "image")} the model was made with could not be compared: '
                'whether they are among these is not known.')
@@ -68,27 +71,29 @@ def describe_external_test(
     own: Evaluation | None = None,   # of the run's own test split, to stand beside; None: left out
 ) -> str:
     "What an external test found, in plain sentences"
-    out = ['Synthetic phantoms: this says nothing about patients.'] if test.synthetic else []
+    out = [SYNTHETIC_WARNING] if test.synthetic else []
     out.append(_result(test, own))
     if test.ood_warnings:
         out.append(f'The out-of-distribution check would have declined {test.ood_warnings} of these images; '
                    'they are counted all the same.')
-    out += _overlap_sentences(test.overlap)
-    reached = [f'{kind} alone {_ci(e)}' for kind, e in test.baselines.items() if e is not None]
+    out += _overlap_sentences(test.overlap, test.unknown_patients)
+    reached = [f'{kind} alone {e}' for kind, e in test.baselines.items() if e is not None]
     if reached: out.append(f'Baselines without lungs reach AUC here: {join_words(reached)}.')
     return ' '.join(out)
 
 # %% ../../nbs/runs/sentences.ipynb #external-table
 EXPECTED_FALL = (
-    'Expected beforehand: on a collection that the model was not trained on, AUC falls by 0.10 to 0.25, sensitivity and specificity '
-    'at the frozen threshold fall more, and calibration fails first. A result that does not fall is first of all a reason to ask what '
-    'the two collections share (DeGrave, Janizek and Lee 2021, https://doi.org/10.1038/s42256-021-00338-7).')
+    'Expected beforehand: on a collection that the model was not trained on, AUC falls by 0.10 to 0.25, sensitivity '
+    'and specificity at the frozen threshold fall more, and calibration fails first. A result that does not fall is '
+    'first of all a reason to ask what the two collections share (DeGrave, Janizek and Lee 2021, '
+    'https://doi.org/10.1038/s42256-021-00338-7).')
 
 def format_external_table(
     table: pd.DataFrame,   # of `runs.external.external_table`
 ) -> str:
     "External tests as text that fits a terminal"
-    shown = table[['name', 'images']].assign(patients=table['groups'])
+    unit = 'patients' if (table['unknown_patients'] == 0).all() else 'groups'
+    shown = table[['name', 'images']].assign(**{unit: table['groups']})
     titles = dict(auc='AUC', sensitivity='sensitivity', false_positive_rate='false positive rate')
     for column, title in titles.items():
         values = zip(table[column], table[f'{column}_low'], table[f'{column}_high'])
@@ -96,34 +101,45 @@ def format_external_table(
     shown['name'] = shown['name'].str.slice(0, 36)
     return shown.assign(**{'left out': table['left_out']}).to_string(index=False)
 
-# %% ../../nbs/runs/sentences.ipynb #difference
-def _number_of_patients(n):
+# %% ../../nbs/runs/sentences.ipynb #difference-parts
+_METRICS = dict(auc='AUC', recall='sensitivity')
+
+def _number_needed(n):
     "A number of patients that would be needed, as an order of magnitude"
     if np.isnan(n): return 'an unknown number of'
     if math.isinf(n): return 'no number of'
     return 'more than 100,000' if n > 1e5 else f'about {n:,.0f}'
+
+def _power_sentence(d, n_groups, unit):
+    "What it would take to see a difference that was not found"
+    seen = format_number(d.minimum_detectable_difference, 2)
+    return (f' A difference of this size would need {_number_needed(d.groups_needed)} {unit}s for 80 % power; '
+            f'these {n_groups:,} would show one of {seen} or more.')
 
 def _margin_sentence(d, margin):
     if margin is None or d.non_inferior is None: return ''
     shown = 'is not worse' if d.non_inferior else 'is not shown to be not worse'
     return f' {d.first} {shown} by {margin:g} or more.'
 
+# %% ../../nbs/runs/sentences.ipynb #difference
 def describe_difference(
     d: RunDifference,
     n_groups: int,                 # patients behind it
     margin: float | None = None,   # of non-inferiority, if it was asked
+    unit: str = 'patient',         # 'group' where patients are not recorded
 ) -> str:
     "Two runs in one metric, in a sentence or two"
-    metric = dict(auc='AUC', recall='sensitivity').get(d.metric, d.metric)
-    if np.isnan(d.p): return f'{d.first} and {d.second}: the difference in {metric} cannot be estimated on these images.'
-    holm = f' ({format_p(d.p_holm)} after Holm)' if format_p(d.p_holm) != format_p(d.p) else ''
-    told = f'difference {format_estimate(d.difference, d.low, d.high, signed=True)}, {format_p(d.p)}{holm}'
-    values = format_number(d.first_value), format_number(d.second_value)
-    if d.significant:
-        return f'{d.better} is better by {metric}: {d.first} {values[0]}, {d.second} {values[1]}; {told}.{_margin_sentence(d, margin)}'
-    return (f'{d.first} ({metric} {values[0]}) and {d.second} ({values[1]}) do not differ significantly: {told}. '
-            f'A difference of this size would need {_number_of_patients(d.groups_needed)} patients for 80 % power; these '
-            f'{n_groups:,} would show one of {format_number(d.minimum_detectable_difference, 2)} or more.{_margin_sentence(d, margin)}')
+    metric = _METRICS.get(d.metric, d.metric)
+    if np.isnan(d.p): return f'{d.first} and {d.second}: their difference in {metric} cannot be estimated here.'
+    first, second = format_number(d.first_value), format_number(d.second_value)
+    p, corrected = format_p(d.p), format_p(d.p_holm)
+    holm = f' ({corrected} after Holm)' if corrected != p else ''
+    told = f'difference {format_estimate(d.difference, d.low, d.high, signed=True)}, {p}{holm}'
+    if d.significant: text = f'{d.better} is better by {metric}: {d.first} {first}, {d.second} {second}; {told}.'
+    else:
+        text = f'{d.first} ({metric} {first}) and {d.second} ({second}) do not differ significantly: {told}.'
+        text += _power_sentence(d, n_groups, unit)
+    return text + _margin_sentence(d, margin)
 
 # %% ../../nbs/runs/sentences.ipynb #disagreement
 def describe_disagreement(
@@ -133,21 +149,26 @@ def describe_disagreement(
     "On how many images two runs disagree, and how many McNemar's test would need"
     if d.only_first is None or d.only_second is None or np.isnan(d.images_needed): return ''
     n = 'more than 200,000' if math.isinf(d.images_needed) else f'about {d.images_needed:,.0f}'
-    return (f'They differ in correctness on {d.only_first + d.only_second} of {n_images:,} images ({d.only_first} only {d.first} got '
-            f'right, {d.only_second} only {d.second}); as single images of single patients, {n} would be needed to find that.')
+    right = f'{d.only_first} only {d.first} got right, {d.only_second} only {d.second}'
+    return (f'They differ in correctness on {d.only_first + d.only_second} of {n_images:,} images ({right}); '
+            f'as single images of single patients, {n} would be needed to find that.')
 
 # %% ../../nbs/runs/sentences.ipynb #comparison-sentences
+def _unit(c):
+    "What the groups of a comparison are"
+    return 'group' if c.unknown_patients else 'patient'
+
 def comparison_sentences(
     c: Comparison,
 ) -> Iterator[str]:
     "What may be said of several runs, sentence by sentence"
-    if c.runs['synthetic'].any(): yield 'Synthetic phantoms: this says nothing about patients.'
+    if c.runs['synthetic'].any(): yield SYNTHETIC_WARNING
     for r in c.runs[c.runs['leaking_groups'] > 0].itertuples():
         yield f'{r.name}: {r.leaking_groups} groups stand on both sides of its split; its numbers are too good.'
     if c.ranking: yield f'Ranking: {" before ".join(c.ranking)}.'
     elif len(c.runs) > 2: yield 'No ranking: not every pair differs significantly.'
     else: yield 'No ranking.'
-    yield from (describe_difference(d, c.n_groups, c.margin) for d in c.differences if d.metric == 'auc')
+    yield from (describe_difference(d, c.n_groups, c.margin, _unit(c)) for d in c.differences if d.metric == 'auc')
     yield from filter(None, (describe_disagreement(d, c.n_images) for d in c.differences if d.metric == 'accuracy'))
     unrecorded = '' if c.recorded else ', and this comparison was not written down'
     yield (f"These runs' test splits were evaluated {format_count(c.test_evaluations, 'time')} in all{unrecorded}; "
@@ -157,10 +178,10 @@ def comparison_sentences(
 def _pairs_text(c):
     "Every pair in every metric, as text"
     p_value = lambda p: format_p(p).removeprefix('p ').removeprefix('= ')
-    rows = [{'first': d.first, 'second': d.second, 'metric': dict(recall='sensitivity').get(d.metric, d.metric),
+    rows = [{'first': d.first, 'second': d.second, 'metric': _METRICS.get(d.metric, d.metric),
              'difference': format_estimate(d.difference, d.low, d.high, signed=True),
              'p': p_value(d.p), 'Holm': p_value(d.p_holm), 'significant': 'yes' if d.significant else 'no',
-             'patients needed': _number_of_patients(d.groups_needed)}
+             f'{_unit(c)}s needed': _number_needed(d.groups_needed)}
             for d in c.differences]
     return pd.DataFrame(rows).to_string(index=False)
 
@@ -170,7 +191,7 @@ def describe_comparison(
 ) -> str:
     "Several runs on one test split, as text for a terminal"
     shown = c.runs.drop(columns=['synthetic', 'leaking_groups'])
-    runs = shown.rename(columns=dict(recall='sensitivity')).round(3).to_string(index=False)
+    runs = shown.rename(columns=_METRICS).round(3).to_string(index=False)
     lines = [textwrap.fill(s, width) for s in comparison_sentences(c)]
-    head = f'{format_count(c.n_images, "test image")} of {format_count(c.n_groups, "patient")}; thresholds as frozen'
+    head = f'test split: {describe_images(c.n_images, c.n_groups, c.unknown_patients)}; thresholds as frozen'
     return '\n'.join([head, '', runs, '', _pairs_text(c), '', *lines])

@@ -6,13 +6,12 @@
 from __future__ import annotations
 import contextlib, json, math, os
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Iterable, Iterator, Mapping
 import covid_cxr
 from ..bundle import update_manifest
-from ..core import CxrError, RunError, sha256_file, sha256_text, versions, write_json
-from .folder import OLD_FILES, OLD_KEYS, find_file, read_json, read_run_state, reading, rename_old_keys
+from ..core import CxrError, RunError, sha256_file, sha256_text, utc_now, versions, write_json
+from .folder import OLD_FILES, find_file, read_json, read_run_state, reading_file, rename_old_keys
 from ..words import format_count
 
 # %% auto #0
@@ -48,7 +47,7 @@ class TestEvaluation:
         cls, entry: dict,   # a line of the file, parsed
     ) -> TestEvaluation:
         "An entry from a line of the file; the words of older runs are understood"
-        entry = {OLD_KEYS['test_log.jsonl'].get(k, k): v for k, v in entry.items()}
+        entry = rename_old_keys(entry, TEST_LOG)
         old = f"{OLD_FILES['external']}: "
         if str(entry['split']).startswith(old): entry['split'] = f"external: {entry['split'][len(old):]}"
         return cls(**{f.name: entry.get(f.name) for f in fields(cls)})  # type: ignore[arg-type]  # JSON has no types
@@ -88,8 +87,7 @@ def _parse(raw, file, origins):
         entry = _parse_line(line, f'line {i} of {file}')
         why = None
         if entry['n'] != i: why = f"it is entry {entry['n']}: an entry was removed, or the order was changed"
-        elif entry['previous'] not in allowed:
-            why = 'it does not follow from what stands before it: the test log of another run, or one that was rewritten'
+        elif entry['previous'] not in allowed: why = 'it is of the test log of another run, or the log was rewritten'
         if why: raise TestLogError(f'line {i} of {file} does not fit: {why}; {_CURE}.')
         allowed = [entry['hash']]
         entries.append(entry)
@@ -106,7 +104,7 @@ def _check_head(entries, raw, whole, state, file):
         else: cut = 'the file was removed or emptied'
         raise TestLogError(f'{file} has {len(entries)} whole entries and run.json remembers {n}: {cut}; {_CURE}.')
     if n and entries[n - 1]['hash'] != head['head']:
-        raise TestLogError(f'line {n} of {file} is not the entry that run.json remembers: the test log was rewritten; {_CURE}.')
+        raise TestLogError(f'line {n} of {file} is not the one that run.json remembers: it was rewritten; {_CURE}.')
 
 # %% ../../nbs/runs/test_log.ipynb #lock
 @contextlib.contextmanager
@@ -140,10 +138,11 @@ def _add_line(f, whole, entry, file):
 def read_test_log(
     run: str | Path,          # run directory
 ) -> list[TestEvaluation]:    # oldest first; empty when nothing was evaluated
-    "The evaluations on the test splits of a run, after checking the whole chain; TestLogError names the line that does not hold"
-    file, state, raw = find_file(run, TEST_LOG), read_run_state(run), b''
+    "The evaluations on the test splits of a run; TestLogError names the line at which the chain does not hold"
+    file = find_file(run, TEST_LOG)
     if file.exists():
         with _locked(file, 'rb', exclusive=False) as f: raw, state = _contents(f), read_run_state(run)
+    else: raw, state = b'', read_run_state(run)
     entries, whole = _parse(raw, file, _origins(state))
     _check_head(entries, raw, whole, state, file)
     return [TestEvaluation.from_dict(e) for e in entries]
@@ -177,14 +176,11 @@ def _code():
     files = sorted(p for p in Path(covid_cxr.__file__).parent.rglob('*.py') if p.name != '_modidx.py')
     return f"{versions()['covid_cxr']} {sha256_text(*(sha256_file(f) for f in files))[:12]}"
 
-# %% ../../nbs/runs/test_log.ipynb #make-entry-helpers
+# %% ../../nbs/runs/test_log.ipynb #make-entry
 def _sha_of(file): return sha256_file(file) if file is not None and Path(file).is_file() else None
 
-def _now(): return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
-
-# %% ../../nbs/runs/test_log.ipynb #make-entry
 def _entry(entries, state, seen):
-    "The next entry of the chain, from what was seen: time, what, split, table, predictions, images, threshold, metrics, note"
+    "The next entry of the chain; `seen`: time, what, split, table, predictions, images, threshold, metrics, note"
     ids = None if seen['images'] is None else sorted(map(str, seen['images']))
     e = dict(n=len(entries) + 1, time=seen['time'], what=seen['what'], split=seen['split'],
              table_sha256=seen['table'], predictions_sha256=seen['predictions'], recipe_hash=state.get('recipe_hash'),
@@ -200,7 +196,7 @@ def _unrecorded(run, state):
     if state.get('status') != 'finished' or not file.is_file(): return None
     e = rename_old_keys(read_json(file), 'evaluation.json')
     if e.get('split') != 'test': return None
-    with reading(file):
+    with reading_file(file):
         metrics = {m: (v or {}).get('value') for m, v in e['test']['estimates'].items() if m in ('auc', 'accuracy')}
         threshold = e['test'].get('threshold')
     return _entry([], state, dict(
@@ -251,7 +247,7 @@ def log_test_evaluation(
     read_run_state(run)
     lost = [str(p) for p in (predictions, table) if p is not None and not Path(p).is_file()]
     if lost: raise RunError(f'{lost[0]} is not there, so the evaluation cannot be written down; write the file first.')
-    seen = dict(time=_now(), what=what, split=split, metrics=metrics, threshold=threshold, images=images, note=note,
+    seen = dict(time=utc_now(), what=what, split=split, metrics=metrics, threshold=threshold, images=images, note=note,
                 table=_sha_of(table), predictions=_sha_of(predictions or run / 'predictions.csv'))
     file = find_file(run, TEST_LOG)
     with _locked(file, 'a+b', exclusive=True) as f: return _append(run, f, file, seen, once)

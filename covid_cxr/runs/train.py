@@ -4,30 +4,29 @@
 
 # %% ../../nbs/runs/train.ipynb #imports
 from __future__ import annotations
-import contextlib, dataclasses, shutil, warnings
+import contextlib, dataclasses, shutil
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 import numpy as np, pandas as pd
 from .. import plots
 from ..bundle import export_pickle, save_bundle, write_manifest
 from ..cache import ImageCache
-from ..core import (CxrError, RunError, TableError, atomic_path, sha256_file, used, versions, write_json,
-                            write_text)
-from ..evaluate import Evaluation, OperatingPoint, UndefinedMetric, choose_threshold, evaluate
+from ..core import (CxrError, RunError, TableError, atomic_path, sha256_file, used, utc_now, versions,
+                            write_json, write_text)
+from ..evaluate import Evaluation, OperatingPoint, allow_undefined, choose_threshold
 from ..images import ImageRule
 from ..ood import fit_ood_check
 from ..phantom import write_phantom_trees
 from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
-from .folder import (is_synthetic, manifest_names, read_run_state, read_table, reading, run_lock,
-                                   write_table)
+from .folder import (SYNTHETIC_WARNING, describe_images, evaluate_rows, is_synthetic, manifest_names,
+                                   read_run_state, read_table, reading_file, run_lock, write_table)
 from .test_log import count_test_evaluations, describe_test_evaluations, log_head, log_test_evaluation
-from ..table import as_task, check_split, reconcile
-from ..words import format_count, format_estimate, format_percent, join_words
+from ..table import as_task, check_split, count_unknown_patients, reconcile
+from ..words import format_count, format_percent, join_words
 
 # %% auto #0
-__all__ = ['HEADLINE', 'source_baseline_scores', 'train']
+__all__ = ['source_baseline_scores', 'train']
 
 # %% ../../nbs/runs/train.ipynb #job
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class _Job:
     data: str | None                # folder that holds the collections; None: phantoms
     device: str                     # 'cpu' or 'cuda'
     cache_dir: Path                 # decoded images
+    figures: bool                   # draw plots/
     state: dict[str, Any]           # run.json
     log: Callable[[str], object]
 
@@ -47,8 +47,6 @@ class _Job:
     def write_state(self, **changes: object) -> None:
         self.state.update(changes)
         write_json(self.out / 'run.json', self.state)
-
-def _now(): return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../../nbs/runs/train.ipynb #begin
 def _differences(old, new):
@@ -62,7 +60,7 @@ def _same_run(out, recipe, data):
     state = read_run_state(out)
     if state.get('recipe_hash') != recipe_hash(recipe):
         file = out / 'recipe.toml'
-        with reading(file): old = dump_recipe(parse_recipe(file.read_text(encoding='utf-8')))
+        with reading_file(file): old = dump_recipe(parse_recipe(file.read_text(encoding='utf-8')))
         raise RunError(f'{out} holds another run: {_differences(old, dump_recipe(recipe))}; use a new folder.')
     if state.get('data') != data:
         raise RunError(f"{out} holds a run on the data in {state.get('data')}, not {data}; use a new folder.")
@@ -75,7 +73,7 @@ def _begin(out, recipe, data):
     if out.exists() and any(p.name != '.lock' for p in out.iterdir()):
         raise RunError(f'{out} is not empty and holds no run; use a new folder.')
     write_text(out / 'recipe.toml', dump_recipe(recipe))
-    state = dict(status='preparing', recipe=recipe.name, recipe_hash=recipe_hash(recipe), data=data, started=_now(),
+    state = dict(status='preparing', recipe=recipe.name, recipe_hash=recipe_hash(recipe), data=data, started=utc_now(),
                  versions=versions())
     write_json(out / 'run.json', state)
     return state
@@ -135,8 +133,7 @@ def _prepare(job):
     job.log((job.out / 'reconciliation.txt').read_text(encoding='utf-8').rstrip())
     leaks = check_split(table, allow_leak=job.recipe.split.allow_leak)
     if leaks:
-        job.log(f'LEAK: {format_count(len(leaks), "group")} of images on both sides of the split, as this recipe allows; '
-                'its numbers are too good.')
+        job.log(f'{_leak(len(leaks))} The recipe allows it.')
     job.write_state(status='training', table_sha256=sha256_file(file), synthetic=is_synthetic(table),
                     leaking_groups=len(leaks))
     return table
@@ -196,31 +193,30 @@ class _Evaluated(NamedTuple):
 
 def _evaluate(job, predictions):
     "Threshold from the validation split, metrics on the test split (or, without one, on the validation split)"
-    classes, positive = job.classes, f'prob_{job.classes[-1]}'
+    classes, settings = job.classes, job.recipe.evaluation
     split = 'test' if (predictions['split'] == 'test').any() else 'valid'
     v, t = (predictions[predictions['split'] == s] for s in ('valid', split))
-    options: dict[str, Any] = dict(groups=t['group'].to_numpy(), threshold=.5, classes=classes,
-                                   n_boot=job.recipe.evaluation.n_boot, seed=job.recipe.seed)
-    y = t['label'].to_numpy()
-    if len(classes) > 2:
-        probs = t[[f'prob_{c}' for c in classes]].to_numpy()
-        return _Evaluated(split, t, None, evaluate(y, probs, **options), None)
-    goal = job.recipe.evaluation.goal
-    point = choose_threshold(v['label'].to_numpy(), v[positive].to_numpy(), goal=goal, classes=classes)
-    options.update(threshold=point.threshold)
-    result = evaluate(y, t[positive].to_numpy(), **options)
+    how = settings.n_boot, job.recipe.seed
+    if len(classes) > 2: return _Evaluated(split, t, None, evaluate_rows(t, classes, None, *how), None)
+    negative, positive = (f'prob_{c}' for c in classes)
+    point = choose_threshold(v['label'].to_numpy(), v[positive].to_numpy(), goal=settings.goal, classes=classes)
+    result = evaluate_rows(t, classes, point.threshold, *how)
     told = source_baseline_scores(predictions, classes[1])[predictions['split'] == split]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UndefinedMetric)      # only the AUC of the baseline is read
-        return _Evaluated(split, t, point, result, evaluate(y, told, **options))
+    told_rows = t.assign(**{negative: 1 - told, positive: told})
+    with allow_undefined(): baseline = evaluate_rows(told_rows, classes, point.threshold, *how)   # for its AUC
+    return _Evaluated(split, t, point, result, baseline)
 
 def _predicted(predictions, classes, threshold):
     "The class that is predicted for every row"
     p = predictions[[f'prob_{c}' for c in classes]].to_numpy()
     return np.array(classes, object)[p.argmax(1) if len(classes) > 2 else (p[:, 1] >= threshold).astype(int)]
 
-# %% ../../nbs/runs/train.ipynb #write-evaluation
-HEADLINE = ('auc', 'accuracy', 'precision', 'recall', 'specificity', 'false_positive_rate', 'f1')
+# %% ../../nbs/runs/train.ipynb #predict
+_HEADLINE = ('auc', 'accuracy', 'precision', 'recall', 'specificity', 'false_positive_rate', 'f1')
+
+def _headline(found):
+    "The metrics that a reader asks for first"
+    return {m: found.result.estimates[m] for m in _HEADLINE if m in found.result.estimates}
 
 def _predict(job, learn, table):
     "Predictions of every used image, evaluated; predictions.csv"
@@ -232,11 +228,11 @@ def _predict(job, learn, table):
     write_table(predictions[[*first, 'image_id', 'source']], job.out / 'predictions.csv')
     return found
 
+# %% ../../nbs/runs/train.ipynb #write-evaluation
 def _log_test(job, found):
     "The evaluation into the test log, unless a killed process already wrote it; returns its words for the summary"
     if found.split != 'test': return ''
-    metrics = {m: found.result.estimates[m] for m in HEADLINE if m in found.result.estimates}
-    entry = log_test_evaluation(job.out, 'train', metrics=metrics, threshold=found.result.threshold,
+    entry = log_test_evaluation(job.out, 'train', metrics=_headline(found), threshold=found.result.threshold,
                                 images=found.rows['image_id'], once=True)
     job.state['test_log'] = log_head(entry)
     return describe_test_evaluations(job.out)
@@ -249,30 +245,42 @@ def _write_evaluation(job, found):
         task=job.recipe.task, operating_point=plain(found.point), **{found.split: plain(found.result)},
         source_baseline=plain(found.source_baseline)))
 
-# %% ../../nbs/runs/train.ipynb #summary
-def _summary_head(job, found, history):
+# %% ../../nbs/runs/train.ipynb #summary-head
+def _leak(groups):
+    return f'LEAK: {format_count(groups, "group")} on both sides of the split; these numbers are too good.'
+
+def _evaluated_line(found, table, leaking):
+    "On which images the run was evaluated, and what is known of their patients"
+    result, unknown = found.result, int(found.rows['patient'].isna().sum())
+    everywhere = count_unknown_patients(table)
+    images = format_count(everywhere, 'used image')
+    if everywhere: known = f'the patient of {images} is not known, so a person may be on both sides'
+    else: known = f"{'some' if leaking else 'none'} of these patients {'were' if leaking else 'was'} trained on"
+    return (f'evaluated on the {found.split} split: {describe_images(result.n_images, result.n_groups, unknown)}; '
+            f'{known}; 95 % intervals over {"groups" if unknown else "patients"}')
+
+def _summary_head(job, found, history, table):
     "What was trained, and on which images it was evaluated"
-    recipe, result, leaking = job.recipe, found.result, job.state['leaking_groups']
+    recipe, leaking = job.recipe, job.state['leaking_groups']
     seen, seconds = history['images'].sum(), history['seconds'].sum()
-    if job.state['synthetic']: yield 'SYNTHETIC PHANTOMS: these numbers say nothing about patients.'
-    if leaking: yield f'LEAK: {leaking} groups stand on both sides of the split; these numbers are too good.'
+    if job.state['synthetic']: yield SYNTHETIC_WARNING
+    if leaking: yield _leak(leaking)
     yield f'{recipe.name}: {recipe.title}' if recipe.title else recipe.name
     yield (f'trained {format_count(len(history), "epoch")}, {seen} images at {recipe.image.size} px in {seconds:.0f} s '
            f'({seconds / max(seen, 1):.3f} s per image)')
-    patients = 'of whom some were trained on' if leaking else 'never trained on'
-    yield (f'evaluated on the {found.split} split: {result.n_images} images of {result.n_groups} groups of patients {patients}, '
-           '95 % intervals over patients'
-           + ('' if found.split == 'test' else ' - there is no test split, so the threshold was chosen on these very images'))
+    yield _evaluated_line(found, table, leaking)
+    if found.split != 'test': yield 'there is no test split: the threshold was chosen on these very images'
 
-def _summary(job, found, history, evaluations):
+# %% ../../nbs/runs/train.ipynb #summary
+def _summary(job, found, history, table, evaluations):
     "summary.txt"
-    lines = [*_summary_head(job, found, history), *([evaluations] if evaluations else [])]
-    lines += [f"{m.replace('_', ' '):>20} {format_estimate(*found.result[m][:3])}" for m in HEADLINE if m in found.result.estimates]
+    lines = [*_summary_head(job, found, history, table), *([evaluations] if evaluations else [])]
+    lines += [f"{m.replace('_', ' '):>20} {e}" for m, e in _headline(found).items()]
     if found.point is not None:
         lines.append(f'threshold {found.point.threshold:.4f} for {job.recipe.task.replace("_", " ")}, '
                      f'chosen on the validation split ({found.point.goal}) and frozen')
     if found.source_baseline is not None:
-        lines.append(f"source baseline {format_estimate(*found.source_baseline['auc'][:3])}   "
+        lines.append(f"source baseline {found.source_baseline['auc']}   "
                      '<- AUC of a baseline that is told the collection and never sees the image')
     return '\n'.join(lines)
 
@@ -314,7 +322,7 @@ def _fit_ood(job, learn, table, split):
 def _export(job, learn, table, found):
     "bundle/ and export.pkl"
     check, declined = _fit_ood(job, learn, table, found.split)
-    headline = {m: e.value for m, e in found.result.estimates.items() if m in HEADLINE}
+    headline = {m: e.value for m, e in _headline(found).items()}
     provenance = dict(recipe=job.recipe.name, **{k: job.state[k] for k in ('recipe_hash', 'table_sha256')},
                       split=found.split, ood_check=declined, headline=headline)
     threshold = float(found.result.threshold) if found.point is not None else .5
@@ -332,8 +340,8 @@ def _run(job):
     found = _predict(job, learn, table)
     evaluations = _log_test(job, found)
     _write_evaluation(job, found)
-    _draw(job, found, fit)
-    summary = _summary(job, found, fit.history, evaluations)
+    if job.figures: _draw(job, found, fit)
+    summary = _summary(job, found, fit.history, table, evaluations)
     write_text(job.out / 'summary.txt', summary + '\n')
     _export(job, learn, table, found)
     job.log(summary)
@@ -341,7 +349,7 @@ def _run(job):
 
 def _finish(job, history):
     "The manifest, then run.json: a process that is killed in between leaves a run that is not finished"
-    job.state.update(status='finished', finished=_now(), device=job.device, epochs=len(history),
+    job.state.update(status='finished', finished=utc_now(), device=job.device, epochs=len(history),
                      best_epoch=_best_epoch(history, job.recipe.training.monitor))
     out, cache = job.out.resolve(), job.cache_dir.resolve()
     inside = cache.relative_to(out).parts[:1] if cache.is_relative_to(out) else ()
@@ -356,7 +364,7 @@ def _show_again(out, log):
     "The summary of a finished run; showing it is no evaluation, but evaluations since it was written are told"
     log(f'{out} is already finished')
     if (out / 'summary.txt').is_file():
-        with reading(out / 'summary.txt'): log((out / 'summary.txt').read_text(encoding='utf-8').rstrip())
+        with reading_file(out / 'summary.txt'): log((out / 'summary.txt').read_text(encoding='utf-8').rstrip())
     if count_test_evaluations(out) > 1: log(f'since then: {describe_test_evaluations(out)}')
 
 # %% ../../nbs/runs/train.ipynb #train
@@ -366,6 +374,7 @@ def train(
     out: str | Path = 'runs/run',               # the run directory; an unfinished run there is resumed
     device: str | None = 'auto',                # 'cpu', 'cuda' or 'auto'
     cache_dir: str | Path | None = None,        # keeps decoded images between runs; None: OUT/cache
+    figures: bool = True,                       # draw plots/; False: none, which saves time in a tiny training
     log: Callable[[str], object] = print,       # takes lines of text
 ) -> Path:                                      # the run directory
     "Train, evaluate and export what a recipe says; resume when the folder holds the same run unfinished"
@@ -377,7 +386,9 @@ def train(
         return out
     cxr_model(recipe.model.arch, 2, recipe.model.weights)
     with _own_folder(out, recipe, data) as state:
-        _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', state, log))
+        _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', figures, state,
+                  log))
     log(f'exported Learner: {out / "export.pkl"}\nbundle: {out / "bundle"}')
-    log(f'predictions: {out / "predictions.csv"}\nplots: {out / "plots"}')
+    log(f'predictions: {out / "predictions.csv"}')
+    if figures: log(f'plots: {out / "plots"}')
     return out

@@ -10,23 +10,18 @@ from typing import Any, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
-from ..evaluate import (BINARY, EvaluationError, UndefinedMetric, check_scores, compute_metrics, few_error_size,
-                                group_resamples, percentile_interval, predictive_values, to_plain, wilson)
-from ..words import format_count, format_estimate, format_number
+from ..core import to_plain
+from ..evaluate import (BINARY, Estimate, EvaluationError, UndefinedMetric, check_scores, check_two_classes,
+                                compute_metrics, few_error_size, group_resamples, percentile_interval,
+                                predictive_values, wilson)
+from ..words import format_count, format_number
 
 # %% auto #0
-__all__ = ['SlopeVerdict', 'OffsetVerdict', 'reliability', 'ECE', 'calibration_error', 'BrierParts', 'brier_parts', 'Coefficient',
-           'Calibration', 'describe_calibration', 'calibration', 'fit_temperature', 'apply_temperature',
-           'predictive_values_at', 'shift_prevalence', 'net_benefit']
+__all__ = ['SlopeVerdict', 'OffsetVerdict', 'reliability', 'ECE', 'calibration_error', 'BrierParts', 'brier_parts', 'Calibration',
+           'describe_calibration', 'calibration', 'fit_temperature', 'apply_temperature', 'predictive_values_at',
+           'shift_prevalence', 'net_benefit']
 
 # %% ../../nbs/stats/calibration.ipynb #reliability
-def _two_classes(y_true, y_prob, groups, classes):
-    s = check_scores(y_true, y_prob, groups, classes)
-    if len(s.classes) != 2:
-        raise EvaluationError(f'{len(s.classes)} classes; evaluate one class against the rest at a time: '
-                              f'pass y == class and its probability.')
-    return s
-
 def _bins(score, bins):
     "(n,) bin of every image: equal mass, ties together, numbered from 0 without gaps"
     if bins < 1: raise EvaluationError(f'bins={bins}; give 1 or more (15 is usual).')
@@ -41,7 +36,7 @@ def reliability(
     level: float = .95,                    # of the intervals
 ) -> pd.DataFrame:                         # n, positive, mean_prob, share, low, high of every bin
     "Mean probability and share of positives per bin, with Wilson intervals (images counted as patients)"
-    s = _two_classes(y_true, y_prob, None, classes)
+    s = check_two_classes(y_true, y_prob, classes=classes)
     b = _bins(s.score, bins)
     n = np.bincount(b)
     k, total = np.bincount(b, s.y, len(n)), np.bincount(b, s.score, len(n))
@@ -81,7 +76,7 @@ def _slope_offset(s):
 
 # %% ../../nbs/stats/calibration.ipynb #ece
 class ECE(NamedTuple):
-    "Expected calibration error beside what a perfectly calibrated model would show on as many patients; NaN without images"
+    "Expected calibration error beside that of a perfectly calibrated model; NaN without images"
     ece: float
     ece_debiased: float
     null_low: float     # band of a perfect model
@@ -110,7 +105,7 @@ def calibration_error(
     seed: int = 0, level: float = .95,
 ) -> ECE:
     "Expected calibration error, debiased, with the band that a perfectly calibrated model would show"
-    s = _two_classes(y_true, y_prob, groups, classes)
+    s = check_two_classes(y_true, y_prob, groups, classes)
     if not len(s.y): return ECE(np.nan, np.nan, np.nan, np.nan, np.nan, 0)
     rng, b = np.random.default_rng(seed), _bins(s.score, bins)
     n = np.bincount(b)
@@ -135,7 +130,7 @@ def brier_parts(
     classes: Sequence = BINARY,            # (negative, positive)
 ) -> BrierParts:
     "The Brier score and its parts"
-    s = _two_classes(y_true, y_prob, None, classes)
+    s = check_two_classes(y_true, y_prob, classes=classes)
     if not len(s.y): return BrierParts(*[np.nan] * 5)
     b = _bins(s.score, bins)
     n, mean = np.bincount(b), s.y.mean()
@@ -148,20 +143,14 @@ def brier_parts(
 SlopeVerdict = Literal['too confident', 'not confident enough', 'compatible with 1', 'not estimable']
 OffsetVerdict = Literal['too low', 'too high', 'compatible with 0', 'not estimable']
 
-class Coefficient(NamedTuple):
-    "A number of a regression with its interval; NaN: it cannot be fitted"
-    value: float
-    low: float
-    high: float
-
 @dataclass(frozen=True, eq=False)
 class Calibration:
     "How far the probabilities of these images can be believed"
     n_images: int
     n_groups: int
     level: float                                 # of the intervals
-    slope: Coefficient
-    offset: Coefficient
+    slope: Estimate                              # NaN: it cannot be fitted
+    offset: Estimate
     error: ECE
     brier: BrierParts
     curve: pd.DataFrame = field(repr=False)      # of `reliability`
@@ -182,27 +171,30 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         "Plain Python that JSON can hold, with the verdicts; NaN is None"
-        parts = dict(error=self.error._asdict(), brier=self.brier._asdict(), curve=self.curve.to_dict('list'))
+        parts = {k: getattr(self, k)._asdict() for k in ('slope', 'offset', 'error', 'brier')}
         verdicts = dict(slope_verdict=self.slope_verdict, offset_verdict=self.offset_verdict)
-        return to_plain({**vars(self), **parts, **verdicts})
+        return to_plain({**vars(self), **parts, **verdicts, 'curve': self.curve.to_dict('list')}, inf_text=True)
 
     def __str__(self) -> str:
         e = self.error
         null = f'perfect model {format_number(e.null_low)} to {format_number(e.null_high)}'
         return '\n'.join([
             f'{format_count(self.n_images, "image")}, {format_count(self.n_groups, "group")}',
-            f'slope  {format_estimate(*self.slope)}', f'offset {format_estimate(*self.offset)}',
+            f'slope  {self.slope}', f'offset {self.offset}',
             f'ECE    {format_number(e.ece)}, debiased {format_number(e.ece_debiased)}, {null}',
             f'Brier  {format_number(self.brier.brier)}', describe_calibration(self)])
 
 # %% ../../nbs/stats/calibration.ipynb #describe-calibration
+_ABOUT_SLOPE: dict[SlopeVerdict, str] = {
+    'too confident': 'the model is too confident', 'not confident enough': 'the model is not confident enough',
+    'compatible with 1': 'slope compatible with 1',
+    'not estimable': 'no slope can be fitted (classes separated, scores constant, or a class missing)'}
+
 def describe_calibration(c: Calibration) -> str:
     "What may be said about the probabilities, in words without a capital letter and a full stop"
     e = c.error
     if np.isnan(e.ece): return 'no images: nothing is known about calibration'
-    text = {'too confident': 'the model is too confident', 'not confident enough': 'the model is not confident enough',
-            'compatible with 1': 'slope compatible with 1',
-            'not estimable': 'no slope can be fitted (the classes are separated, constant, or one is missing)'}[c.slope_verdict]
+    text = _ABOUT_SLOPE[c.slope_verdict]
     if c.offset_verdict in ('too low', 'too high'): text += f'; probabilities {c.offset_verdict} on the whole'
     more = 'more than' if e.beyond_null else 'no more than'
     return (f'{text}; calibration error {format_number(e.ece)}, {more} a perfect model shows on these patients '
@@ -218,13 +210,13 @@ def calibration(
     seed: int = 0, level: float = .95,
 ) -> Calibration:
     "Slope, offset, calibration error beside a perfect model's, Brier parts and reliability curve"
-    s, z = _two_classes(y_true, y_prob, groups, classes), stats.norm.ppf(.5 + level / 2)
+    s, z = check_two_classes(y_true, y_prob, groups, classes), stats.norm.ppf(.5 + level / 2)
     b, se, a, sa = _slope_offset(s)
     if np.isnan(b):
         warnings.warn('calibration slope: undefined for one class, constant scores or classes without overlap',
                       UndefinedMetric, stacklevel=2)
     return Calibration(len(s.y), s.n_groups, level,
-                       Coefficient(b, b - z * se, b + z * se), Coefficient(a, a - z * sa, a + z * sa),
+                       Estimate(b, b - z * se, b + z * se, len(s.y)), Estimate(a, a - z * sa, a + z * sa, len(s.y)),
                        calibration_error(y_true, y_prob, groups, bins, classes, n_sim, seed, level),
                        brier_parts(y_true, y_prob, bins, classes), reliability(y_true, y_prob, bins, classes, level))
 
@@ -234,7 +226,7 @@ def _check_logits(logits):
     z = np.asarray(logits, float)
     z = np.column_stack([np.zeros(len(z)), z]) if z.ndim == 1 else z
     if z.ndim != 2 or not np.isfinite(z).all():
-        raise EvaluationError(f'logits have shape {np.shape(logits)} or are not finite; give (n,) or (n, k) real numbers.')
+        raise EvaluationError(f'logits have shape {np.shape(logits)} or are not finite; give (n,) or (n, k) numbers.')
     return z
 
 def fit_temperature(
@@ -247,7 +239,7 @@ def fit_temperature(
     k = z.shape[1]
     y = check_scores(y_true, np.full((len(z), k), 1 / k), None, range(k) if classes is None else classes).y
     if len(np.unique(y)) < 2:
-        raise EvaluationError('fit_temperature: the validation images are all of one class or none; a temperature needs both.')
+        raise EvaluationError('fit_temperature: the validation images hold fewer than two classes; give more of them.')
     def loss(log_t):
         a = z * math.exp(-log_t)
         top = a.max(1, keepdims=True)
@@ -255,8 +247,8 @@ def fit_temperature(
     span = math.log(100)
     best = optimize.minimize_scalar(loss, bounds=(-span, span), method='bounded', options=dict(xatol=1e-6)).x
     if abs(best) > .99 * span or loss(best) < 1e-9:
-        warnings.warn(f'temperature {math.exp(best):.3g} means nothing: the validation images are separated without error, '
-                      f'or carry no signal', UndefinedMetric, stacklevel=2)
+        warnings.warn(f'temperature {format_number(math.exp(best))} means nothing: the validation images are separated '
+                      'without error, or carry no signal', UndefinedMetric, stacklevel=2)
     return float(math.exp(best))
 
 # %% ../../nbs/stats/calibration.ipynb #apply-temperature
@@ -275,7 +267,7 @@ def apply_temperature(
 
 # %% ../../nbs/stats/calibration.ipynb #predictive-values-at
 def _redrawn_share(metric, value, draws, s, predicted, seed):
-    "Resamples of a share; with very few errors, draws of what it may truly be (Jeffreys' prior) at its effective patients"
+    "Resamples of a share; with very few errors, draws from its Beta distribution at its effective patients (Jeffreys)"
     n = None if np.isnan(value) else few_error_size(metric, value, draws, s, predicted)
     if n is None: return draws
     return np.random.default_rng([seed, len(metric)]).beta(value * n + .5, (1 - value) * n + .5, len(draws))
@@ -299,12 +291,12 @@ def predictive_values_at(
     classes: Sequence = BINARY,                     # (negative, positive)
     n_boot: int = 2000, seed: int = 0, level: float = .95,
 ) -> pd.DataFrame:       # prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high, false_alarms_per_hit, of
-    "Predictive values at stated prevalences with intervals over patients; the collection's own prevalence last, and named"
-    s = _two_classes(y_true, y_prob, groups, classes)
+    "Predictive values at stated prevalences with intervals over patients; last the collection's own prevalence"
+    s = check_two_classes(y_true, y_prob, groups, classes)
     if any(not 0 < v < 1 for v in prevalences):
         raise EvaluationError(f'prevalences={prevalences}; give shares between 0 and 1.')
-    predicted = (s.score >= threshold).astype(np.int64)
-    if not len(s.y): raise EvaluationError('predictive_values_at: no images.')
+    predicted = s.predict(threshold)
+    if not len(s.y): raise EvaluationError('predictive_values_at: there are no images; give those of the test split.')
     pick = lambda m: (m['recall'], m['specificity'])
     sens, spec = (v[0] for v in pick(compute_metrics(s, predicted, np.ones((1, len(s.y))))))
     draws = zip(*(pick(compute_metrics(s, predicted, w)) for w in group_resamples(s, n_boot, seed)))
@@ -355,7 +347,7 @@ def net_benefit(
     seed: int = 0, level: float = .95,
 ) -> pd.DataFrame:                         # threshold, model, low, high, treat_all, treat_none
     "Decision curve: net benefit of acting on the model, on all patients and on none"
-    s, t = _two_classes(y_true, y_prob, groups, classes), _acting_thresholds(thresholds, prevalence)
+    s, t = check_two_classes(y_true, y_prob, groups, classes), _acting_thresholds(thresholds, prevalence)
     p, odds = s.score, t / (1 - t)
     if prevalence is not None and len(np.unique(s.y)) == 2: p = shift_prevalence(p, s.y.mean(), prevalence)
     acted = p[:, None] >= t - 1e-12
