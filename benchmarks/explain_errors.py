@@ -343,7 +343,7 @@ def matched(y, first, second, groups, sensitivity, n_boot=2000, seed=0):
     draws = np.array([both(w) for block in group_resamples(s, n_boot, seed) for w in block])
     low, high, _ = percentile_interval(draws[:, 0] - draws[:, 1])
     u, v = both()
-    return dict(sensitivity=sensitivity, first=u, second=v, difference=u - v, low=low, high=high)
+    return dict(sensitivity=sensitivity, resamples=n_boot, first=u, second=v, difference=u - v, low=low, high=high)
 
 def last_epoch(run, cache):
     "Answers on the test images after the last epoch, whichever epoch the run kept; with the ids of the images"

@@ -49,10 +49,12 @@ from .audit.perturb import *
 from .audit.explain import *
 from .audit.case import *
 from .audit.checks_data import *
+from .audit.checks_splits import *
 from .audit.checks_numbers import *
 from .audit.checks_model import *
 from .audit.sentences import *
 from .audit.run import *
+from .audit.faults import *
 from .report.render import *
 from .report.context import *
 from .report.checklist import *

@@ -141,8 +141,9 @@ def to_levels(
 _DICOM_TAGS: list[Any] = [
     'Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'PlanarConfiguration', 'PhotometricInterpretation',
     'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PixelData', 'FloatPixelData',
-    'DoubleFloatPixelData', 'RescaleSlope', 'RescaleIntercept', 'RescaleType', 'ModalityLUTSequence', 'VOILUTSequence',
-    'VOILUTFunction', 'WindowCenter', 'WindowWidth', 'PixelPaddingValue', 'PixelPaddingRangeLimit']
+    'DoubleFloatPixelData', 'PresentationLUTShape', 'RescaleSlope', 'RescaleIntercept', 'RescaleType',
+    'ModalityLUTSequence', 'VOILUTSequence', 'VOILUTFunction', 'WindowCenter', 'WindowWidth', 'PixelPaddingValue',
+    'PixelPaddingRangeLimit']
 _OVERLAY_BITS = [(group << 16) + 0x0102 for group in range(0x6000, 0x6020, 2)]    # where overlays stand within a number
 _DICOM_PLUGINS = {     # the first digits of a transfer syntax -> what decodes it; the longest match counts
     '1.2.840.10008.1.2.4.5': 'pylibjpeg pylibjpeg-libjpeg', '1.2.840.10008.1.2.4.70': 'pylibjpeg pylibjpeg-libjpeg',
@@ -327,14 +328,22 @@ def _with_meaning(ds: Any, stored: Stored) -> Stored:
     return Stored(_look_up(stored.numbers, table, start), inverted=inverted, padding=stored.padding, limits=limits)
 
 # %% ../nbs/brightness.ipynb #read-dicom
+def _check_polarity(ds: Any, kind: str) -> None:
+    "Refuse a header that names two polarities: DICOM PS3.3 C.8.11.3.1.2 gives each kind its one shape"
+    shape, right = str(ds.get('PresentationLUTShape') or ''), 'INVERSE' if kind == 'MONOCHROME1' else 'IDENTITY'
+    if shape and shape != right:
+        raise Refused(f'its DICOM header says {kind} and PresentationLUTShape {shape}, which contradict each other; '
+                      'see which one is right and correct the other')
+
 def read_dicom(
     path: str,
 ) -> Stored | np.ndarray:   # numbers of a grey picture, or (h, w, 3) uint8 of a colour picture
     "The picture in a DICOM file: its numbers, and what the header says of them"
     ds, syntax = read_dicom_header(path, pixels=True)
-    kind, a = ds.get('PhotometricInterpretation', ''), _dicom_pixels(ds, syntax)
+    kind, a = str(ds.get('PhotometricInterpretation', '')), _dicom_pixels(ds, syntax)
+    _check_polarity(ds, kind)
     if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8 and kind != 'PALETTE COLOR': return a
     if a.ndim != 2 or kind not in ('MONOCHROME1', 'MONOCHROME2') or a.dtype.kind not in 'ui' or a.dtype.itemsize > 2:
-        raise Refused(f'it is a DICOM of kind {kind!r}, shape {a.shape} and {a.dtype}, '
-                      'not a grey picture of up to 16 bits; save it as PNG')
+        raise Refused(f'it is a DICOM of kind {kind!r}, shape {a.shape} and {a.dtype}; grey of up to 16 bits and '
+                      'colour of 8 are read: save it as PNG')
     return _with_meaning(ds, _dicom_numbers(ds, a))

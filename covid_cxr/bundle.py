@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'LARGEST_JSON', 'MOST_CLASSES', 'LARGEST_IMAGE', 'WEIGHTS',
            'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR', 'Integrity', 'AlteredWarning', 'write_manifest',
-           'update_manifest', 'check_manifest', 'describe_integrity', 'BundleField', 'check_description',
-           'export_pickle', 'save_bundle', 'find_bundle', 'read_description', 'read_bundle', 'load_model',
-           'export_bundle']
+           'writing_files', 'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle',
+           'save_bundle', 'find_bundle', 'read_description', 'read_bundle', 'load_model', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -34,7 +33,8 @@ IntegrityStatus = Literal['verified', 'altered', 'unverified']
 class Integrity:
     "Are the files of a folder those that were written?"
     status: IntegrityStatus
-    altered: tuple[str, ...] = ()   # files that were changed, removed or put in
+    altered: tuple[str, ...] = ()      # files that were changed, removed or put in
+    unfinished: tuple[str, ...] = ()   # files that a command was writing when it was killed
 
 class AlteredWarning(UserWarning): "A file of a run or of a bundle is not the one that was written"
 
@@ -74,19 +74,27 @@ def _is_same(folder, name, seal):
     try: return _seal_of(folder, name, seal.size) == seal
     except (OSError, ValueError, AttributeError, RecursionError): return False
 
+# %% ../nbs/bundle.ipynb #read-manifest
+class _Manifest(NamedTuple):
+    "What manifest.json holds"
+    seals: dict[str, _Seal]
+    writing: frozenset[str] = frozenset()    # files that a command is writing, or was writing when it was killed
+
 def _read_manifest(folder):
-    "name -> seal, or None when the manifest itself is damaged"
+    "The manifest, or None when it is damaged"
     try:
-        kept = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['files']
-        seals = {name: _Seal(str(v['sha256']), int(v['size'])) for name, v in kept.items()}
+        kept = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
+        seals = {name: _Seal(str(v['sha256']), int(v['size'])) for name, v in kept['files'].items()}
+        writing = frozenset(map(str, kept.get('writing', ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError): return None
     inside = all(not PurePath(n).is_absolute() and '..' not in PurePath(n).parts for n in seals)
-    return seals if inside else None
+    return _Manifest(seals, writing) if inside else None
 
 # %% ../nbs/bundle.ipynb #write-manifest
-def _write_seals(folder, seals):
+def _write_seals(folder, seals, writing=()):
     files = {name: seals[name]._asdict() for name in sorted(seals)}
-    return write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1, files=files))
+    more = dict(writing=sorted(writing)) if writing else {}
+    return write_json(folder / MANIFEST, dict(format='covid_cxr manifest', version=1, files=files, **more))
 
 def write_manifest(
     folder: str | os.PathLike,
@@ -113,20 +121,28 @@ def _alone(folder) -> Iterator[None]:
     finally: os.close(handle)
 
 # %% ../nbs/bundle.ipynb #update-manifest
-def update_manifest(
-    folder: str | os.PathLike,
-    names: Iterable[str],           # files that were written, changed or removed just now, by right
-) -> None:
-    "Bring these files up to date in manifest.json; a folder without one stays unverified"
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file(): return
+def _change_manifest(folder, names, done):
+    "Note that these files are being written, or seal them as they are now; a damaged manifest stays one"
     with _alone(folder):
-        seals = _read_manifest(folder)
-        if seals is None: return                       # a damaged manifest stays one
-        for n in names:
-            seals.pop(n, None)
-            if (folder / n).is_file(): seals[n] = _seal_of(folder, n)
-        _write_seals(folder, seals)
+        manifest = _read_manifest(folder)
+        if manifest is None: return
+        if not done: return _write_seals(folder, manifest.seals, manifest.writing | {*names})
+        seals = {n: seal for n, seal in manifest.seals.items() if n not in names}
+        now = {n: _seal_of(folder, n) for n in names if (folder / n).is_file()}
+        _write_seals(folder, {**seals, **now}, manifest.writing - {*names})
+
+@contextlib.contextmanager
+def writing_files(
+    folder: str | os.PathLike,
+    names: Iterable[str],           # files that the block writes, changes or removes by right
+) -> Iterator[None]:
+    "Bring manifest.json up to date for what the block writes; killed in between, these files are unverified"
+    folder, names = Path(folder), list(names)
+    known = (folder / MANIFEST).is_file()              # a folder without a manifest stays unverified
+    if known: _change_manifest(folder, names, done=False)
+    try: yield
+    finally:
+        if known: _change_manifest(folder, names, done=True)
 
 # %% ../nbs/bundle.ipynb #check-manifest
 def check_manifest(
@@ -136,12 +152,13 @@ def check_manifest(
     "Compare a folder with its manifest"
     folder = Path(folder)
     if not (folder / MANIFEST).exists(): return Integrity('unverified')
-    seals = _read_manifest(folder)
-    if seals is None: return Integrity('altered', (MANIFEST,))
-    changed = [n for n, seal in seals.items() if not _is_same(folder, n, seal)]
-    added = [n for n in expected if n not in seals and (folder / n).exists()]
-    altered = tuple(sorted({*changed, *added}))
-    return Integrity('altered' if altered else 'verified', altered)
+    manifest = _read_manifest(folder)
+    if manifest is None: return Integrity('altered', (MANIFEST,))
+    differ = {n for n, seal in manifest.seals.items() if not _is_same(folder, n, seal)}
+    differ |= {n for n in {*expected, *manifest.writing} - {*manifest.seals} if (folder / n).exists()}
+    altered, unfinished = differ - manifest.writing, differ & manifest.writing
+    status: IntegrityStatus = 'altered' if altered else 'unverified' if unfinished else 'verified'
+    return Integrity(status, tuple(sorted(altered)), tuple(sorted(unfinished)))
 
 def describe_integrity(
     integrity: Integrity,
@@ -149,11 +166,15 @@ def describe_integrity(
 ) -> str:                # '' when every file is the one that was written
     "One sentence on the files of a folder"
     if integrity.status == 'verified': return ''
-    if integrity.status == 'unverified':
-        return f'UNVERIFIED: {folder} has no {MANIFEST}, so nothing says whether its files are those that were written.'
-    named = join_words(integrity.altered, most=5)
-    return (f'ALTERED: {named} in {folder} changed after it was written ({MANIFEST} says otherwise); '
-            'do not believe these numbers, put the files back or train again.')
+    if integrity.status == 'altered':
+        named = join_words(integrity.altered, most=5)
+        return (f'ALTERED: {named} in {folder} changed after it was written ({MANIFEST} says otherwise); '
+                'do not believe these numbers, put the files back or train again.')
+    if integrity.unfinished:
+        named = join_words(integrity.unfinished, most=5)
+        return (f'UNVERIFIED: the command that was writing {named} in {folder} was stopped, '
+                'so nothing says whether they are whole; run it again.')
+    return f'UNVERIFIED: {folder} has no {MANIFEST}, so nothing says whether its files are those that were written.'
 
 # %% ../nbs/bundle.ipynb #limits
 FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 1

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal
+from typing import Any, Callable, Iterable, Iterator, Literal, Mapping
 import numpy as np, pandas as pd, PIL
 from .core import ImageError, Reason, check_choice, exclude, file_identity, require_columns, sha256_file
-from .images import BlankImage, ImageRule, image_errors, image_path, load_image
+from .images import ImageRule, file_reason, image_errors, image_path, load_image
 from .words import format_count
 
 # %% auto #0
-__all__ = ['OnBad', 'file_reason', 'CacheWarning', 'CacheStats', 'ImageCache', 'check_images']
+__all__ = ['OnBad', 'refuse_images', 'CacheWarning', 'CacheStats', 'ImageCache', 'check_images']
 
 # %% ../nbs/cache.ipynb #identity
 _FORMAT = 1     # of the entries; grows when their layout changes
@@ -73,13 +73,6 @@ def _evict(folder: Path, needed: int, max_bytes: int) -> tuple[int, int]:
 # %% ../nbs/cache.ipynb #many
 OnBad = Literal['raise', 'exclude']     # what an unreadable file of a table does: stop, or be left out with its reason
 
-def file_reason(
-    error: ImageError,   # of `load_image`
-) -> Reason:
-    "Why a row is excluded whose file was refused: it cannot be read, or it is blank"
-    rule = 'blank image' if isinstance(error, BlankImage) else 'image unreadable'
-    return Reason('files', rule, error.why or str(error))
-
 def _find_bad(paths: Iterable, read: Callable, workers: int | None) -> dict[Any, Reason]:
     "{path: reason} of the paths that `read` refuses, in the order given"
     def why(path):
@@ -89,12 +82,17 @@ def _find_bad(paths: Iterable, read: Callable, workers: int | None) -> dict[Any,
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: causes = list(pool.map(why, every))
     return {p: cause for p, cause in zip(every, causes) if cause is not None}
 
-def _refuse(bad: dict[Any, Reason], unusable: int, n: int) -> None:
-    "One sentence about the `unusable` of n images whose files are `bad`, naming the first ones"
+def refuse_images(
+    bad: Mapping[Any, Reason],   # file -> why it cannot be used
+    unusable: int,               # images of these files; a file may stand for several
+    images: int,                 # of all files
+) -> None:
+    "Raise one sentence about images that cannot be used, naming the first ones"
     named = '; '.join(f'{p}: {reason.detail}' for p, reason in list(bad.items())[:5])
     more = f'; and {len(bad) - 5} more' if len(bad) > 5 else ''
-    raise ImageError(f"{unusable} of {format_count(n, 'image')} cannot be used: {named}{more}. "
-                     "Fetch them again, or pass on_bad='exclude' to leave them out with the reason.")
+    raise ImageError(f"{unusable} of {format_count(images, 'image')} cannot be used: {named}{more}. "
+                     "Fetch them again, or leave them out with their reason: on_bad = 'exclude' "
+                     '(data.on_bad of a recipe, --on-bad of an external test).')
 
 # %% ../nbs/cache.ipynb #cache-stats
 class CacheWarning(UserWarning): "The image cache cannot be written; images are decoded anew at every pass"
@@ -152,13 +150,13 @@ class ImageCache:
         paths: Iterable,             # files
         workers: int | None = None,  # threads; None: one per core, at most 8
         on_bad: OnBad = 'raise',     # 'exclude': go on and return them
-    ) -> dict[Any, str]:             # {path: why} of the files that cannot be read
+    ) -> dict[Any, Reason]:          # {path: why} of the files that cannot be used
         "Make or verify the entries of all these files"
         check_choice('on_bad', on_bad, OnBad, ImageError)
         paths = list(paths)
         bad = _find_bad(paths, self.get, workers)
-        if bad and on_bad == 'raise': _refuse(bad, sum(path in bad for path in paths), len(paths))
-        return {path: reason.detail for path, reason in bad.items()}
+        if bad and on_bad == 'raise': refuse_images(bad, sum(path in bad for path in paths), len(paths))
+        return bad
 
     def stats(self) -> CacheStats:
         "What this object has done, and what its folder holds"
@@ -251,6 +249,6 @@ def check_images(
     in_use = paths[table['excluded'].isna()]
     read = cache.get if cache is not None else lambda p: load_image(p, rule)
     bad = _find_bad(in_use, read, workers)
-    if bad and on_bad == 'raise': _refuse(bad, int(in_use.isin(list(bad)).sum()), len(in_use))
+    if bad and on_bad == 'raise': refuse_images(bad, int(in_use.isin(list(bad)).sum()), len(in_use))
     causes = [bad.get(p) for p in paths]
     return exclude(table, [cause is not None for cause in causes], causes)

@@ -134,12 +134,17 @@ def _train(args):
     _make_report(train(recipe, data=args.data, out=args.out, device=args.device, cache_dir=args.cache))
 
 # %% ../nbs/cli.ipynb #inspect-options
+def _source_option(p):
+    p.add_argument('--option', action='append', default=[], metavar='NAME=VALUE',
+                   help="an option of the source's reader, e.g. 'patient=(p\\d+)_' or columns.path=file; repeatable")
+
 def _inspect_options(p):
     p.add_argument('what', metavar='RECIPE|SOURCE',
                    help="a recipe (its whole table), or one collection by its name in 'covid-cxr download'")
     p.add_argument('--data', required=True, metavar='DIR', help='folder of the collections, or the collection itself')
     p.add_argument('--out', metavar='DIR', help='also write text, CSV files and a page with the duplicates here')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images and fingerprints here, for several calls')
+    _source_option(p)
     _set_option(p)
 
 # %% ../nbs/cli.ipynb #inspect
@@ -149,9 +154,12 @@ def _inspect(args):
     from covid_cxr.core import used
     from covid_cxr.report.quality_page import run_inspection
     from covid_cxr.duplicates import find_near, fingerprints
-    from covid_cxr.recipe import build_table
+    from covid_cxr.recipe import build_table, parse_options
     from covid_cxr.sources import SOURCES, read_source
-    if args.what in SOURCES: table = read_source(args.what, args.data)
+    options, is_source = parse_options(args.option), args.what in SOURCES
+    if options and not is_source:
+        raise RecipeError('--option is for a source; in a recipe write --set data.sources.SOURCE.options.NAME=VALUE.')
+    if is_source: table = read_source(args.what, args.data, **options)
     else: table = build_table(_recipe(args.what, args), args.data, args.cache)
     seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
     problems = fingerprints(seen['path'].dropna(), kept)
@@ -255,13 +263,14 @@ def _external_options(p):
     p.add_argument('--data', default='.', metavar='DIR', help='folder that holds the collections (default: this one)')
     p.add_argument('--root', default='', metavar='FOLDER', help="the collection's folder below --data")
     p.add_argument('--metadata', default='', metavar='FILE', help='another metadata file, below --data')
+    _source_option(p)
     p.add_argument('--findings', nargs='+', default=[], metavar='F', help="only these findings, e.g. 'No Finding'")
     p.add_argument('--views', nargs='+', metavar='V',
                    help="only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
     p.add_argument('--min-age', type=float, metavar='YEARS', help='only people of this age or above')
     p.add_argument('--name', metavar='N', help='name of the test (default: made from source, findings and age)')
     p.add_argument('--on-bad', choices=choices(OnBad), default='raise',
-                   help="an unreadable file: 'raise' an error (default), or 'exclude' it with its reason")
+                   help="an unreadable or blank file: 'raise' an error (default), or 'exclude' it with its reason")
     p.add_argument('--duplicates', choices=choices(Search), default='near',
                    help="copies of the run's images to look for: 'near' (edited ones too, default) or 'exact' (faster)")
     p.add_argument('--unchecked', action='store_true',
@@ -274,11 +283,12 @@ def _external_options(p):
 def _external(args):
     "the frozen model of a finished run on another collection"
     from covid_cxr.audit.baselines import external_baselines
+    from covid_cxr.recipe import parse_options
     from covid_cxr.runs.external import external_table, external_test
     from covid_cxr.runs.folder import RunFolder
     from covid_cxr.runs.sentences import describe_external_test, format_external_table
     test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
-                         args.min_age, args.name, on_bad=args.on_bad, duplicates=args.duplicates,
+                         args.min_age, args.name, parse_options(args.option), args.on_bad, args.duplicates,
                          baselines=external_baselines, check_files=not args.unchecked, device=args.device,
                          n_boot=args.n_boot)
     run = RunFolder.open(args.run)

@@ -15,8 +15,9 @@ import numpy as np, pandas as pd
 from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
-from .core import CxrError, RunError, TableError, atomic_path, file_identity, require_columns, sha256_file
-from .images import inside_frame, read_grey, refuse_blank, to_8bit
+from .core import (ImageError, Reason, RunError, TableError, atomic_path, file_identity, require_columns,
+                            sha256_file)
+from .images import file_reason, image_errors, inside_frame, read_grey, refuse_blank, to_8bit
 from .words import format_count, format_percent
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -138,14 +139,14 @@ class Fingerprints:
     pixel_hash: np.ndarray # (n,) text
     size: np.ndarray       # (n, 2) int, width and height
     thumb: np.ndarray      # (n, 64, 64) uint8
-    problem: np.ndarray    # (n,) text, '' when all is well
+    problem: np.ndarray    # (n,) `Reason`, None when all is well
 
     @classmethod
     def empty(cls, paths: Sequence) -> Fingerprints:
         "A place for the fingerprint of every path"
         n = len(paths)
         return cls(np.array(paths, dtype=object), np.full(n, '', 'U64'), np.full(n, '', 'U64'), np.zeros((n, 2), int),
-                   np.zeros((n, EDGE, EDGE), np.uint8), np.full(n, '', object))
+                   np.zeros((n, EDGE, EDGE), np.uint8), np.full(n, None, object))
 
     def take(self, rows: np.ndarray) -> Fingerprints:
         "Those of some rows, in their order"
@@ -160,8 +161,13 @@ class Fingerprints:
         "Fill in row i"
         for name, value in entry._asdict().items(): getattr(self, name)[i] = value
 
+    @property
+    def usable(self) -> np.ndarray: # (n,) bool
+        "Which files have a fingerprint"
+        return np.array([why is None for why in self.problem], dtype=bool)
+
     def __len__(self) -> int: return len(self.path)
-    def __repr__(self) -> str: return f'Fingerprints of {len(self)} pictures, {(self.problem != "").sum()} without one'
+    def __repr__(self) -> str: return f'Fingerprints of {len(self)} pictures, {(~self.usable).sum()} without one'
 
 # %% ../nbs/duplicates.ipynb #fingerprints-helpers
 _MADE_BY = 2      # counted up when a fingerprint is made in another way, so that kept ones are not mixed with new ones
@@ -182,7 +188,7 @@ def _load_prints(cache_file):
 def _save_prints(cache_file, stamps, fp, old):
     "Old entries and new ones in one file, atomically; files with a problem are tried again next time"
     known = set(old['stamp'].tolist()) if old else set()
-    fresh = [i for i, s in enumerate(stamps) if s and s not in known and not fp.problem[i]]
+    fresh = [i for i, s in enumerate(stamps) if s and s not in known and fp.problem[i] is None]
     if cache_file is None or not fresh: return
     new = dict(stamp=np.array([stamps[i] for i in fresh]), **{k: getattr(fp, k)[fresh] for k in Fingerprint._fields})
     both = {k: np.concatenate([old[k], v]) if old else v for k, v in new.items()}
@@ -190,11 +196,12 @@ def _save_prints(cache_file, stamps, fp, old):
 
 # %% ../nbs/duplicates.ipynb #fingerprints
 def _try_fingerprint(path):
-    try: return fingerprint(path), ''
-    except (CxrError, OSError) as e: return None, str(e) or type(e).__name__
+    try:
+        with image_errors(path): return fingerprint(path), None
+    except ImageError as e: return None, file_reason(e)
 
 def _read_all(paths, workers):
-    "{path: (entry or None, problem)}"
+    "{path: (entry or None, problem or None)}"
     if workers < 2 or len(paths) < 2: return {p: _try_fingerprint(p) for p in paths}
     with ProcessPoolExecutor(workers) as pool: return dict(zip(paths, pool.map(_try_fingerprint, paths, chunksize=16)))
 
@@ -212,7 +219,8 @@ def fingerprints(
     for i, (path, stamp) in enumerate(zip(paths, stamps)):
         if stamp in known: fp.put(i, Fingerprint(*(old[k][known[stamp]] for k in Fingerprint._fields)))
         else:
-            entry, fp.problem[i] = fresh[path] if stamp else (None, f'{path} is not a file')
+            gone = None, Reason('files', 'image unreadable', f'{path} is not a file')
+            entry, fp.problem[i] = fresh[path] if stamp else gone
             if entry: fp.put(i, entry)
     _save_prints(cache_file, stamps, fp, old)
     return fp
@@ -577,7 +585,7 @@ PAIR_COLUMNS = ['a', 'b', 'kind', 'verdict', 'score', 'alike', 'edit']
 
 def _exact_pairs(fp, ids):
     "Every picture with the first of its equals: k copies give k - 1 pairs"
-    good = fp.problem == ''
+    good = fp.usable
     d = pd.DataFrame(dict(id=ids, file=fp.file_hash, pixels=fp.pixel_hash))[good].sort_values('id')
     first = d.groupby('pixels').transform('first')
     copy = (d['id'] != first['id']).to_numpy(bool) if len(d) else np.zeros(0, bool)
@@ -608,7 +616,7 @@ def match_prints(
 ) -> pd.DataFrame:                            # columns of `PAIR_COLUMNS`
     "Pairs of pictures that are one image, by hash and by alignment; 'duplicate' is sure, 'look' is for a person"
     names = np.asarray(fp.path if ids is None else ids, object)
-    large = np.flatnonzero((fp.problem == '') & (fp.size.min(1) >= EDGE))     # a smaller picture has too little detail
+    large = np.flatnonzero(fp.usable & (fp.size.min(1) >= EDGE))     # a smaller picture has too little detail
     first = np.sort(np.unique(fp.pixel_hash[large], return_index=True)[1])    # one picture of every exact group
     near = pd.DataFrame(_near_pairs(fp, names, large[first], alike, duplicate), columns=PAIR_COLUMNS)
     near = near.sort_values(['score', 'a', 'b'], ascending=[False, True, True])
@@ -623,10 +631,10 @@ class RowPrints(NamedTuple):
 
 def _tell_problems(fp, who):
     "A warning about pictures that have no fingerprint"
-    bad = np.flatnonzero(fp.problem != '')
+    bad = np.flatnonzero(~fp.usable)
     if not len(bad): return
     counts = f'{len(bad)} of {len(fp)} pictures'
-    warnings.warn(f'{who}: {counts} could not be read and were not compared, e.g. {fp.problem[bad[0]]}')
+    warnings.warn(f'{who}: {counts} could not be compared, e.g. {fp.path[bad[0]]}: {fp.problem[bad[0]]}')
 
 def _pick_prints(paths, prints, workers, who):
     "The fingerprints of some paths out of those made already; a path that is not among them is read now"

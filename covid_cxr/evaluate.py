@@ -10,18 +10,21 @@ from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequen
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from .core import CxrError, nearest, sha256_text, to_plain
+from scipy.special import expit, ndtri, stdtrit
+from .core import CxrError, choices, nearest, sha256_text, to_plain
 from .words import (as_number, format_count, format_estimate, format_interval, format_number, format_percent,
                              join_words)
 
 # %% auto #0
-__all__ = ['BINARY', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'GoalKind', 'GOALS', 'EvaluationError',
-           'UndefinedMetric', 'UnmetGoal', 'allow_undefined', 'check_one_per_image', 'Scores', 'check_scores',
-           'check_two_classes', 'Interval', 'wilson', 'describe_precision', 'Metric', 'metric_name', 'RankSums',
-           'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts', 'compute_metrics', 'group_resamples',
-           'Estimate', 'NotedInterval', 'percentile_interval', 'few_error_size', 'Evaluation', 'describe_classes',
-           'describe_decision', 'evaluate', 'OperatingPoint', 'Goal', 'parse_goal', 'PredictiveValues',
-           'predictive_values', 'choose_threshold', 'ThresholdRegret', 'threshold_regret']
+__all__ = ['BINARY', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'RATIOS', 'BOUNDS', 'GoalKind', 'GOALS',
+           'EvaluationError', 'UndefinedMetric', 'UnmetGoal', 'allow_undefined', 'check_one_per_image', 'Scores',
+           'check_scores', 'check_two_classes', 'Interval', 'wilson', 'describe_precision', 'Metric', 'metric_name',
+           'RankSums', 'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts', 'compute_metrics',
+           'group_resamples', 'Estimate', 'patient_wilson', 'bounded_interval', 'AucCovariance', 'rarer_groups',
+           'auc_covariance', 'mean_interval', 'ratio_interval', 'NotedInterval', 'percentile_interval', 'Spread',
+           'resample_spread', 'Evaluation', 'describe_classes', 'describe_decision', 'estimate_metrics', 'evaluate',
+           'OperatingPoint', 'Goal', 'parse_goal', 'PredictiveValues', 'predictive_values', 'choose_threshold',
+           'ThresholdRegret', 'threshold_regret']
 
 # %% ../nbs/evaluate.ipynb #errors
 class EvaluationError(CxrError): "Labels, probabilities or a request that no metric can be computed from"
@@ -184,14 +187,19 @@ class Interval(NamedTuple):
         "What stands behind a plus-minus sign"
         return (self.high - self.low) / 2
 
+def _quantile(level, df):
+    "How many standard errors an interval reaches to each side"
+    return float(ndtri(.5 + level / 2) if df is None else stdtrit(max(df, 1), .5 + level / 2))
+
 def wilson(
-    k: ArrayLike,         # successes; may be an array
-    n: ArrayLike,         # trials
-    level: float = .95,   # of confidence
-) -> Interval:            # NaN where n is 0
+    k: ArrayLike,             # successes; may be an array
+    n: ArrayLike,             # trials; need not be whole
+    level: float = .95,       # of confidence
+    df: float | None = None,  # degrees of freedom of Student's t; None: the normal distribution
+) -> Interval:                # NaN where n is 0
     "Wilson score interval of a share"
     k, n = np.asarray(k, float), np.asarray(n, float)
-    z = stats.norm.ppf(.5 + level / 2)
+    z = _quantile(level, df)
     with np.errstate(invalid='ignore', divide='ignore'):
         p = k / n
         mid = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -367,42 +375,49 @@ def _of_predictions(confusion, names):
         else: out.update({m + suffix: d.compute(*_counts(confusion, i)) for i, suffix in names})
     return out
 
-def compute_metrics(
-    s: Scores,
-    predicted: np.ndarray,           # (n,) index of the predicted class
-    weights: np.ndarray,             # (b, n) how often every image counts
-    visit: Callable | None = None,   # is handed (class index, pos, neg) of `rank_sums`, class by class
-) -> dict[str, np.ndarray]:          # {metric: (b,)}
-    "Every metric for many weightings of the images at once"
-    k, out = len(s.classes), {}
-    names = [(k - 1, '')] if k == 2 else [(i, f':{c}') for i, c in enumerate(s.classes)]
+def _of_ranks(s, weights, names, visit):
+    "{metric: (b,)} of everything that needs the order of the scores"
+    out = {}
     for i, suffix in names:
         ranks = rank_sums(s.y == i, s.p[:, i], weights) if len(s.y) else RankSums(*(np.zeros((len(weights), 1)),) * 2)
         if visit: visit(i, *ranks)
         out['auc' + suffix], out['average_precision' + suffix] = auc_and_ap(*ranks)
-    out.update(_of_predictions((weights @ np.eye(k * k)[s.y * k + predicted]).reshape(-1, k, k), names))
-    losses = _share(weights @ _losses(s), weights.sum(1)[:, None])
-    out.update(brier=losses[:, 0], log_loss=losses[:, 1])
-    if k > 2: out.update({f'{m}_macro': np.mean([out[f'{m}:{c}'] for c in s.classes], axis=0) for m in MACRO})
     return out
+
+# %% ../nbs/evaluate.ipynb #compute-metrics
+def compute_metrics(
+    s: Scores,
+    predicted: np.ndarray,                # (n,) index of the predicted class
+    weights: np.ndarray,                  # (b, n) how often every image counts
+    visit: Callable | None = None,        # is handed (class index, pos, neg) of `rank_sums`, class by class
+    needs: Sequence[Needs] = choices(Needs),   # which kinds of metrics are wanted
+) -> dict[str, np.ndarray]:               # {metric: (b,)}
+    "Every metric for many weightings of the images at once"
+    k, out = len(s.classes), {}
+    names = [(k - 1, '')] if k == 2 else [(i, f':{c}') for i, c in enumerate(s.classes)]
+    if 'ranks' in needs: out.update(_of_ranks(s, weights, names, visit))
+    if 'predictions' in needs:
+        confusion = (weights @ np.eye(k * k)[s.y * k + predicted]).reshape(-1, k, k)
+        out.update(_of_predictions(confusion, names))
+    if 'probabilities' in needs:
+        losses = _share(weights @ _losses(s), weights.sum(1)[:, None])
+        out.update(brier=losses[:, 0], log_loss=losses[:, 1])
+    means = [m for m in MACRO if k > 2 and f'{m}:{s.classes[0]}' in out]
+    return out | {f'{m}_macro': np.mean([out[f'{m}:{c}'] for c in s.classes], axis=0) for m in means}
 
 # %% ../nbs/evaluate.ipynb #resamples
 def group_resamples(
     s: Scores,
     n_boot: int,          # resamples
     seed: int,
-) -> Iterator[np.ndarray]:  # (b, n) weights of the images, `n_boot` rows in all
-    "Draw groups with replacement within classes; each row says how often every image counts"
-    rng, of = np.random.default_rng(seed), s.group_class()
+) -> Iterator[np.ndarray]:  # (b, n) weights of the images, `n_boot` rows in all; a class may have no weight in a row
+    "Draw as many groups as there are, with replacement; each row says how often every image counts"
+    rng, G = np.random.default_rng(seed), s.n_groups
     step = max(1, min(n_boot, 2_000_000 // max(len(s.y), 1)))
     for start in range(0, n_boot, step):
         b = min(step, n_boot - start)
-        w = np.zeros((b, s.n_groups))
-        for c in np.unique(of):
-            members = np.flatnonzero(of == c)
-            drawn = rng.integers(len(members), size=(b, len(members))) + len(members) * np.arange(b)[:, None]
-            w[:, members] = np.bincount(drawn.ravel(), minlength=b * len(members)).reshape(b, -1)
-        yield w[:, s.group]
+        drawn = rng.integers(max(G, 1), size=(b, G)) + G * np.arange(b)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=b * G).reshape(b, G).astype(float)[:, s.group]
 
 # %% ../nbs/evaluate.ipynb #estimate
 class Estimate(NamedTuple):
@@ -431,6 +446,119 @@ class Estimate(NamedTuple):
         value, low, high = (as_number(d.get(k)) for k in ('value', 'low', 'high'))
         return cls(value, low, high, int(d.get('n', 0)), d.get('note', ''))
 
+# %% ../nbs/evaluate.ipynb #patient-wilson
+def _count_groups(group):
+    "How many groups there are among numbers 0.. (n,)"
+    return int(np.count_nonzero(np.bincount(group)))
+
+def _effective_n(hit, group):
+    "How many independent images the images of these patients are worth for a share; never more than there are"
+    n, share, patients = len(hit), hit.mean(), _count_groups(group)
+    if share in (0, 1) or patients == 1: return patients
+    between, within = (np.bincount(group, hit - share) ** 2).sum(), ((hit - share) ** 2).sum()
+    return n / max(1., between / within)
+
+def _patient_wilson(hit, group, level):
+    "The same for images hit (n,) bool of groups (n,) 0.. that are checked"
+    if not len(hit): return Estimate(note='no images')
+    share, n = float(hit.mean()), _effective_n(hit.astype(float), group)
+    low, high = wilson(share * n, n, level, df=_count_groups(group) - 1)
+    note = f'Wilson interval for {format_count(round(n), "effective patient")}'
+    return Estimate(share, float(low), float(high), len(hit), note)
+
+# %% ../nbs/evaluate.ipynb #patient-wilson-checked
+def patient_wilson(
+    right: ArrayLike,    # (n,) bool
+    groups: ArrayLike,   # (n,) patient groups
+    level: float = .95,  # of the interval
+) -> Estimate:           # share of right ones
+    "A share with a Wilson interval that patients with several images do not make too narrow"
+    hit, group = np.asarray(right, bool), np.unique(np.asarray(groups, str), return_inverse=True)[1].reshape(-1)
+    check_one_per_image(answers=len(hit), groups=len(group))
+    return _patient_wilson(hit, group, level)
+
+# %% ../nbs/evaluate.ipynb #bounded
+def bounded_interval(
+    value: float, se: float,            # a number and its standard error
+    low: float = 0., high: float = 1.,  # bounds of the number; `high` may be infinite
+    level: float = .95,                 # of the interval
+    df: float | None = None,            # degrees of freedom of Student's t; None: the normal distribution
+) -> Interval:                          # NaN at a bound, and without a standard error above 0
+    "Interval that is symmetric on the scale of log-odds between two bounds"
+    a, b = value - low, high - value
+    if not (a > 0 and b > 0 and se > 0): return Interval(np.nan, np.nan)
+    half = _quantile(level, df) * se * (1 / a + 1 / b)
+    if np.isinf(high): return Interval(float(low + a * np.exp(-half)), float(low + a * np.exp(half)))
+    middle = np.log(a / b)
+    ends = (float(low + (high - low) * expit(middle + h)) for h in (-half, half))
+    return Interval(*ends)
+
+# %% ../nbs/evaluate.ipynb #delong
+class AucCovariance(NamedTuple):
+    "AUCs of r models on the same images; NaN where a class is missing"
+    auc: np.ndarray          # (r,)
+    covariance: np.ndarray   # (r, r); NaN where a class has fewer than two groups
+
+def _placements(positive, score):
+    "Share of negatives below every positive, and of positives above every negative; ties count half"
+    pos, neg = score[positive], score[~positive]
+    ranks = lambda v: stats.rankdata(v)                            # mid-ranks
+    both, m, n = ranks(np.r_[pos, neg]), len(pos), len(neg)
+    return (both[:m] - ranks(pos)) / n, 1 - (both[m:] - ranks(neg)) / m
+
+# %% ../nbs/evaluate.ipynb #covariance
+def rarer_groups(
+    positive: np.ndarray,  # (n,) bool
+    group: np.ndarray,     # (n,) group index 0..
+) -> int:                  # 0 when a class is missing
+    "Groups that have an image of the rarer class; one less are the degrees of freedom of an AUC"
+    return min(_count_groups(group[positive]), _count_groups(group[~positive]))
+
+def _covariance(positive, scores, group):
+    "The same for images positive (n,) bool, scores r x (n,) and groups (n,) 0.. that are checked"
+    r, nothing = len(scores), np.full((len(scores),) * 2, np.nan)
+    if positive.all() or not positive.any(): return AucCovariance(np.full(r, np.nan), nothing)
+    V, W = (np.array(v) for v in zip(*(_placements(positive, x) for x in scores)))
+    auc, m, n = V.mean(1), V.shape[1], W.shape[1]
+    G = [_count_groups(g) for g in (group[positive], group[~positive], group)]
+    if min(G[:2]) < 2: return AucCovariance(auc, nothing)
+    a, b = (np.array([np.bincount(group[k], v - v.mean(), group.max() + 1) for v in placed])    # sums within patients
+            for k, placed in ((positive, V), (~positive, W)))
+    s10, s01, s11 = (k / (k - 1) * u @ v.T for k, u, v in zip(G, (a, b, a), (a, b, b)))
+    return AucCovariance(auc, s10 / m ** 2 + s01 / n ** 2 + (s11 + s11.T) / (m * n))
+
+# %% ../nbs/evaluate.ipynb #auc-covariance
+def auc_covariance(
+    y_true: ArrayLike,                # (n,) labels
+    y_probs: Sequence,                # r times (n,) probabilities, one per model
+    groups: ArrayLike | None = None,  # (n,) patient groups; None: DeLong, every image for itself
+    classes: Sequence = BINARY,       # (negative, positive)
+) -> AucCovariance:
+    "AUCs of several models on the same images and their covariance (DeLong; Obuchowski with groups)"
+    s = [check_two_classes(y_true, p, groups, classes) for p in y_probs]
+    return _covariance(s[0].y == 1, [x.score for x in s], s[0].group)
+
+# %% ../nbs/evaluate.ipynb #parts
+def mean_interval(
+    parts: Sequence[Estimate],  # independent of each other
+) -> Interval:
+    "Interval of the mean of numbers, from their own intervals"
+    value, low, high = np.array([p[:3] for p in parts], float).T
+    reach = [float(np.sqrt(((value - end) ** 2).sum()) / len(parts)) for end in (low, high)]
+    return Interval(float(value.mean() - reach[0]), float(value.mean() + reach[1]))
+
+def ratio_interval(
+    top: Estimate, bottom: Estimate,  # shares, independent of each other; not both of them 0
+) -> Interval:                        # `high` is infinite where `bottom` is 0
+    "Interval of the ratio of two shares, from their own intervals"
+    if bottom.value == 0: return Interval(top.low / bottom.high, np.inf)
+    if top.value == 0: return Interval(0., top.high / bottom.low)
+    log = lambda a, b: np.log(a / b)
+    down = np.hypot(log(top.value, top.low), log(bottom.high, bottom.value))
+    up = np.hypot(log(top.high, top.value), log(bottom.value, bottom.low))
+    ratio = top.value / bottom.value
+    return Interval(float(ratio * np.exp(-down)), float(ratio * np.exp(up)))
+
 # %% ../nbs/evaluate.ipynb #percentile
 class NotedInterval(NamedTuple):
     "An interval and what a reader must know of it"
@@ -438,44 +566,50 @@ class NotedInterval(NamedTuple):
     high: float = np.nan
     note: str = ''
 
+def _defined(draws):
+    "The resamples with a number (none when they are too few to say anything), and a note when some have none"
+    ok = draws[~np.isnan(draws)]
+    lost = len(draws) - len(ok)
+    note = f'undefined in {lost} of {len(draws)} resamples' if lost else ''
+    return (ok, note) if len(ok) >= max(50, len(draws) / 2) else (ok[:0], note or f'only {len(draws)} resamples')
+
 def percentile_interval(
     draws: np.ndarray,   # (b,) resamples of one number; NaN where it was undefined
     level: float = .95,  # of the interval
 ) -> NotedInterval:
-    "Percentile interval of the defined resamples, and a note when some were not"
-    ok = draws[~np.isnan(draws)]
-    lost = len(draws) - len(ok)
-    note = f'undefined in {lost} of {len(draws)} resamples' if lost else ''
-    if len(ok) < max(50, len(draws) / 2): return NotedInterval(note=note or f'only {len(draws)} resamples')
+    "Percentile interval of the defined resamples, and a note when some were not: for numbers far from any bound"
+    ok, note = _defined(draws)
+    if not len(ok): return NotedInterval(note=note)
     low, high = np.quantile(ok, (1 - level) / 2, method='lower'), np.quantile(ok, (1 + level) / 2, method='higher')
     return NotedInterval(float(low), float(high), note)
 
+# %% ../nbs/evaluate.ipynb #spread
+class Spread(NamedTuple):
+    "What the resamples say of a number's standard error"
+    se: float = np.nan   # NaN: too few resamples have a finite number
+    note: str = ''       # what a reader must know
+
+def resample_spread(
+    draws: np.ndarray,   # (b,) resamples of one number; NaN or infinite where it was undefined
+) -> Spread:
+    "Standard deviation of the resamples, and a note when some had no number"
+    ok, note = _defined(np.where(np.isfinite(draws), draws, np.nan))
+    if not len(ok): return Spread(note=note)
+    se = float(ok.std())
+    return Spread(se if se > 1e-12 else 0., note)         # rounding
+
 # %% ../nbs/evaluate.ipynb #shares
-SHARES: Mapping[str, Callable] = {   # metric -> which images are counted, and which of them are right
+SHARES: Mapping[str, Callable] = {   # metric -> which images are counted, and which of these make up the share
     'accuracy':            lambda y, predicted, i: (y >= 0, y == predicted),
     'recall':              lambda y, predicted, i: (y == i, predicted == i),
-    'false_negative_rate': lambda y, predicted, i: (y == i, predicted == i),
+    'false_negative_rate': lambda y, predicted, i: (y == i, predicted != i),
     'specificity':         lambda y, predicted, i: (y != i, predicted != i),
-    'false_positive_rate': lambda y, predicted, i: (y != i, predicted != i),
+    'false_positive_rate': lambda y, predicted, i: (y != i, predicted == i),
     'precision':           lambda y, predicted, i: (predicted == i, y == i),
     'npv':                 lambda y, predicted, i: (predicted != i, y != i),
 }
-
-def few_error_size(
-    metric: str,             # one of `SHARES`
-    value: float,            # of the metric on the images
-    draws: np.ndarray,       # (b,) of the metric in the resamples
-    s: Scores,
-    predicted: np.ndarray,   # (n,) index of the predicted class
-    i: int | None = None,    # class that counts as positive; None: the last
-) -> float | None:           # effective number of patients; None where ten groups or more err: trust the resamples
-    "How many patients a share rests on, when very few groups err (or are right)"
-    counted, right = SHARES[metric](s.y, predicted, len(s.classes) - 1 if i is None else i)
-    groups = lambda mask: len(np.unique(s.group[mask]))
-    if min(groups(counted & right), groups(counted & ~right)) >= 10: return None
-    ok = draws[~np.isnan(draws)]
-    spread = ok.var() if len(ok) else 0.
-    return float(value * (1 - value) / spread) if spread > 0 and 0 < value < 1 else float(groups(counted))
+RATIOS = {'lr_positive': ('recall', 'false_positive_rate'), 'lr_negative': ('false_negative_rate', 'specificity')}
+BOUNDS = {'mcc': (-1., 1.), 'kappa': (-1., 1.), 'log_loss': (0., np.inf)}    # of the other metrics: 0 and 1
 
 # %% ../nbs/evaluate.ipynb #outcome
 def _confusion(s, predicted):
@@ -489,54 +623,72 @@ class _Outcome(NamedTuple):
     predicted: np.ndarray   # (n,) class index
     confusion: np.ndarray   # (k, k) counts, rows actual, columns predicted
 
+    def share(self, metric, i, level=.95):
+        "One of `SHARES` as an `Estimate`, class i against the rest"
+        counted, hit = SHARES[metric](self.s.y, self.predicted, i)
+        return _patient_wilson(hit[counted], self.s.group[counted], level)
+
     def find(self, name):
         "A metric's name without its class, the class index, and whether a class was named"
         metric, _, cls = name.partition(':')
         return metric, self.s.classes.index(cls) if cls else len(self.s.classes) - 1, bool(cls)
 
 # %% ../nbs/evaluate.ipynb #corners
-def _corners(metric, i, confusion, groups, level):
-    "Interval of a metric without spread in the resamples: its range over Wilson's box of recall and specificity"
-    tp, fp, fn, tn = _counts(np.asarray(confusion, float), i)
+def _auc_interval(value, i, o, level):
+    "Interval and note of an AUC, class i against the rest"
+    s, positive = o.s, o.s.y == i
+    if value in (0, 1):          # each positive patient beside one negative patient: independent pairs
+        of = s.group_class() == i
+        pairs = int(min(of.sum(), (~of).sum()))
+        if not pairs: return NotedInterval(note='no spread: no interval')
+        low, high = wilson(pairs * value, pairs, level)
+        order = 'the right' if value else 'the wrong'
+        note = f'every pair in {order} order: bound from {pairs} independent pairs of groups'
+        return NotedInterval(float(low), float(high), note)
+    variance = float(_covariance(positive, [s.p[:, i]], s.group).covariance[0, 0])
+    df = rarer_groups(positive, s.group) - 1
+    found = bounded_interval(value, variance ** .5 if variance > 0 else 0., level=level, df=df)
+    if found.low < found.high: return NotedInterval(*found)
+    return NotedInterval(note='no spread: no interval' if df > 0 else 'a single group of a class: no interval')
+
+def _corners(metric, i, o, level):
+    "Interval of a metric at its bound: its range over the box of the Wilson intervals of recall and specificity"
+    tp, fp, fn, tn = _counts(np.asarray(o.confusion, float), i)
     P, N, d, values = tp + fn, fp + tn, METRICS[metric], []
-    for a in wilson(tp / P * groups[0], groups[0], level):
-        for b in wilson(tn / N * groups[1], groups[1], level):
+    for a in o.share('recall', i, level)[1:3]:
+        for b in o.share('specificity', i, level)[1:3]:
             c = (P * a, N * (1 - b), P * (1 - a), N * b)
             values.append(d.compute(*c) if d.scope == 'two' else d.compute(np.array([[c[3], c[1]], [c[2], c[0]]])))
     return float(np.nanmin(values)), float(np.nanmax(values))
 
-def _without_spread(metric, i, named, value, o, level):
-    "Interval of a metric that is the same in every resample"
-    of = o.s.group_class()
-    groups = int((of == i).sum()), int((of != i).sum())
-    whole = not named and len(o.s.classes) > 2
-    if min(groups) and not whole and METRICS[metric].needs == 'predictions':
-        low, high = _corners(metric, i, o.confusion, groups, level)
-        return NotedInterval(low, high, 'no spread in the resamples: Wilson interval over groups')
-    if min(groups) and not whole and metric == 'auc' and value in (0, 1):
-        low, high = wilson(min(groups) * value, min(groups), level)
-        order = 'the right' if value else 'the wrong'
-        note = f'every pair in {order} order: bound from {min(groups)} independent pairs of groups'
-        return NotedInterval(float(low), float(high), note)
-    return NotedInterval(note='no spread in the resamples: no interval')
-
 # %% ../nbs/evaluate.ipynb #interval
-def _few_errors(value, n, grouped, level):
-    "Wilson interval of a share for its effective number of patients"
-    low, high = wilson(value * n, n, level)
-    note = 'few errors: Wilson interval' + (f' for {format_number(n, 0)} effective patients' if grouped else '')
-    return NotedInterval(float(low), float(high), note)
+def _spread(name, value, draws, o, level):
+    "Interval and note of a metric that needs resamples"
+    metric, i, named = o.find(name)
+    low, high = BOUNDS.get(metric, (0., 1.))
+    if metric == 'brier' and len(o.s.classes) > 2: high = 2.       # summed over classes
+    se, lost = resample_spread(draws)
+    df = (rarer_groups(o.s.y == i, o.s.group) if metric == 'average_precision' else o.s.n_groups) - 1
+    found = bounded_interval(value, se, low, high, level, df)
+    if np.isnan(se) or found.low < found.high: return NotedInterval(*found, lost)
+    both = 0 < (o.s.y == i).sum() < len(o.s.y)
+    if metric in METRICS and METRICS[metric].needs == 'predictions' and both and (named or len(o.s.classes) == 2):
+        note = 'no spread in the resamples: from the Wilson intervals of recall and specificity'
+        return NotedInterval(*_corners(metric, i, o, level), note)
+    return NotedInterval(note='no spread in the resamples: no interval')
 
 def _interval(name, value, draws, o, level):
     "Interval and note of one metric"
-    metric, i, named = o.find(name)
+    metric, i, _ = o.find(name)
     if np.isnan(value): return NotedInterval()
     if metric == 'prevalence': return NotedInterval(note='as collected, so without an interval')
-    n = few_error_size(metric, value, draws, o.s, o.predicted, i) if metric in SHARES else None
-    if n is not None: return _few_errors(value, n, o.s.grouped, level)
-    found = percentile_interval(draws, level)
-    if found.low < found.high or np.isnan(found.low): return found
-    return _without_spread(metric, i, named, value, o, level)
+    if metric == 'auc': return _auc_interval(value, i, o, level)
+    if metric == 'balanced_accuracy':
+        return NotedInterval(*mean_interval([o.share('recall', c, level) for c in range(len(o.s.classes))]))
+    if metric in RATIOS: return NotedInterval(*ratio_interval(*(o.share(m, i, level) for m in RATIOS[metric])))
+    if metric not in SHARES: return _spread(name, value, draws.get(name, np.array([])), o, level)
+    _, low, high, _, note = o.share(metric, i, level)
+    return NotedInterval(low, high, note if o.s.grouped else 'Wilson interval')
 
 # %% ../nbs/evaluate.ipynb #staircases
 _GRID = np.linspace(0, 1, 101)
@@ -641,8 +793,10 @@ _UNGROUPED = 'no patient groups given: intervals are too narrow if patients have
 def _describe_head(e):
     "What was evaluated, in three lines"
     unit = format_count(e.n_groups, 'patient group') if e.grouped else _UNGROUPED
-    resamples = f"{format_count(e.n_boot, 'resample')} of {'groups' if e.grouped else 'images'}"
-    drawn = f'{format_percent(e.level, None)} intervals: {resamples}' if e.n_boot else 'no intervals were asked for'
+    over = 'groups' if e.grouped else 'images'
+    kinds = f"Wilson for shares, log-odds for AUC, {format_count(e.n_boot, 'resample')} for the rest"
+    level = format_percent(e.level, None)
+    drawn = f'{level} intervals over {over}: {kinds}' if e.n_boot else 'no intervals were asked for'
     images = f'{format_count(e.n_images, "image")} ({describe_classes(e.images_per_class)}); {unit}'
     return [images, describe_decision(e), drawn]
 
@@ -715,10 +869,9 @@ def _few_groups(s):
     return f'only {join_words(few)}: the interval says little' if few else ''
 
 # %% ../nbs/evaluate.ipynb #evaluate-estimate
-def _estimate(name, value, draws, o, level):
+def _estimate(name, value, draws, o, few, level):
     "One `Estimate`, with its interval and everything a reader must know"
-    few = _few_groups(o.s)
-    low, high, note = _interval(name, value, draws[name], o, level) if draws else NotedInterval()
+    low, high, note = NotedInterval() if draws is None else _interval(name, value, draws, o, level)
     if np.isnan(value): note = 'undefined: ' + _reason(name, o)
     elif np.isinf(value):
         note = 'no finite value: ' + ('no false positive' if name.startswith('lr_pos') else 'no true negative')
@@ -733,6 +886,19 @@ def _warn_undefined(estimates):
     text = '; '.join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
     if text: warnings.warn(text, UndefinedMetric, stacklevel=3)
 
+# %% ../nbs/evaluate.ipynb #estimate-metrics
+def estimate_metrics(
+    s: Scores,
+    predicted: np.ndarray,                   # (n,) index of the predicted class
+    values: Mapping[str, Any],               # {metric: (1,)} on these images, from `compute_metrics`
+    draws: Mapping[str, np.ndarray] | None,  # {metric: (b,)} in resamples; {}: for no metric; None: no interval at all
+    level: float = .95,                      # of the intervals
+) -> dict[str, Estimate]:
+    "Every metric with the interval that suits it"
+    o, few = _Outcome(s, predicted, _confusion(s, predicted)), _few_groups(s)
+    order = [m for d in METRICS for m in values if m.partition(':')[0] in (d, f'{d}_macro')]
+    return {m: _estimate(m, values[m][0], draws, o, few, level) for m in order}
+
 # %% ../nbs/evaluate.ipynb #evaluate
 def evaluate(
     y_true: ArrayLike,                # (n,) class names, or 0..k-1
@@ -740,7 +906,7 @@ def evaluate(
     groups: ArrayLike | None = None,  # (n,) patient groups; None: every image is a patient of its own
     threshold: float = .5,            # 0..1; predicted positive at or above it; not used with more than two classes
     classes: Sequence = BINARY,       # names, in the order of the columns of `y_prob`; the last one is positive
-    n_boot: int = 2000,               # resamples; 0: no intervals
+    n_boot: int = 2000,               # resamples, for the metrics that need them; 0: no intervals for any metric
     seed: int = 0,                    # of the resamples
     level: float = .95,               # of the intervals
 ) -> Evaluation:
@@ -748,20 +914,18 @@ def evaluate(
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
     _check_request(threshold, n_boot, level)
     predicted = s.predict(threshold)
-    o = _Outcome(s, predicted, _confusion(s, predicted))
     ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     def keep_ranks(i, pos, neg): ranks[s.classes[i]] = pos[0], neg[0]
     values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks)
     draws, bands = _bootstrap(s, predicted, n_boot, seed)
-    order = [m for d in METRICS for m in values if m.partition(':')[0] in (d, f'{d}_macro')]
-    estimates = {m: _estimate(m, values[m][0], draws, o, level) for m in order}
+    estimates = estimate_metrics(s, predicted, values, draws if n_boot else None, level)
     _warn_undefined(estimates)
     per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}
     curves = {c: _curve(*ranks[c], bands.get(c, []), level) for c in ranks}
     at = float(threshold) if len(s.classes) == 2 else None
     return Evaluation(s.classes, at, float(level), int(n_boot), int(seed),
                       len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(s.group_class()),
-                      o.confusion.tolist(), estimates, curves)
+                      _confusion(s, predicted).tolist(), estimates, curves)
 
 # %% ../nbs/evaluate.ipynb #operating-point
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from .core import ImageError, RecipeError, check_choice, nearest, sha256_text
+from .core import ImageError, Reason, RecipeError, check_choice, nearest, sha256_text
 from .brightness import (Grey, Refused, Stored, check_size, error_text, read_dicom, read_dicom_header, to_grey,
                                   to_levels)
 from .words import format_number
@@ -25,8 +25,8 @@ from .words import format_number
 # %% auto #0
 __all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'VERSION', 'REDUCED_MEAN', 'REDUCED_P99', 'FLAT',
            'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
-           'apply_rule', 'BlankImage', 'inside_frame', 'cut_frame', 'is_blank', 'refuse_blank', 'LoadedImage',
-           'load_image', 'read_picture', 'FileFacts', 'file_facts']
+           'apply_rule', 'BlankImage', 'inside_frame', 'cut_frame', 'is_blank', 'refuse_blank', 'file_reason',
+           'LoadedImage', 'load_image', 'read_picture', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
 def _why(error: BaseException) -> str:
@@ -460,13 +460,14 @@ _quiet_lock = threading.Lock()
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No warning or log of a decoder reaches the caller; one thread at a time, as the switches are the process's"
-    log = logging.getLogger('pydicom')
+    logs = [logging.getLogger(name) for name in ('pydicom', 'PIL')]
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        level = log.level
-        log.setLevel(logging.CRITICAL + 1)
+        levels = [log.level for log in logs]
+        for log in logs: log.setLevel(logging.CRITICAL + 1)
         try: yield
-        finally: log.setLevel(level)
+        finally:
+            for log, level in zip(logs, levels): log.setLevel(level)
 
 _OTHERS: dict[str, Any] = dict(BMP=BmpImageFile, GIF=GifImageFile, TIFF=TiffImageFile, WEBP=WebPImageFile)
 
@@ -743,6 +744,14 @@ def refuse_blank(
         shade = format_number(float(np.median(cut_frame(a))), 0)
         why = f'it is one even shade ({shade} of 255); find the true image or leave it out'
         raise _image_error(path, why, BlankImage)
+
+# %% ../nbs/images.ipynb #file-reason
+def file_reason(
+    error: ImageError,   # of `read_grey`, `load_image` or `refuse_blank`
+) -> Reason:
+    "Why a row is excluded whose file was refused: it cannot be read, or it is blank"
+    rule = 'blank image' if isinstance(error, BlankImage) else 'image unreadable'
+    return Reason('files', rule, error.why or str(error))
 
 # %% ../nbs/images.ipynb #load-image
 class LoadedImage(NamedTuple):

@@ -7,10 +7,11 @@ from __future__ import annotations
 import os, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, NamedTuple, Sequence
 import numpy as np
-from .core import IMAGE_SUFFIXES, ImageError, atomic_path, check_choice
-from .images import BlankImage, ImageRule, LoadedImage, apply_rule, read_picture
+from .core import IMAGE_SUFFIXES, ImageError, Reason, atomic_path, check_choice
+from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_picture, refuse_blank,
+                              to_8bit)
 from .ood import OODCheck, check_colour
 from .words import safe_cell, safe_path
 from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, read_bundle
@@ -31,6 +32,7 @@ class Prediction:
     declined: str | None = None   # why there is no answer
     synthetic: bool = False   # was the model trained on synthetic phantoms?
     warning: str | None = None    # why it would have been declined, when a person asked for an answer all the same
+    reason: Reason | None = None  # of a declined image, as a table records it
 
     def to_row(self) -> dict[str, Any]:
         "One row of a CSV: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
@@ -61,15 +63,26 @@ def list_images(
 OODMode = Literal['decline', 'warn', 'off']   # what happens to an image that is unlike the training
 OnBadFile = Literal['raise', 'decline']       # what happens to a file that cannot be read
 
+class _Refused(NamedTuple):
+    "Why there is no answer: for a person, and for a table"
+    why: str
+    reason: Reason
+
+def _refused(error):
+    "A file that cannot be read, or an image that is blank"
+    blank = isinstance(error, BlankImage)
+    return _Refused(f'not a chest radiograph: {error.why}.' if blank else str(error), file_reason(error))
+
 def _reasons(picture, ood, check):
-    "(why there is no answer, what is said beside an answer); `picture` is a sentence for a file that was refused"
-    if isinstance(picture, str): return picture, None
+    "(why there is no answer, what is said beside an answer)"
+    if isinstance(picture, _Refused): return picture, None
     if ood == 'off' or check is None: return None, None
     why = check_colour(picture.colour_share) or check.check(picture.pixels)
-    return (why, None) if ood == 'decline' else (None, why)
+    if why is None or ood == 'warn': return None, why
+    return _Refused(why, Reason('prediction', 'unlike the training images', why)), None
 
 # %% ../nbs/predict.ipynb #predictor
-_NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained.'
+_NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained'
 _MOST_PIXELS = 2048**2    # of one batch: a bundle of large images needs no large memory
 
 class Predictor:
@@ -100,7 +113,7 @@ class Predictor:
         "Predictions in the order of the files, each with its path"
         check_choice('ood', ood, OODMode)
         check_choice('on_bad', on_bad, OnBadFile)
-        if isinstance(x, np.ndarray): return self._answers([None], [LoadedImage(apply_rule(x, self.rule), 0.)], ood)[0]
+        if isinstance(x, np.ndarray): return self._answers([None], [self._picture(x)], ood)[0]
         one = isinstance(x, (str, os.PathLike)) and not Path(x).is_dir()
         out = list(self.stream(list_images(x), bs, on_bad, ood))
         return out[0] if one else out
@@ -116,13 +129,12 @@ class Predictor:
         bs = max(1, min(bs, _MOST_PIXELS // self.rule.size**2))
         for i in range(0, len(files), bs):
             batch = files[i:i + bs]
-            pictures: list[LoadedImage | str] = []
+            pictures: list[LoadedImage | _Refused] = []
             for f in batch:
                 try: pictures.append(read_picture(f, self.rule))
-                except BlankImage as e: pictures.append(f'not a chest radiograph: {e.why}.')
                 except ImageError as e:
-                    if on_bad == 'raise': raise
-                    pictures.append(str(e))
+                    if on_bad == 'raise' and not isinstance(e, BlankImage): raise
+                    pictures.append(_refused(e))
             yield from self._answers(batch, pictures, ood)
 
     def probabilities(
@@ -137,6 +149,13 @@ class Predictor:
             logits = self.model((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
         return logits.float().softmax(1).double().cpu().numpy()
 
+    def _picture(self, array):
+        "An array as the network sees it"
+        picture = apply_rule(array, self.rule)
+        try: refuse_blank(to_8bit(array), 'this array')
+        except BlankImage as e: return _refused(e)
+        return LoadedImage(picture, 0.)
+
     def _answers(self, paths, pictures, ood):
         "One Prediction per image"
         reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
@@ -145,11 +164,13 @@ class Predictor:
         return [self._label(f, next(probs), warning) if declined is None else self._decline(f, declined)
                 for f, (declined, warning) in zip(paths, reasons)]
 
-    def _decline(self, path, why): return Prediction(path, None, None, self.threshold, why, self.synthetic)
+    def _decline(self, path, refused):
+        return Prediction(path, None, None, self.threshold, refused.why, self.synthetic, reason=refused.reason)
 
     def _label(self, path, p, warning):
         "The class from its probabilities; a probability that is no number is no answer"
-        if not np.isfinite(p).all(): return self._decline(path, _NO_NUMBER)
+        if not np.isfinite(p).all():
+            return self._decline(path, _Refused(f'{_NO_NUMBER}.', Reason('prediction', 'no probability', _NO_NUMBER)))
         i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
         probabilities = dict(zip(self.classes, map(float, p)))
         return Prediction(path, self.classes[i], probabilities, self.threshold, None, self.synthetic, warning)

@@ -8,7 +8,7 @@ import dataclasses, importlib.resources, os, re, sys, typing, warnings
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Iterator, Literal, Mapping
+from typing import Any, Iterable, Iterator, Literal, Mapping
 import numpy as np, pandas as pd
 from .core import (LeakError, Reason, RecipeError, SourceError, canonical_finding, check_choice, choices,
                             exclude, is_finding, nearest, sha256_file, sha256_text, used)
@@ -27,8 +27,8 @@ else: import tomli as tomllib
 # %% auto #0
 __all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec', 'TrainingSpec',
            'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe', 'list_recipes',
-           'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'sample_patients', 'read_one_source',
-           'apply_split', 'check_pretrained', 'build_table']
+           'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'parse_options', 'sample_patients',
+           'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
 
 # %% ../nbs/recipe.ipynb #fields-data
 Repeats = Literal['drop', 'keep']   # an image that is there twice is used once, or as often as it stands there
@@ -450,6 +450,18 @@ def with_epochs(
     stages = fit_epochs([s.to_stage() for s in recipe.training.stages], n)
     rows = [dict(epochs=s.epochs, frozen=s.frozen, lr=0. if s.lr == 'find' else s.lr) for s in stages]
     return override(recipe, {'training.stages': rows})
+
+# %% ../nbs/recipe.ipynb #parse-options
+def parse_options(
+    texts: Iterable[str],   # 'patient=(p\d+)_', 'columns.path=file'
+) -> dict[str, Any]:
+    "Options of a source's reader out of the words of a command line"
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, eq, value = text.partition('=')
+        if not eq: raise RecipeError(f"option {text} has no '='; write name=value, e.g. 'patient=(p\\d+)_'.")
+        options = _set_option(options, name.strip().split('.'), _literal(value.strip()))
+    return _options(options, 'option')
 
 # %% ../nbs/recipe.ipynb #sample-patients
 def sample_patients(

@@ -333,7 +333,7 @@ def _read_headers(t: pd.DataFrame) -> pd.DataFrame:
     "View, age and sex from the DICOM headers of the rows that have a file"
     try: from pydicom import dcmread
     except ImportError as e:
-        raise SourceError('headers=True needs pydicom: pip install pydicom, or leave headers=False.') from e
+        raise SourceError('the option headers needs pydicom: pip install pydicom, or leave headers out.') from e
     there = t.index[t['excluded'].isna()]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)     # RSNA writes ages as '51', which pydicom remarks on
@@ -541,9 +541,9 @@ def _read_sheet(file: Path) -> pd.DataFrame:
     "A *.metadata.xlsx as text, with small letters in its header"
     try: sheet = pd.read_excel(file, dtype=str, engine='openpyxl')
     except ImportError as e:
-        raise SourceError(f'{file} needs openpyxl; pip install openpyxl, or leave urls=False.') from e
+        raise SourceError(f'{file} needs openpyxl; pip install openpyxl, or leave the option urls out.') from e
     except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise SourceError(f'{file} cannot be read ({e}); download it again, or leave urls=False.') from e
+        raise SourceError(f'{file} cannot be read ({e}); download it again, or leave the option urls out.') from e
     return sheet.set_axis([str(c).strip().lower() for c in sheet], axis=1)
 
 def _radiography_urls(at: Path) -> dict[str, str]:

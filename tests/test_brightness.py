@@ -197,6 +197,43 @@ def test_a_header_that_contradicts_its_numbers_is_refused_with_one_sentence(name
     assert word in str(e.value) and str(e.value).count('. ') <= 1 and str(e.value).endswith('.')
 
 
+@pytest.mark.parametrize('shape, right', [('IDENTITY', 'MONOCHROME2'), ('INVERSE', 'MONOCHROME1'), ('', 'both'), ('LIN OD', 'none')])
+@pytest.mark.parametrize('window', [False, True])
+def test_the_polarity_is_stated_twice_and_used_once(shape, right, window, tmp_path):
+    "PS3.3 C.8.11.3.1.2: INVERSE goes with MONOCHROME1, IDENTITY with MONOCHROME2 and colour; two that contradict are refused"
+    tags = meaning(12, 0, 'LINEAR' if window else 'none')
+    for kind, a in (('MONOCHROME1', 4095 - levels(12)), ('MONOCHROME2', levels(12))):
+        file = dicom(tmp_path / 'a.dcm', a, 12, kind=kind, PresentationLUTShape=shape, **tags)
+        if right in (kind, 'both'): assert gap(file) <= 2
+        else:
+            with pytest.raises(ImageError, match=f'{kind} and PresentationLUTShape {shape}, which contradict'): read_grey(file)
+
+
+def colour_dicom(path, bits=8, planar=0, kind='RGB', **tags):
+    "The picture as three equal channels, or as luma with two channels of no colour"
+    a = levels(bits)
+    none = np.full_like(a, 1 << bits - 1)
+    channels = np.stack([a, a, a] if kind == 'RGB' else [a, none, none], 0 if planar else 2)
+    file = dicom(path, channels.reshape(3 * N, N), bits, 8 if bits == 8 else 16, kind=kind, PlanarConfiguration=planar, **tags)
+    from pydicom import dcmread
+    ds = dcmread(file)
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = N, N, 3
+    ds.save_as(file)
+    return file
+
+
+@pytest.mark.parametrize('planar', [0, 1])
+@pytest.mark.parametrize('kind', ['RGB', 'YBR_FULL'])
+def test_grey_in_colour_channels_of_a_dicom_file(kind, planar, tmp_path):
+    "Of 8 bits it is the same picture; of more it is refused by name"
+    file = colour_dicom(tmp_path / 'a.dcm', planar=planar, kind=kind)
+    assert gap(file) <= 1 and read_picture(file, RULE).colour_share < .01
+    for bits in (10, 12, 16):
+        with pytest.raises(ImageError, match='colour of 8 are read|cannot be decoded'): read_grey(colour_dicom(file, bits, planar, kind))
+    with pytest.raises(ImageError, match='contradict each other'):
+        read_grey(colour_dicom(file, PresentationLUTShape='INVERSE', kind=kind))
+
+
 def test_bits_of_an_overlay_are_left_out(tmp_path):
     a = levels(12) | np.where(X > Y, 1 << 14, 0)
     plain = dicom(tmp_path / 'a.dcm', a, 12)
@@ -365,7 +402,28 @@ def test_blank_pictures_have_no_fingerprint(tmp_path):
     from covid_cxr.duplicates import fingerprints
     files = [png(tmp_path / f'{i}.png', [np.full((N + i, N), 0)], 0, 8) for i in range(3)]
     fp = fingerprints(files)
-    assert all('one even shade' in why for why in fp.problem)
+    assert {why.rule for why in fp.problem} == {'blank image'} and not fp.usable.any()
+
+
+def test_a_blank_picture_is_told_from_an_unreadable_one_wherever_tables_are_made(tmp_path):
+    "Grouping compares neither and says why; an inspection lists each under its own title; the cache gives the reason"
+    from covid_cxr.cache import ImageCache
+    from covid_cxr.curate.quality import inspect_source
+    from covid_cxr.sources import read_folder
+    from covid_cxr.table import group_leaksafe
+    for c in ('COVID', 'Normal'): (tmp_path / 'own' / c).mkdir(parents=True)
+    png(tmp_path / 'own/COVID/good.png', [levels(8)], 0, 8)
+    png(tmp_path / 'own/Normal/black.png', [np.zeros((N, N), int)], 0, 8)
+    (tmp_path / 'own/Normal/page.png').write_text('<html>')
+    t = read_folder(tmp_path / 'own')
+    with pytest.warns(UserWarning, match='2 of 3 pictures could not be compared, e.g. .*black.png: blank image: it is one even shade'):
+        assert group_leaksafe(t)['group'].nunique() == 3
+    look = inspect_source('folder', tmp_path / 'own', 'near')
+    named = [look[name]['image_id'].tolist() for name in ('blank', 'unreadable')]
+    assert named == [['folder:Normal/black.png'], ['folder:Normal/page.png']]
+    assert {'file_blank', 'file_unreadable'} <= {n.subject for n in look.notes}
+    reasons = ImageCache(tmp_path / 'c', RULE).warm(t['path'], on_bad='exclude')
+    assert [r.rule for r in reasons.values()] == ['blank image', 'image unreadable']
 
 
 def test_a_picture_and_its_colour_come_from_one_decode(tmp_path, monkeypatch):

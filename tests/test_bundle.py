@@ -1,95 +1,12 @@
-"""Bundles from anywhere end in an answer or in one sentence, however they were changed; what is exported, replaced and pickled."""
-import copy, hashlib, json, math, os, random, resource, shutil, struct, subprocess, sys, threading, time, warnings
+"""Bundles: every field is bounded, what is hashed is loaded; what is exported, replaced and pickled (changed at random: test_attack)."""
+import hashlib, json, os, shutil, threading, warnings
 from pathlib import Path
 import numpy as np, pytest
-from conftest import ROOT, examples
 from covid_cxr.bundle import (DESCRIPTION, LARGEST_IMAGE, MANIFEST, MOST_CLASSES, PICKLE, SCHEMA, WEIGHTS, check_description,
                               check_manifest, export_bundle, find_bundle, load_model, read_bundle, write_manifest)
 from covid_cxr.cli import main
 from covid_cxr.core import BundleError, RunError, write_json
 from covid_cxr.predict import load_predictor
-
-ODD = (float('nan'), float('inf'), -float('inf'), 0, -1, 1, 2, 1e308, -1e-308, 10**400, 300_000, 4096, .5, True, False, None,
-       '', 'x', '=1+1', 'a\x1b[31m', 'x' * 10_000, '../..', [], {}, [[]], [None], {'a': 1}, ['a', 'b'], ['a', 'a'], [1, 2], [[1, 2], [3]])
-
-
-def _places(values, path=()):
-    "Every place in a JSON value"
-    yield path
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for k, v in items: yield from _places(v, (*path, k))
-
-
-def _mutated(values, rng):
-    "The JSON text of a value in which one to three things were changed"
-    values = copy.deepcopy(values)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        *start, last = rng.choice([p for p in _places(values) if p])
-        place = values
-        for k in start: place = place[k]
-        how = rng.random()
-        if how < .2 and isinstance(place, dict): del place[last]
-        elif how < .3 and isinstance(place, dict): place[rng.choice(('x', 'classes', 'ood_check', ''))] = rng.choice(ODD)
-        elif how < .4 and isinstance(place[last], list): place[last] = place[last] * rng.choice((0, 2, 1000))
-        elif how < .45: place[last] = [f'class {i}' for i in range(300_000)]
-        elif how < .6 and isinstance(place[last], (int, float)): place[last] = place[last] * rng.choice((-1, 1e6, 1e-6, 64))
-        else: place[last] = rng.choice(ODD)
-    text = json.dumps(values).encode()
-    if rng.random() < .15:                      # bytes, not values
-        i = rng.randrange(len(text))
-        text = rng.choice((text[:i], text[:i] + b'\xff' + text[i + 1:], text[:i] + text[i + 7:], text[:i] + b'[' * 50_000 + text[i:], b''))
-    return text
-
-
-def _mutated_weights(data, rng):
-    "A safetensors file in which the header or the values were changed"
-    n = int.from_bytes(data[:8], 'little')
-    header, body = json.loads(data[8:8 + n]), data[8 + n:]
-    kind = rng.randrange(6)
-    if kind == 0: return data[:rng.choice((0, 3, 8, 20, 8 + n, len(data) - 4))]
-    if kind == 1: return rng.choice((2**63, 2**64 - 1, 0, 1, len(data), n + 1, n - 1, 10**8)).to_bytes(8, 'little') + data[8:]
-    if kind == 2:
-        i = rng.randrange(8 + n, len(data) - 4)
-        return data[:i] + struct.pack('<f', rng.choice((float('nan'), float('inf'), 3e38, 0.))) + data[i + 4:]
-    if kind == 3: return data + b'\0' * rng.choice((1, 8, 1000))
-    text = _mutated(header, rng)
-    return len(text).to_bytes(8, 'little') + text + body
-
-
-def _ends_well(folder, picture):
-    "What a changed bundle ends in: 'answer', 'declined' or 'refused'; anything else is an error"
-    start = time.perf_counter()
-    try: p = load_predictor(folder).predict(picture, ood='off')
-    except BundleError as e:
-        assert 20 < len(str(e)) < 1000 and '\n' not in str(e) and '\x1b' not in str(e), str(e)
-        return 'refused'
-    finally: assert time.perf_counter() - start < 10
-    if p.label is None: return 'declined'
-    assert all(math.isfinite(v) for v in p.probabilities.values()) and p.label in p.probabilities
-    return 'answer'
-
-
-def attack(bundle, work, n, seed=7):
-    "Run in a process of its own: n changed descriptions, n changed weights; prints what they ended in, and the memory in kB"
-    warnings.simplefilter('ignore')
-    rng, work = random.Random(seed), Path(work)
-    shutil.copytree(bundle, work)
-    good, weights = json.loads((work / DESCRIPTION).read_text()), (work / WEIGHTS).read_bytes()
-    (work / MANIFEST).unlink()
-    picture, ends = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8), {}
-    load_predictor(work).predict(picture)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for i in range(2 * n):
-        new = weights if i < n else _mutated_weights(weights, rng)
-        (work / WEIGHTS).write_bytes(new)
-        described = dict(good, weights=dict(good['weights'], sha256=hashlib.sha256(new).hexdigest()))
-        (work / DESCRIPTION).write_bytes(_mutated(described, rng) if i < n else json.dumps(described).encode())
-        kind = 'json ' if i < n else 'weights '
-        try: end = kind + _ends_well(work, picture)
-        except Exception as e: raise AssertionError(f'mutation {i}: {(work / DESCRIPTION).read_bytes()[:400]}') from e
-        ends[end] = ends.get(end, 0) + 1
-    print(json.dumps(dict(ends, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before=before)))
-
 
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory):
@@ -120,17 +37,6 @@ def copied(bundle, tmp_path): return Path(shutil.copytree(bundle[0], tmp_path / 
 def _edit(folder, reseal=False, **changes):
     write_json(folder / DESCRIPTION, dict(json.loads((folder / DESCRIPTION).read_text()), **changes))
     if reseal: write_manifest(folder, [n for n in os.listdir(folder) if n != MANIFEST])
-
-
-def test_changed_bundles_end_in_an_answer_or_a_sentence(bundle, tmp_path):
-    n = examples(60)
-    code = 'import sys\nsys.path.insert(0, sys.argv[1])\nfrom test_bundle import attack\nattack(*sys.argv[2:4], int(sys.argv[4]))'
-    words = [sys.executable, '-c', code, *map(str, (ROOT / 'tests', bundle[0], tmp_path / 'work', n))]
-    p = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=1800)
-    assert p.returncode == 0, p.stderr[-2000:]
-    ends = json.loads(p.stdout.splitlines()[-1])
-    assert ends.get('json refused', 0) > n / 3 and ends.get('json answer', 0) > n / 20 and ends.get('weights refused', 0) > n / 3
-    assert ends['memory'] < 2_000_000 and ends['memory'] - ends['before'] < 500_000, ends
 
 
 @pytest.mark.parametrize('field, values', [

@@ -1,7 +1,7 @@
 """The command line: every example parses, every choice comes from its type, older command lines still work and say so."""
 import shlex
 import pytest
-from conftest import cli, python
+from conftest import cli, here, python
 from covid_cxr.cache import OnBad
 from covid_cxr.cli import COMMANDS, OLD_FLAGS, make_parser, renew_command
 from covid_cxr.core import Split, choices
@@ -102,3 +102,32 @@ def test_a_choice_that_is_none_is_refused_by_name(capsys):
     for line in lines:
         with pytest.raises(SystemExit) as e: make_parser().parse_args(line.split())
         assert e.value.code == 2 and 'invalid choice' in capsys.readouterr().err
+
+
+def test_options_of_a_reader_on_the_command_line(tmp_path):
+    "inspect and external read a source of your own with its patients; a recipe has its own place for options"
+    from PIL import Image
+    from covid_cxr.phantom import make_phantom
+    for i in range(4):
+        folder = tmp_path / 'own' / ('healthy' if i % 2 else 'COVID')
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(make_phantom(seed=1, patient=i, size=64).image).save(folder / f'p{i // 2}_{i}.png')
+    own = 'inspect', 'folder', '--data', tmp_path / 'own', '--option', r'patient=(p\d+)_'
+    p = here(*own, '--option', 'findings.healthy=No Finding')
+    assert p.returncode == 0 and '; 2 patients; from folder' in p.stdout, p.stdout + p.stderr
+    for more, words in ((['--option', 'patient'], "option patient has no '='"), (['--option', 'patiens=x'], "no option 'patiens'"),):
+        p = here(*own, *more)
+        assert p.returncode == 1 and words in p.stderr
+    assert 'data.sources.SOURCE.options' in here('inspect', 'covid-2020', '--data', tmp_path, '--option', 'a=1').stderr
+
+
+def test_every_listed_suffix_is_read(tmp_path):
+    "A format that no reader decodes, such as .pgm, is not listed as an image"
+    from PIL import Image
+    from covid_cxr.core import IMAGE_SUFFIXES
+    from covid_cxr.images import read_grey
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in ('.dcm', '.dicom'): continue
+        Image.new('L', (64, 64), 9).convert('RGB').save(tmp_path / f'a{suffix}')
+        assert read_grey(tmp_path / f'a{suffix}').shape == (64, 64)
+    assert not {'.pgm', '.ppm', '.pnm', '.jp2'} & set(IMAGE_SUFFIXES)

@@ -169,6 +169,19 @@ def test_refusals_leave_no_test(outside):
     with pytest.raises(RunError, match='not finished'): _on(run, data)
 
 
+def test_a_blank_image_is_excluded_as_blank_and_stops_a_test_as_an_unreadable_one_does(outside):
+    data, run = outside
+    files = [data / f'outside/NORMAL/P2-9_{i}.png' for i in (0, 1)]
+    Image.new('L', (96, 96), 255).save(files[0])
+    with pytest.raises(ValueError, match='1 of .* images cannot be used: .*P2-9_0.png: it is one even shade.*on_bad'): _on(run, data)
+    files[1].write_bytes(b'no picture')
+    test = _on(run, data, on_bad='exclude', name='two are bad')
+    assert [k.split(':')[0] for k in test.excluded] == ['blank image', 'image unreadable'] and read_external_tests(run) == [test]
+    t = read_table(run / test.table)
+    told = t['excluded_detail'].dropna()
+    assert set(t['excluded_step'].dropna()) == {'files'} and told.str.contains('even shade|no picture format|text').all()
+
+
 def test_tests_of_an_older_run_are_kept_beside_new_ones(outside):
     "external.json of version 1 under its old names: read, and carried over when another test is made"
     data, run = outside

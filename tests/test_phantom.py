@@ -113,9 +113,16 @@ def test_other_views_are_deterministic_and_unlike_a_frontal_image():
 
 
 @pytest.mark.parametrize('bad', [dict(size=16), dict(size=64.5), dict(lesion=-.1), dict(lesion=float('nan')), dict(pattern='apical'),
-                                 dict(aspect=9), dict(patient=-1), dict(image='second'), dict(wobble=2)])
+                                 dict(aspect=9), dict(scale=2), dict(patient=-1), dict(image='second'), dict(wobble=2)])
 def test_an_image_that_cannot_be_is_refused_by_name(bad):
     with pytest.raises(CxrError, match=str(list(bad.values())[0])): make_phantom(0, **bad)
+
+
+def test_a_smaller_body_leaves_air_at_the_sides_and_changes_nothing_else():
+    whole, small = (make_phantom(4, 2, 0, 96, scale=s) for s in (1., .8))
+    assert (make_phantom(4, 2, 0, 96).image == whole.image).all()
+    dark = lambda f: (f.image[20:80, :6] < 30).mean()
+    assert dark(small) > dark(whole) + .3 and small.lung_mask.mean() < .75 * whole.lung_mask.mean()
 
 
 # ---------------------------------------------------------------- the COVID tree

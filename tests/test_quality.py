@@ -257,6 +257,17 @@ def test_a_copy_across_the_split_is_a_leak_where_no_group_knows_it(tmp_path):
     assert 'class="card cut"' not in page and 'class="verdict tight"' in page
 
 
+def test_near_images_of_one_patient_are_no_copies_in_the_test_split():
+    rows = [dict(image_id=f'i{k}', path=f'i{k}.png', finding='No Finding', patient=p, view='PA') for k, p in enumerate('aabc')]
+    t = new_table(rows, 'mine').assign(label='normal', group=list('aabc'), split='test')
+    ids = t['image_id'].tolist()
+
+    def told(a, b, kind):
+        pairs = pd.DataFrame([dict(a=ids[a], b=ids[b], kind=kind, verdict='duplicate', score=.95)])
+        return [n.details['pictures'] for n in inspect_table(t, pairs).notes if n.subject == 'copies_in_test']
+    assert told(0, 1, 'near') == [] and told(0, 1, 'pixels') == told(2, 3, 'near') == [3]       # further images; a copy; two patients
+
+
 def test_patient_ids_that_say_nothing_are_an_alarm(planted, tmp_path):
     "Patient ids are compared with their pictures whenever the pictures were read"
     from covid_cxr.duplicates import fingerprints

@@ -1,5 +1,5 @@
 """The report of a run: its own numbers, what is bad in red, nothing left out, hostile text stays text, nothing is fetched."""
-import html, json, re, shutil
+import html, json, re, shutil, warnings
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +8,7 @@ from conftest import ROOT
 from covid_cxr.audit.case import read_audit
 from covid_cxr.audit.run import audit_run
 from covid_cxr.audit.sentences import describe_count, describe_headline, describe_not_run, describe_rule, describe_value, describe_verdict
+from covid_cxr.bundle import AlteredWarning
 from covid_cxr.core import RunError, sha256_file, write_json, write_text
 from covid_cxr.evaluate import evaluate
 from covid_cxr.phantom import write_phantom_trees
@@ -102,7 +103,7 @@ def plain(card): return html.unescape(card.replace('\\', ''))
 
 
 ABOVE = dict(model_auc=estimate(.83, .72, .92), auc_gain=estimate(.2138, .1019, .3231), auc_gain_over_metadata=estimate(.275, .1751, .3752),
-             reads_lungs=True)
+             reads_lungs=True, better_than_chance=True)
 
 
 @pytest.fixture(scope='module')
@@ -219,7 +220,7 @@ def test_audit_first_all_verdicts_in_words(audited):
     for v, row in zip(audit.verdicts, rows, strict=True):
         assert row.startswith(f'{v.check}  {v.name}') and f' {v.verdict} ' in row
         for text in (describe_verdict(v), describe_count(v), describe_rule(v), describe_value(v)): assert text in row
-        if np.isnan(v.value): assert 'not estimable' in row
+        if np.isnan(v.value): assert ('not measured' if v.statistic == 'none' else 'not estimable') in row
     shortcut = page.said('shortcut')
     assert all(b.name in shortcut and show(b.auc) in shortcut for b in audit.baselines)
     signals = [v for v in audit.verdicts if v.rule == 'source_signal']
@@ -234,7 +235,7 @@ def test_every_rule_of_the_audit_stands_on_the_page_audited_or_not(finished, aud
 
 def test_limitations_are_written_from_every_bad_verdict_and_every_check_not_run(audited):
     run, page, audit = audited
-    bad = [v for v in audit.verdicts if v.verdict in ('FAIL', 'WARN', 'UNDERPOWERED')]
+    bad = [v for v in audit.verdicts if v.verdict in ('FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE')]
     limits, card = page.said('limits'), plain((run / 'model-card.md').read_text())
     assert len(bad) > 5 and len(audit.not_run) > 2
     for text in (limits, card):
@@ -249,13 +250,47 @@ def test_limitations_are_written_from_every_bad_verdict_and_every_check_not_run(
 
 @pytest.mark.parametrize('headline, kind, words', [
     (dict(auc_gain=estimate(.02, -.05, .09), reads_lungs=False), 'no_gain', 'NO GAIN OVER A LUNG-FREE BASELINE'),
-    (dict(auc_gain=estimate(None, None, None), reads_lungs=False), 'no_gain', 'NO GAIN OVER A LUNG-FREE BASELINE'),
+    (dict(auc_gain=estimate(.02, -.05, .19), reads_lungs=False), 'gain_not_known', 'GAIN OVER A LUNG-FREE BASELINE NOT KNOWN'),
+    (dict(auc_gain=estimate(None, None, None), reads_lungs=False), 'gain_not_known', 'GAIN OVER A LUNG-FREE BASELINE NOT KNOWN'),
     (dict(auc_gain_over_metadata=estimate(-.1, -.2, .01)), 'no_gain_over_metadata', 'METADATA ALONE EXPLAIN'),
+    (dict(auc_gain_over_metadata=estimate(.1, -.1, .3)), 'gain_over_metadata_not_known', 'GAIN OVER METADATA ALONE NOT KNOWN'),
+    (dict(auc_gain=estimate(.02, -.05, .09), leaking_groups=3, reads_lungs=False), None, ''),
     (dict(best_baseline=None, metadata_baseline=None, reads_lungs=False), None, ''), ({}, None, '')])
 def test_an_auc_that_is_not_above_a_baseline_is_said_in_red(copy, audit_json, headline, kind, words):
     write_json(copy / 'audit.json', audit_json | dict(headline=audit_json['headline'] | ABOVE | headline))
-    assert {'no_gain', 'no_gain_over_metadata'} & set(kinds(copy)) == {kind} - {None} and words in texts(copy)
+    assert {k for k in kinds(copy) if 'gain' in k} == {kind} - {None} and words in texts(copy)
+    assert ('NO GAIN' in texts(copy) or 'ALONE EXPLAIN' in texts(copy)) == (kind in ('no_gain', 'no_gain_over_metadata'))
     assert 'other_model' in kinds(copy) and 'AUDIT OF ANOTHER MODEL' in texts(copy)       # its AUC is not that of the example run
+
+
+def test_a_run_that_leaks_has_no_headline(copy, audit_json):
+    write_json(copy / 'audit.json', audit_json | dict(headline=audit_json['headline'] | ABOVE | dict(leaking_groups=3, reads_lungs=False)))
+    head, card = Page(write_report(copy)).said(), plain((copy / 'model-card.md').read_text())
+    said = describe_headline(read_audit(copy).headline)
+    assert said.startswith('No headline: 3 patient groups') and said in head and said in card
+    gain = format_estimate(*ABOVE['auc_gain'].values(), signed=True)
+    assert gain not in head and gain not in card
+    assert 'NO HEADLINE: patients stand in training and in the test split' in head
+
+
+def test_a_perfect_run_is_audited_and_reported(finished, tmp_path):
+    "No false positive: the positive likelihood ratio is infinite, and stands in evaluation.json as text"
+    run = Path(shutil.copytree(finished[0], tmp_path / 'demo'))
+    p, e = pd.read_csv(run / 'predictions.csv', dtype=str, keep_default_na=False), json.loads((run / 'evaluation.json').read_text())
+    ill = p['label'] == 'covid'
+    p['prob_covid'], p['prob_other'] = np.where(ill, '0.9999', '0.0001'), np.where(ill, '0.0001', '0.9999')
+    p.assign(predicted=p['label']).to_csv(run / 'predictions.csv', index=False)
+    test = p[p['split'] == 'test']
+    again = evaluate(test['label'].to_numpy(object), test['prob_covid'].to_numpy(float), test['group'].to_numpy(object),
+                     e['operating_point']['threshold'], ('other', 'covid'), n_boot=100)
+    write_json(run / 'evaluation.json', e | dict(test=again.to_dict()))
+    assert json.loads((run / 'evaluation.json').read_text())['test']['estimates']['lr_positive']['value'] == 'inf'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', AlteredWarning)
+        audit = audit_run(run, quick=True, n_boot=100, log=lambda text: None)
+        page = Page(write_report(run))
+    same, = [v for v in audit.verdicts if v.rule == 'same_numbers']
+    assert same.verdict == 'PASS' and audit.headline.model_auc.value == 1 and describe_verdict(same) in page.said('audit')
 
 
 def test_leaks_alterations_broken_logs_and_a_missing_test_split_are_said_in_red(copy):

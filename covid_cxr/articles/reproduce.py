@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 import pandas as pd
 from .reported import ABLATION, ARTICLES, EXTERNAL_TESTS, PRETRAIN, SEEDS, article_keys
-from .tables import TITLES, TableName, make_tables, markdown_table, reproduce_table, runs_table
+from .tables import (
+    TITLES, TableName, article_results, make_tables, markdown_table, reproduce_table, runs_table)
 from ..core import RecipeError, atomic_path, write_text
 from ..recipe import Recipe, load_recipe, override, with_epochs
 from ..runs.external import ExternalTest, external_test
@@ -145,8 +146,9 @@ def _test_outside(run: Path, data: str | Path, quick: bool, cache: Path, log: Ca
     run_external_tests(run, data, log, cache_dir=cache, **tiny)
 
 def _score_baselines(run: Path, planned: PlannedRun, cache: Path, quick: bool) -> None:
-    "The lung-free baselines of a fold; an arm has the images of the recipe's own run, and needs none of its own"
-    if planned.recipe.split.kind != 'fold' or planned.arm or RunFolder.open(run).baseline_scores is not None: return
+    "The lung-free baselines; an arm shares those of the recipe's own run, and a collection left out has one class"
+    one_class = planned.recipe.split.kind == 'source'
+    if one_class or planned.arm or RunFolder.open(run).baseline_scores is not None: return
     from covid_cxr.audit.run import save_baselines
     save_baselines(run, cache, retrain=not quick)
 
@@ -162,7 +164,7 @@ def reproduce(
     log: Callable[[str], object] = print,
     seeds: int = 1,                            # trainings of the flagship `covid-2020`
     epochs: int | None = None,                 # of every training; None: as its recipe says
-    baselines: bool = True,                    # also score the lung-free baselines on every fold
+    baselines: bool = True,                    # also score the lung-free baselines of every run
     external: bool = True,                     # also test the frozen models on other collections
     beside: bool = True,                       # also train the recipes that answer an article's next question
 ) -> pd.DataFrame:                             # `reproduce_table`
@@ -181,8 +183,6 @@ def reproduce(
     return write_reproduced(out, only, quick)
 
 # %% ../../nbs/articles/reproduce.ipynb #write-reproduced
-_COLUMNS = dict(article='Article', metric='Metric', reported='Reported', protocol="Article's protocol",
-                leak_safe='Leak-safe', outside='Outside')
 _BESIDE: tuple[TableName, ...] = ('crossval', 'gains', 'arms', 'left_out', 'asides', 'published_test', 'aims')
 
 def page_markdown(
@@ -195,10 +195,12 @@ def page_markdown(
     head = []
     if len(runs) and runs['synthetic'].any(): head.append(f'**{SYNTHETIC_WARNING}**\n')
     if quick: head.append('**Quick: tiny pictures, one epoch; these numbers only show that it works.**\n')
-    notes = '95 % intervals: Wilson for reported values, bootstrap over groups of patients for ours. The runs:'
-    rest = [line for name, t in (more or {}).items() for line in ('', f'{TITLES[name]}:', '', markdown_table(t))]
-    first, shown = markdown_table(table.rename(columns=_COLUMNS)), runs.drop(columns=['machine', 'command'])
-    return '\n'.join([*head, first, '', notes, '', markdown_table(shown), *rest, ''])
+    head.append('95 % intervals: Wilson for reported values, over groups of patients for ours.')
+    shown = {key: article_results(table, key) for key in table['article'].unique()}
+    shown['The runs'] = runs.drop(columns=['machine', 'command'])
+    shown.update({TITLES[name]: t for name, t in (more or {}).items()})
+    body = (line for name, t in shown.items() for line in ('', f'{name}:', '', markdown_table(t)))
+    return '\n'.join([*head, *body, ''])
 
 def write_reproduced(
     out: str | Path,                          # folder with runs/

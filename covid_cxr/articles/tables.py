@@ -8,27 +8,30 @@ import json, re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Sequence, get_args
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Sequence, get_args
 import numpy as np, pandas as pd
 from .. import plots
 from .reported import (
     ABLATION, AIMS, ARTICLES, ENSEMBLE, PUBLISHED_TEST, Aim, ReportedResult, article_keys)
 from ..core import RunError, nearest, write_json
-from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate, wilson
+from ..evaluate import METRICS, Estimate, Evaluation, allow_undefined, evaluate, wilson
 from ..recipe import override
 from ..runs.crossval import (
-    ablation_table, baseline_gains, find_arms, find_results, fold_table, score_ensemble,
+    Start, ablation_table, baseline_gains, find_arms, find_results, fold_table, pool_predictions, score_ensemble,
     score_results, start_of)
-from ..runs.external import read_external_tests
+from ..runs.external import ExternalTest, evaluate_external, read_external_tests
 from ..runs.folder import RunFolder
 from ..words import as_number, format_count, format_estimate, format_number, format_p, join_words
+if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
-__all__ = ['ABSENT', 'RUN_COLUMNS', 'TableName', 'TITLES', 'TABLES', 'as_text', 'reproduce_table', 'runs_table', 'made_with',
-           'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table',
-           'aims_table', 'leak_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables', 'write_tables',
-           'read_tables', 'select_rows', 'reported_table', 'differences_table', 'run_picture', 'read_measurement',
-           'markdown_table']
+__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'TableName', 'TITLES',
+           'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text', 'baselines_text', 'conditions',
+           'article_metrics', 'score_external', 'reproduce_table', 'runs_table', 'made_with', 'crossval_table',
+           'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table', 'aims_table',
+           'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables', 'write_tables',
+           'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results', 'differences_table',
+           'run_picture', 'read_measurement', 'markdown_table']
 
 # %% ../../nbs/articles/tables.ipynb #as-text
 ABSENT = 'not measured'
@@ -46,50 +49,169 @@ def as_text(
         out[c] = ['' if np.isnan(as_number(v)) else text for v, text in texts]
     return out
 
+# %% ../../nbs/articles/tables.ipynb #conditions
+ONE_HALF, NOT_FITTED = 'one half', 'none fitted'
+NOT_NEEDED, NO_THRESHOLD = 'none: AUC', 'none: AUC of ranks within folds'
+_PUBLISHED = ('official', 'published')       # kinds of a split that came with the collection
+
+def _span(values: Iterable[Any]) -> str:
+    "One value, or the lowest and the highest of several that are already in order"
+    texts = list(dict.fromkeys(map(str, values)))
+    return texts[0] if len(texts) == 1 else f'{texts[0]} to {texts[-1]}'
+
+def threshold_text(
+    runs: Sequence[RunFolder],   # one run, or the folds of a cross-validation
+    frozen: bool,                # at the frozen threshold; False: at one half
+    elsewhere: bool = False,     # the images are those of another collection
+) -> str:
+    "Which threshold, chosen where and for which goal"
+    if not frozen: return ONE_HALF
+    goals = join_words(dict.fromkeys(str(r.recipe.evaluation.goal) for r in runs))
+    at = _span(format_number(t) for t in sorted(r.frozen_threshold for r in runs))
+    here = runs[0].split == 'valid' and not elsewhere
+    return f"{'chosen on these very images' if here else 'frozen on validation'} for {goals}: {at}"
+
+def evaluated_on(runs: Sequence[RunFolder]) -> str:
+    "Which images a run, or a cross-validation, was evaluated on"
+    s, first = runs[0].recipe.split, runs[0]
+    if len(runs) > 1: return f'every image once, {len(runs)} folds by patient'
+    if s.kind == 'fold': return f'test split of fold {s.fold}, by patient'
+    if s.kind == 'source': return f'{s.source}, left out of training'
+    if s.kind in _PUBLISHED: return 'published test split'
+    split = 'validation' if first.split == 'valid' else first.split
+    if not first.leaking_groups: return f"{split} split, {'by image' if s.kind == 'image' else 'by patient'}"
+    return f'{split} split, by image; {first.leaking_groups} groups are in two splits'
+
+# %% ../../nbs/articles/tables.ipynb #trained
+def trained_text(runs: Sequence[RunFolder]) -> str:
+    "Network, size, epochs and start: what was trained"
+    c = runs[0].recipe
+    epochs = _span(sorted(len(r.history) for r in runs))
+    return f'{c.model.arch}, {c.image.size} px, {epochs} epochs, {start_of(runs[0])}'
+
+# %% ../../nbs/articles/tables.ipynb #best-of-kinds
+_KINDS = ('image_without_lungs', 'file', 'metadata')
+
+NO_NETWORK = 'no network was trained without lungs'
+
+def _lacks_network(gains: pd.DataFrame) -> bool:
+    "Were the images without lungs shown to simple models only? A network may find more in them"
+    return not gains['baseline'].str.startswith('network trained without lungs').any()
+
+def _best_of_kinds(gains: pd.DataFrame) -> str:
+    "The best baseline of each kind with its AUC"
+    best = [gains[gains['kind'] == kind].iloc[0] for kind in _KINDS if (gains['kind'] == kind).any()]
+    texts = [f"{b['baseline']} {format_number(b['auc'])}" for b in best]
+    return '; '.join([*texts, *([NO_NETWORK] if _lacks_network(gains) else [])]) if texts else NOT_FITTED
+
+# %% ../../nbs/articles/tables.ipynb #baselines-text
+def baselines_text(
+    runs: Sequence[RunFolder],                # one run, or the folds of a cross-validation
+    of: Sequence[RunFolder] | None = None,    # whose baselines are read: another arm of the same folds; None: own
+) -> str:                                     # 'edge of the picture 0.933; file properties 0.866; metadata 0.508'
+    "The AUC of the best lung-free baseline of each kind, on the same images"
+    if any(r.baseline_scores is None for r in of or runs): return NOT_FITTED
+    return _best_of_kinds(baseline_gains(runs, 1, of=of))
+
+def conditions(runs: Sequence[RunFolder], e: Evaluation, frozen: bool) -> dict[str, Any]:
+    "evaluated_on, images, groups and threshold of an evaluation"
+    return dict(evaluated_on=evaluated_on(runs), images=e.n_images, groups=e.n_groups,
+                threshold=threshold_text(runs, frozen))
+
 # %% ../../nbs/articles/tables.ipynb #reproduce-cells
 def _reported_text(results: Iterable[ReportedResult]) -> str:
     "What an article said of one metric, with the interval that its counts imply"
-    texts = []
-    for r in results:
-        text = format_estimate(r.value, *(wilson(r.k, r.n) if r.n else ()))
-        texts.append(f'{text} ({r.where})' if r.where else text)
-    return '; '.join(texts) or 'nothing'
+    texts = [format_estimate(r.value, *(wilson(r.k, r.n) if r.n else ())) for r in results]
+    return '; '.join(texts)
 
-def _external_text(runs: dict[str, list[RunFolder]], metric: str) -> str:
-    "What the external tests of the two recipes say about one metric; of several runs the newest"
-    found: dict[str, dict[str, str]] = {}
-    for whose, results in runs.items():
-        for r in results:
-            for test in read_external_tests(r.path):
-                e = test.estimates.get(metric, Estimate())
-                if not np.isnan(e.value): found.setdefault(test.name, {})[whose] = str(e)
-    texts = [f'{name}: ' + ', '.join(f'{v} ({whose})' for whose, v in by.items()) for name, by in found.items()]
-    return '; '.join(texts) or ABSENT
+def _reported_rows(key: str) -> list[dict[str, Any]]:
+    "A row for each set of images on which an article reported"
+    rows = []
+    for where in dict.fromkeys(r.where for r in ARTICLES[key].reported):
+        of = [r for r in ARTICLES[key].reported if r.where == where]
+        threshold = NOT_NEEDED if {r.metric for r in of} == {'auc'} else ONE_HALF
+        images = max(r.n for r in of) or 'not stated'
+        metrics = {m: _reported_text(r for r in of if r.metric == m) for m in dict.fromkeys(r.metric for r in of)}
+        rows.append(dict(article=key, result='reported', evaluated_on=where or 'test split', images=images,
+                         groups='not stated', threshold=threshold, **metrics))
+    return rows
 
 # %% ../../nbs/articles/tables.ipynb #reproduce-table
-def _scores_of(runs: list[RunFolder], frozen: bool, n_boot: int) -> Evaluation | None:
-    return score_results(runs, frozen, n_boot) if runs else None
-
-def _article_rows(key: str, found: dict, every: dict, n_boot: int) -> list[dict[str, str]]:
+def article_metrics(key: str) -> list[str]:    # names of `METRICS`, in their order
+    "What an article reported, and what is measured beside it"
     a = ARTICLES[key]
-    ours = dict(protocol=_scores_of(found.get(a.protocol, []), False, n_boot),
-                leak_safe=_scores_of(found.get(a.leak_safe, []), True, n_boot))
-    both = {'protocol': every.get(a.protocol, []), 'leak-safe': every.get(a.leak_safe, [])}
+    wanted = {*(r.metric for r in a.reported), *a.also}
+    return [m for m in METRICS if m in wanted]
+
+def _texts(estimates: Any, metrics: Iterable[str]) -> dict[str, str]:
+    "Metrics as text; what is not known of these images is left out"
+    return {m: str(estimates[m]) for m in metrics if m in estimates and not np.isnan(estimates[m].value)}
+
+def _run_name(runs: Sequence[RunFolder]) -> str:
+    return runs[0].name if len(runs) == 1 else f'{runs[0].recipe.name}, {len(runs)} folds'
+
+# %% ../../nbs/articles/tables.ipynb #own-rows
+def _own_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
+    "A run on its own images, at one half and at the frozen threshold"
+    about: dict[str, Any] = dict(article=key, result=result, run=_run_name(runs), trained=trained_text(runs))
     rows = []
-    for metric in dict.fromkeys([*(r.metric for r in a.reported), *a.also]):
-        reported = _reported_text(r for r in a.reported if r.metric == metric)
-        cells = {name: str(e[metric]) if e else ABSENT for name, e in ours.items()}
-        rows.append(dict(article=key, metric=metric, reported=reported, **cells, outside=_external_text(both, metric)))
+    for frozen in (False, True):
+        e = score_results(runs, frozen, n_boot)
+        rows.append({**about, **conditions(runs, e, frozen), **_texts(e.estimates, article_metrics(key)),
+                     'baselines': baselines_text(runs)})
     return rows
+
+# %% ../../nbs/articles/tables.ipynb #outside-rows
+def score_external(
+    run: RunFolder,
+    test: ExternalTest,      # one of `read_external_tests(run)`
+    threshold: float,        # the frozen one, or one half
+    n_boot: int = 2000,
+) -> dict[str, Estimate]:    # by metric, as far as the classes allow
+    "An external test at any threshold, from the predictions that it kept"
+    rows = pd.read_csv(run.path / test.predictions, dtype={'image_id': str, 'group': str, 'label': str})
+    return evaluate_external(rows, test.classes, threshold, n_boot, run.recipe.seed)
+
+def _external_baselines(test: ExternalTest) -> str:
+    found = {name: e.value for name, e in test.baselines.items() if e is not None}
+    return '; '.join(f'{name} {format_number(v)}' for name, v in found.items()) or NOT_FITTED
+
+def _outside_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
+    "The frozen network on other collections, at one half and at its frozen threshold"
+    rows = []
+    for run, test in ((r, t) for r in runs for t in read_external_tests(r)):
+        about: dict[str, Any] = dict(
+            article=key, result=f'{result}, outside', run=run.name, trained=trained_text([run]),
+            evaluated_on=test.name, images=test.n_images, groups=test.n_groups)
+        for frozen in (False, True):
+            e = score_external(run, test, run.frozen_threshold if frozen else .5, n_boot)
+            rows.append({**about, 'threshold': threshold_text([run], frozen, True), **_texts(e, article_metrics(key)),
+                         'baselines': _external_baselines(test)})
+    return rows
+
+# %% ../../nbs/articles/tables.ipynb #reproduce
+_CONDITIONS = ('article', 'result', 'run', 'trained', 'evaluated_on', 'images', 'groups', 'threshold')
+
+def _article_rows(key: str, found: dict[str, list[RunFolder]], n_boot: int) -> list[dict[str, Any]]:
+    rows, outside = _reported_rows(key), []
+    for result, name in (('protocol', ARTICLES[key].protocol), ('leak-safe', ARTICLES[key].leak_safe)):
+        runs = found.get(name, [])
+        if not runs: rows.append(dict(article=key, result=result, run=ABSENT))
+        else: rows += _own_rows(key, result, runs, n_boot)
+        outside += _outside_rows(key, result, runs, n_boot)
+    return rows + outside
 
 def reproduce_table(
     results_dir: str | Path,                       # folder of result folders, e.g. benchmarks/results
     only: str | list[str] | None = None,           # keys of `ARTICLES`; None: all
     n_boot: int = 2000,                            # resamples of patients
-) -> pd.DataFrame:                                 # article, metric, reported, protocol, leak_safe, outside: text
-    "Reported, article's protocol, leak-safe, outside: side by side, from result files and nothing else"
-    found, every = find_results(results_dir), find_results(results_dir, every=True)
-    return pd.DataFrame([row for key in article_keys(only) for row in _article_rows(key, found, every, n_boot)])
+) -> pd.DataFrame:                                 # a row per evaluation: conditions, metrics as text, baselines
+    "Reported, article's protocol, leak-safe, outside: from result files and nothing else"
+    found, keys = find_results(results_dir), article_keys(only)
+    wanted = {m for key in keys for m in article_metrics(key)}
+    columns = [*_CONDITIONS, *(m for m in METRICS if m in wanted), 'baselines']
+    rows = [row for key in keys for row in _article_rows(key, found, n_boot)]
+    return pd.DataFrame(rows).reindex(columns=columns).astype(object).fillna('')
 
 # %% ../../nbs/articles/tables.ipynb #runs-table
 RUN_COLUMNS = ('article', 'recipe', 'folder', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups',
@@ -142,65 +264,97 @@ def made_with(
 def _is_crossval(runs: list[RunFolder]) -> bool:
     return runs[0].recipe.split.kind == 'fold' and len(runs[0].classes) == 2
 
+def _crossval_rows(name: str, runs: list[RunFolder], n_boot: int) -> pd.DataFrame:
+    "The folds of a cross-validation and all together, with their conditions"
+    t, parts = as_text(fold_table(runs, n_boot)), [*([r] for r in runs), runs]
+    t.insert(0, 'recipe', name)
+    t.insert(2, 'evaluated_on', [evaluated_on(p) for p in parts])
+    return t.assign(threshold=[threshold_text(p, True) for p in parts], baselines=[baselines_text(p) for p in parts])
+
 def crossval_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, and the columns of `fold_table` as text
+) -> pd.DataFrame:          # recipe, the columns of `fold_table` as text, and the conditions
     "Every cross-validation of two classes: its folds, and all together"
     found = {name: runs for name, runs in find_results(results_dir).items() if _is_crossval(runs)}
     if not found: return pd.DataFrame(columns=['recipe', 'fold'])
-    t = pd.concat([fold_table(runs, n_boot).assign(recipe=name) for name, runs in found.items()], ignore_index=True)
-    return as_text(t[['recipe', *t.columns.drop('recipe')]])
+    return pd.concat([_crossval_rows(name, runs, n_boot) for name, runs in found.items()], ignore_index=True)
 
-# %% ../../nbs/articles/tables.ipynb #gains-table
-_GAINS = ['recipe', 'start', 'folds', 'model', 'kind', 'baseline', 'baseline_auc', 'gain']
+# %% ../../nbs/articles/tables.ipynb #gain-rows
+_GAINS = ['recipe', 'start', 'evaluated_on', 'images', 'groups', 'model', 'kind', 'baseline', 'baseline_auc', 'gain']
 
 def _gain_rows(start: str, runs: list[RunFolder], of: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
     "The best baseline of each kind, and what the model gains over it"
+    images = pool_predictions(runs, 'rank')
+    about = dict(recipe=runs[0].recipe.name, start=start, evaluated_on=evaluated_on(runs), images=len(images),
+                 groups=images['group'].nunique())
     rows = []
     for kind, t in baseline_gains(runs, n_boot, of=of).groupby('kind'):
         b = t.iloc[0]
         rows.append(dict(
-            recipe=runs[0].recipe.name, start=start, folds=len(of), model=format_estimate(b['auc'] + b['gain']),
-            kind=kind, baseline=b['baseline'], baseline_auc=format_estimate(b['auc']),
-            gain=format_estimate(b['gain'], b['low'], b['high'], signed=True)))
+            about, model=format_estimate(b['auc'] + b['gain']), kind=kind, baseline=_chosen_text(t),
+            baseline_auc=format_estimate(b['auc']), gain=format_estimate(b['gain'], b['low'], b['high'], signed=True)))
     return rows
+
+def _chosen_text(gains: pd.DataFrame) -> str:
+    "The best baseline of one kind, and from how many it was chosen"
+    best, n = gains.iloc[0], len(gains)
+    chosen = f", best of {n} on these images" if n > 1 else ''
+    lacks = best['kind'] == 'image_without_lungs' and _lacks_network(gains)
+    return f"{best['baseline']}{chosen}{'; ' + NO_NETWORK if lacks else ''}"
+
+# %% ../../nbs/articles/tables.ipynb #gains-table
+def _with_baselines(results_dir: str | Path) -> dict[str, list[RunFolder]]:
+    "Runs and cross-validations of two classes, without a leak, whose baselines are kept"
+    def fits(r: RunFolder) -> bool:
+        return len(r.classes) == 2 and not r.leaking_groups and r.baseline_scores is not None
+    return {name: runs for name, runs in find_results(results_dir).items() if all(map(fits, runs))}
 
 def gains_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, start, folds, model, kind, baseline, baseline_auc, gain: text
-    "The AUC of each cross-validation above the best lung-free baseline of each kind"
+) -> pd.DataFrame:          # recipe, start, what it was measured on, model, kind, baseline, baseline_auc, gain: text
+    "The AUC of each run without a leak above the best lung-free baseline of each kind"
     rows: list[dict[str, Any]] = []
-    for name, runs in find_results(results_dir).items():
-        if not _is_crossval(runs) or any(r.baseline_scores is None for r in runs): continue
+    for name, runs in _with_baselines(results_dir).items():
         arms = find_arms(results_dir, name) if name in ABLATION else {start_of(runs[0]): runs}
         for start, arm in arms.items():
             if len(arm) == len(runs): rows += _gain_rows(start, arm, runs, n_boot)
     return pd.DataFrame(rows, columns=_GAINS)
 
 # %% ../../nbs/articles/tables.ipynb #arms-table
+def _arm_conditions(results_dir: str | Path, recipe: str, start: Start) -> dict[str, Any]:
+    "What the AUC of one arm was made on; the arms share the baselines of the recipe's own folds"
+    runs = find_arms(results_dir, recipe)[start]
+    own = find_results(results_dir)[recipe]
+    groups = pool_predictions(runs, 'rank')['group'].nunique()
+    return dict(evaluated_on=evaluated_on(runs), groups=groups, threshold=NO_THRESHOLD,
+                baselines=baselines_text(runs, of=own if len(own) == len(runs) else None))
+
 def arms_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, start, folds, images, auc, gain, p: text
+) -> pd.DataFrame:          # recipe, start, folds, images, auc, gain, p, conditions: text
     "Every start of every recipe of `ABLATION`, and its gain over random weights, in pairs"
     t = ablation_table(results_dir, ABLATION, n_boot)
-    return as_text(t, signed=['gain']).assign(p=['' if np.isnan(p) else format_p(p) for p in t['p'].astype(float)])
+    about = [_arm_conditions(results_dir, recipe, start) for recipe, start in zip(t['recipe'], t['start'])]
+    out = as_text(t, signed=['gain']).assign(p=['' if np.isnan(p) else format_p(p) for p in t['p'].astype(float)])
+    return out.join(pd.DataFrame(about, index=out.index))
 
 def left_out_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, left_out, images, groups, false_positive_rate, auc: text
+) -> pd.DataFrame:          # recipe, conditions, false_positive_rate, auc: text
     "Collections that a network never saw: false positives where they are of one class, AUC where they are of two"
     every = [r for runs in find_results(results_dir, every=True).values() for r in runs]
     newest = {(r.recipe.name, r.recipe.split.source): r for r in every if r.recipe.split.kind == 'source'}
     rows = []
-    for (name, source), r in newest.items():
+    for (name, _), r in newest.items():
         e = score_results([r], True, n_boot)
-        rows.append(dict(recipe=name, left_out=source, images=e.n_images, groups=e.n_groups,
-                         false_positive_rate=str(e['false_positive_rate']), auc=str(e['auc'])))
-    return pd.DataFrame(rows, columns=['recipe', 'left_out', 'images', 'groups', 'false_positive_rate', 'auc'])
+        rows.append(dict(recipe=name, **conditions([r], e, True), false_positive_rate=str(e['false_positive_rate']),
+                         auc=str(e['auc']), baselines=baselines_text([r])))
+    columns = ['recipe', 'evaluated_on', 'images', 'groups', 'threshold', 'false_positive_rate', 'auc', 'baselines']
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/articles/tables.ipynb #asides
 def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
@@ -208,14 +362,14 @@ def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
     train, valid = h['train_loss'], h['valid_loss']
     losses = dict(first_loss=train.iloc[0], highest_loss=train.max(), last_loss=train.iloc[-1],
                   valid_loss=valid.iloc[-1], highest_valid_loss=valid.max())
-    return dict(network=r.recipe.model.arch, size=r.recipe.image.size, epochs=len(h),
+    return dict(network=r.recipe.model.arch, size=r.recipe.image.size, epochs=len(h), **conditions([r], e, False),
                 **{k: round(v, 3) for k, v in losses.items()},
-                accuracy=str(e['accuracy']), auc=str(e['auc']))
+                accuracy=str(e['accuracy']), auc=str(e['auc']), baselines=baselines_text([r]))
 
 def asides_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # network, size, epochs, losses, accuracy, auc; accuracy and auc as text
+) -> pd.DataFrame:          # network, size, epochs, conditions, losses, accuracy and auc as text
     "Losses and validation numbers of the article's asides: what each network and size did under one schedule"
     rows = [_aside_row(r, n_boot) for r in find_results(results_dir, every=True).get('covid-2020-asides', [])]
     if not rows: return pd.DataFrame(columns=['network', 'size'])
@@ -232,65 +386,100 @@ def _by_seed(results: list[RunFolder]) -> list[RunFolder]:
 def _ensemble_members(every: dict[str, list[RunFolder]]) -> list[RunFolder]:
     return [r for name in ENSEMBLE for r in _by_seed(every.get(name, []))]
 
-def _test_row(name: str, network: str, size: Any, seed: Any, e: Evaluation) -> dict[str, Any]:
+_TEST_COLUMNS = ['recipe', 'trained', 'seed', 'evaluated_on', 'images', 'groups', 'threshold',
+                 'accuracy', 'sensitivity', 'specificity', 'auc', 'baselines']
+
+def _test_row(runs: list[RunFolder], e: Evaluation, **about: Any) -> dict[str, Any]:
+    "One row of the published test; `about` replaces what an ensemble says otherwise"
     shown = dict(accuracy='accuracy', sensitivity='recall', specificity='specificity', auc='auc')
-    return dict(recipe=name, network=network, size=size, seed=seed, images=e.n_images,
-                **{k: str(e[m]) for k, m in shown.items()})
+    c = runs[0].recipe
+    own = dict(recipe=c.name, trained=trained_text(runs[:1]), seed=c.seed, **conditions(runs[:1], e, True),
+               baselines=baselines_text(runs[:1]))
+    return {**own, **about, **{k: str(e[m]) for k, m in shown.items()}}
 
 # %% ../../nbs/articles/tables.ipynb #published-test-table
 def published_test_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, network, size, seed, images, accuracy, sensitivity, specificity, auc: text
+) -> pd.DataFrame:          # recipe, what was trained, conditions, accuracy, sensitivity, specificity, auc: text
     "Every kept network on the published test, at its frozen threshold, and the mean of the leak-safe ones"
     every, rows = find_results(results_dir, every=True), []
     for name in PUBLISHED_TEST:
-        for r in _by_seed(every.get(name, [])):
-            c, e = r.recipe, score_results([r], True, n_boot)
-            rows.append(_test_row(name, c.model.arch, c.image.size, c.seed, e))
+        rows += [_test_row([r], score_results([r], True, n_boot)) for r in _by_seed(every.get(name, []))]
     members = _ensemble_members(every)
     if len(members) > 1:
-        e = score_ensemble(members, n_boot)
-        rows.append(_test_row('all leak-safe recipes', f'mean of {len(members)}', '-', 'all', e))
-    columns = ['recipe', 'network', 'size', 'seed', 'images', 'accuracy', 'sensitivity', 'specificity', 'auc']
-    return pd.DataFrame(rows, columns=columns)
+        about = dict(recipe='all leak-safe recipes', trained=f'mean of {len(members)} networks', seed='all',
+                     threshold=f'frozen on validation: {len(members)}, moved to one half', baselines=NOT_FITTED)
+        rows.append(_test_row(members, score_ensemble(members, n_boot), **about))
+    return pd.DataFrame(rows, columns=_TEST_COLUMNS)
 
 # %% ../../nbs/articles/tables.ipynb #aims-table
-def _measured(aim: Aim, results_dir: str | Path, n_boot: int) -> Estimate | None:
-    "What was found for an aim; None: no run is kept"
+def _aim_runs(aim: Aim, results_dir: str | Path) -> Sequence[RunFolder]:
+    "The runs that an aim is about; empty: none is kept"
     every = find_results(results_dir, every=True)
     if aim.of == 'ensemble':
         members = _ensemble_members(every)
-        return score_ensemble(members, n_boot)[aim.metric] if len(members) > 1 else None
-    runs: Sequence[RunFolder] | None = _by_seed(every.get(aim.recipe, []))[:1]      # the first seed, not the best one
-    if aim.of == 'cross-validation': runs = find_results(results_dir).get(aim.recipe)
-    if aim.of == 'in-domain': runs = find_arms(results_dir, aim.recipe).get('in-domain')
-    return score_results(runs, True, n_boot)[aim.metric] if runs else None
+        return members if len(members) > 1 else []
+    if aim.of == 'cross-validation': return find_results(results_dir).get(aim.recipe, [])
+    if aim.of == 'in-domain': return find_arms(results_dir, aim.recipe).get('in-domain', [])
+    return _by_seed(every.get(aim.recipe, []))[:1]      # the first seed, not the best one
 
-def _reached(e: Estimate | None, wanted: float) -> str:
+# %% ../../nbs/articles/tables.ipynb #aim-row
+def _reached(e: Estimate, wanted: float) -> str:
     "'yes' asks the whole interval to lie at or above the aim"
-    if e is None: return '-'
     if e.low >= wanted: return 'yes'
     return 'perhaps' if e.value >= wanted else 'no'
 
-def aims_table(results_dir: str | Path, n_boot: int = 2000) -> pd.DataFrame: # aim, metric, wanted, measured, reached
+def _aim_row(a: Aim, results_dir: str | Path, n_boot: int) -> dict[str, Any]:
+    asked, runs = dict(aim=a.text, metric=a.metric, wanted=a.wanted), _aim_runs(a, results_dir)
+    if not runs: return dict(asked, measured=ABSENT, reached='-')
+    ensemble = a.of == 'ensemble'
+    e = score_ensemble(runs, n_boot) if ensemble else score_results(runs, True, n_boot)
+    about = conditions(runs[:1] if ensemble else runs, e, True)
+    if a.metric == 'auc': about['threshold'] = NOT_NEEDED
+    return dict(asked, measured=str(e[a.metric]), reached=_reached(e[a.metric], a.wanted), **about,
+                baselines=NOT_FITTED if ensemble else _aim_baselines(a, runs, results_dir))
+
+def _aim_baselines(a: Aim, runs: Sequence[RunFolder], results_dir: str | Path) -> str:
+    "Another start has the baselines of the recipe's own folds"
+    return baselines_text(runs, of=find_results(results_dir).get(a.recipe) if a.of == 'in-domain' else None)
+
+# %% ../../nbs/articles/tables.ipynb #aims
+def aims_table(
+    results_dir: str | Path,
+    n_boot: int = 2000,
+) -> pd.DataFrame:          # aim, metric, wanted, measured, reached, and the conditions
     "The aims, and whether they were reached"
+    columns = ['aim', 'metric', 'wanted', 'measured', 'reached', 'evaluated_on', 'images', 'groups', 'threshold',
+               'baselines']
+    return pd.DataFrame([_aim_row(a, results_dir, n_boot) for a in AIMS]).reindex(columns=columns).fillna('')
+
+# %% ../../nbs/articles/tables.ipynb #leak-baselines
+_LEAKS = ['run', 'images_of', 'evaluated_on', 'images', 'positive', 'groups', 'threshold', 'accuracy', 'recall',
+          'specificity', 'auc', 'baselines']
+
+def _auc_of(r: RunFolder, t: pd.DataFrame, score: np.ndarray) -> float:
+    "AUC of a score on some images, without an interval"
+    with allow_undefined(): e = evaluate(t['label'].to_numpy(object), score, classes=r.classes, n_boot=0)
+    return e['auc'].value
+
+def _baselines_among(r: RunFolder, t: pd.DataFrame) -> str:
+    "The best baseline of each kind on some of the evaluated images"
+    if r.baseline_scores is None: return NOT_FITTED
     rows = []
-    for a in AIMS:
-        e = _measured(a, results_dir, n_boot)
-        rows.append(dict(aim=a.text, metric=a.metric, wanted=a.wanted, measured=str(e) if e else ABSENT,
-                         reached=_reached(e, a.wanted)))
-    return pd.DataFrame(rows)
+    for (name, kind), scores in r.baseline_scores.groupby(['baseline', 'kind']):
+        score = scores.set_index('image_id')['score'].loc[t['image_id']].to_numpy(float)
+        rows.append(dict(baseline=name, kind=kind, auc=_auc_of(r, t, score)))
+    return _best_of_kinds(pd.DataFrame(rows).sort_values('auc', ascending=False, kind='stable'))
 
 # %% ../../nbs/articles/tables.ipynb #leak-table
-_LEAKS = ['run', 'images_of', 'images', 'groups', 'accuracy', 'recall', 'specificity', 'auc']
-
 def _leak_row(r: RunFolder, kind: str, t: pd.DataFrame, n_boot: int) -> dict[str, Any]:
     with allow_undefined():
         e = evaluate(t['label'].to_numpy(object), t[f'prob_{r.classes[1]}'].to_numpy(float),
                      t['group'].to_numpy(object), .5, r.classes, n_boot, r.recipe.seed)
     metrics = {m: str(e[m]) for m in ('accuracy', 'recall', 'specificity', 'auc')}
-    return dict(run=r.name, images_of=kind, images=len(t), groups=e.n_groups, **metrics)
+    return dict(run=r.name, images_of=kind, **conditions([r], e, False), positive=e.images_per_class[r.classes[1]],
+                **metrics, baselines=_baselines_among(r, t))
 
 def leak_table(
     results_dir: str | Path,
@@ -306,6 +495,30 @@ def leak_table(
         kinds = (('a known patient', t[known]), ('a new patient', t[~known]))
         rows += [_leak_row(r, kind, x, n_boot) for kind, x in kinds if len(x)]
     return pd.DataFrame(rows, columns=_LEAKS)
+
+# %% ../../nbs/articles/tables.ipynb #audits-table
+_QUICK = f'quick: {NO_NETWORK}'
+
+def _estimate_text(e: Estimate, signed: bool = False) -> str:
+    return format_estimate(e.value, e.low, e.high, signed=signed)
+
+def _audit_row(r: RunFolder, a: Audit) -> dict[str, Any]:
+    "What an audit says first, and on what"
+    h, e = a.headline, r.evaluation[r.split]
+    best, metadata = (f'{b.name} {_estimate_text(b.auc)}' if b else NOT_FITTED
+                      for b in (h.best_baseline, h.metadata_baseline))
+    gain, over_metadata = (_estimate_text(g, signed=True) for g in (h.auc_gain, h.auc_gain_over_metadata))
+    return dict(run=r.name, audit=_QUICK if a.quick else 'full', evaluated_on=evaluated_on([r]), images=e['n_images'],
+                groups=e['n_groups'], threshold=threshold_text([r], True), auc=_estimate_text(h.model_auc),
+                best_lung_free_baseline=best, gain=gain, metadata_baseline=metadata, gain_over_metadata=over_metadata)
+
+def audits_table(
+    results_dir: str | Path,
+) -> pd.DataFrame:           # a row per kept audit: on what it was made, and its first numbers as text
+    "The AUC of every audited run beside its best lung-free baseline and its metadata"
+    from covid_cxr.audit.case import read_audit
+    every = [r for runs in find_results(results_dir, every=True).values() for r in runs]
+    return pd.DataFrame([_audit_row(r, a) for r in every if (a := read_audit(r)) is not None])
 
 # %% ../../nbs/articles/tables.ipynb #auc-table
 _AUC = ['recipe', 'start', 'folds', 'kind', 'name', 'auc', 'auc_low', 'auc_high']
@@ -358,20 +571,22 @@ def plot_auc_beside_baselines(
 
 # %% ../../nbs/articles/tables.ipynb #all-tables
 TableName = Literal['articles', 'runs', 'crossval', 'gains', 'auc', 'arms', 'left_out', 'asides', 'published_test',
-                    'aims', 'leaks']
+                    'aims', 'leaks', 'audits']
 TITLES: dict[TableName, str] = {
     'articles': "Reported, article's protocol, leak-safe, outside", 'runs': 'The runs',
     'crossval': 'Cross-validations, fold by fold', 'gains': 'Above the best lung-free baseline of each kind',
     'auc': 'The model beside its lung-free baselines', 'arms': 'Starting weights',
     'left_out': 'A collection left out', 'asides': 'Asides of article 3',
-    'published_test': 'The published test', 'aims': 'Aims', 'leaks': 'What the leak gave'}
+    'published_test': 'The published test', 'aims': 'Aims', 'leaks': 'Known patients and new ones in one run',
+    'audits': 'What else explains them'}
 
 def _makers(results_dir: str | Path, n_boot: int) -> dict[str, Callable[[], pd.DataFrame]]:
     "Name of a table -> a function that makes it"
     plain = dict(crossval=crossval_table, gains=gains_table, arms=arms_table, left_out=left_out_table, auc=auc_table,
                  asides=asides_table, published_test=published_test_table, aims=aims_table)
     with_articles = dict(articles=lambda: reproduce_table(results_dir, n_boot=n_boot),
-                         runs=lambda: runs_table(results_dir), leaks=lambda: leak_table(results_dir, n_boot=n_boot))
+                         runs=lambda: runs_table(results_dir), leaks=lambda: leak_table(results_dir, n_boot=n_boot),
+                         audits=lambda: audits_table(results_dir))
     return {**with_articles, **{k: partial(f, results_dir, n_boot) for k, f in plain.items()}}
 
 def make_tables(
@@ -417,9 +632,32 @@ def reported_table(
     "What an article reported, and its own words"
     def row(r: ReportedResult) -> dict[str, str]:
         counts = f'{r.k} of {r.n}' if r.n else 'not to be had'
-        return dict(metric=r.metric, reported=_reported_text([r._replace(where='')]), counts=counts,
+        return dict(metric=r.metric, reported=_reported_text([r]), counts=counts,
                     images=r.where or 'test split', said=r.said)
     return pd.DataFrame([row(r) for k in article_keys(key) for r in ARTICLES[k].reported])
+
+# %% ../../nbs/articles/tables.ipynb #article-results
+def article_results(
+    t: pd.DataFrame,     # of `reproduce_table`
+    key: str,            # of `ARTICLES`
+) -> pd.DataFrame:
+    "The evaluations of one article, without columns that are empty for it"
+    rows = select_rows(t, article=key)
+    return rows[[c for c in rows if (rows[c] != '').any()]]
+
+def _first_number(reported):
+    "The first metric that an article reported: 'accuracy 0.962'"
+    return next(f'{m} {reported[m].split(" ")[0]}' for m in ('accuracy', 'auc') if reported[m])
+
+def main_results(
+    t: pd.DataFrame,     # of `reproduce_table`, with every article
+) -> pd.DataFrame:       # article, reported, evaluated_on, images, groups, threshold, accuracy, auc, baselines
+    "For a short page, a row per article: its first reported number, and the leak-safe run at its frozen threshold"
+    first = t[t['result'] == 'reported'].groupby('article', sort=False).head(1).set_index('article')
+    own = t[(t['result'] == 'leak-safe') & (t['threshold'] != ONE_HALF)].groupby('article', sort=False).head(1)
+    own = own.assign(reported=[_first_number(first.loc[key]) for key in own['article']])
+    shown = ['article', 'reported', 'evaluated_on', 'images', 'groups', 'threshold', 'accuracy', 'auc', 'baselines']
+    return own[shown].reset_index(drop=True)
 
 # %% ../../nbs/articles/tables.ipynb #differences
 def _flat_settings(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -446,10 +684,8 @@ def _stage_text(s: dict[str, Any]) -> str:
 # %% ../../nbs/articles/tables.ipynb #differences-table
 def _evaluated_as(runs: list[RunFolder], frozen: bool) -> dict[str, Any]:
     "On what images, and at which threshold, the numbers of a run or of a cross-validation were made"
-    thresholds = [format_number(r.threshold) for r in runs]
-    where = 'every image once, over all folds' if len(runs) > 1 else f'the {runs[0].split} split'
-    at = f'chosen on validation, frozen: {join_words(thresholds)}' if frozen else 'one half, as in the article'
-    return {'evaluated on': where, 'images': sum(r.evaluation[r.split]['n_images'] for r in runs), 'threshold': at}
+    images = sum(r.evaluation[r.split]['n_images'] for r in runs)
+    return {'evaluated on': evaluated_on(runs), 'images': images, 'threshold': threshold_text(runs, frozen)}
 
 def differences_table(
     results_dir: str | Path,

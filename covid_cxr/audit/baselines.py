@@ -11,17 +11,20 @@ from typing import Any, Iterable, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd, torch
 from numpy.typing import ArrayLike
 from torch import nn
-from ..core import CxrError, TableError, check_choice, require_columns
-from ..evaluate import Estimate, allow_undefined, evaluate
+from ..core import CxrError, TableError, check_choice, require_columns, to_plain
+from ..evaluate import (Estimate, allow_undefined, auc_and_ap, check_scores, evaluate, group_resamples,
+                                percentile_interval, rank_sums)
 from ..images import file_facts
 from ..runs.folder import BaselineKind, baseline_kind, baseline_name
-from ..words import format_percent, join_words
+from ..stats.paired import compare_auc
+from ..words import as_number, format_percent, join_words
 from .regions import LUNG_MARGIN, blacken, check_image_stack, corners, dilate_masks, lung_box
 
 # %% auto #0
-__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'small_cnn', 'SmallCNN', 'fit_small_cnn', 'estimate_auc', 'group_folds',
-           'held_out_scores', 'split_scores', 'file_features', 'metadata_columns', 'metadata_features',
-           'intensity_numbers', 'Baseline', 'fit_baselines', 'best_baseline', 'external_baselines']
+__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'ChosenOn', 'small_cnn', 'SmallCNN', 'fit_small_cnn',
+           'estimate_auc', 'group_folds', 'held_out_scores', 'split_scores', 'file_features', 'metadata_columns',
+           'metadata_features', 'intensity_numbers', 'body_outline', 'Baseline', 'fit_baselines', 'best_baseline',
+           'BestGain', 'gain_over_best', 'external_baselines']
 
 # %% ../../nbs/audit/baselines.ipynb #net
 class _Pools(nn.Module):
@@ -174,6 +177,10 @@ def _fit_and_score(model, X, y, learn, score, seed):
     return classifier.fit(X[learn], y[learn]).predict_proba(X[score])[:, 1]
 
 # %% ../../nbs/audit/baselines.ipynb #held-out
+def _numbers(X, y, model):
+    "Features as the model takes them"
+    return np.asarray(X) if model == 'small_cnn' else np.asarray(X, np.float32).reshape(len(y), -1)
+
 def held_out_scores(
     X: ArrayLike,                       # (n, f) numbers, or (n, h, w) uint8 images for 'small_cnn'
     y: ArrayLike,                       # (n,) 0 or 1
@@ -185,29 +192,28 @@ def held_out_scores(
     "Scores of every image by a baseline that did not learn from its patient"
     check_choice('model', model, BaselineModel)
     y, groups = np.asarray(y).astype(int), np.asarray(groups, object)
-    X = np.asarray(X) if model == 'small_cnn' else np.asarray(X, np.float32).reshape(len(y), -1)
+    X = _numbers(X, y, model)
     if train is None:
         fold = group_folds(y, groups, seed=seed)
         splits = [(fold != k, fold == k) for k in range(fold.max() + 1)]
     else:
         train = np.asarray(train, bool)
-        crossing = set(groups[train]) & set(groups[~train])      # an article's protocol may leak; a baseline never does
+        crossing = set(groups[train]) & set(groups[~train])
         splits = [(train, ~train & ~np.isin(groups, list(crossing)))]
     out = np.full(len(y), np.nan)
     for learn, score in splits: out[score] = _fit_and_score(model, X, y, learn, score, seed)
     return out
 
 def split_scores(
-    X: ArrayLike, y: ArrayLike, groups: ArrayLike,   # of all rows, as in `held_out_scores`
-    learn: np.ndarray, score: np.ndarray,            # (n,) bool: the split to learn from, the split to score
+    X: ArrayLike, y: ArrayLike,             # of all rows, as in `held_out_scores`
+    learn: np.ndarray, score: np.ndarray,   # (n,) bool: the rows to learn from, the rows to score
     model: BaselineModel,
     seed: int = 0,
-) -> np.ndarray:                                     # (m,) score of class 1; .5 for a patient of both splits
-    "Scores of one split by a baseline that was fitted to another"
-    keep = learn | score
-    X, y, groups = np.asarray(X)[keep], np.asarray(y)[keep], np.asarray(groups, object)[keep]
-    scores = held_out_scores(X, y, groups, model, learn[keep], seed)
-    return np.nan_to_num(scores[score[keep]], nan=.5)
+) -> np.ndarray:                            # (m,) score of class 1, of every row that is asked for
+    "Scores of one split by a baseline that was fitted to another; a patient of both is known to it, as to the model"
+    check_choice('model', model, BaselineModel)
+    y = np.asarray(y).astype(int)
+    return _fit_and_score(model, _numbers(X, y, model), y, np.asarray(learn, bool), np.asarray(score, bool), seed)
 
 # %% ../../nbs/audit/baselines.ipynb #file
 _NOT_A_JPEG = dict(quantisation=-1., dpi=-1., icc=False, exif=False, progressive=False, subsampling=-1.)
@@ -292,6 +298,25 @@ def intensity_numbers(
     v = images.reshape(len(images), -1)[:, inside].astype(np.float32)
     return np.column_stack([v.mean(1), v.std(1), *np.quantile(v, [.05, .25, .5, .75, .95], axis=1)])
 
+# %% ../../nbs/audit/baselines.ipynb #body
+BODY_BANDS = 8      # heights at which the body is measured
+
+def _band_means(values):
+    "(n, k) -> (n, BODY_BANDS): the mean of each of as many equal parts"
+    return np.stack([part.mean(1) for part in np.array_split(values, BODY_BANDS, axis=1)], 1)
+
+def body_outline(
+    images: ArrayLike,    # (n, h, w) uint8
+) -> np.ndarray:          # (n, 2 * BODY_BANDS): widths, then what lies above the body; shares of the picture
+    "Size and place of the body in the picture, from its outline alone"
+    x = np.asarray(images).astype(np.float32)
+    n, h, w = x.shape
+    low, high = np.quantile(x.reshape(n, -1), [.01, .75], axis=1)
+    inside = x > (low + .3 * (high - low))[:, None, None]            # .3: above the haze around the body
+    left, right = (np.where(inside.any(2), side.argmax(2), w) for side in (inside, inside[:, :, ::-1]))
+    above = np.where(inside.any(1), inside.argmax(1), h)
+    return np.concatenate([_band_means(np.maximum(1 - (left + right) / w, 0)), _band_means(above / h)], 1)
+
 # %% ../../nbs/audit/baselines.ipynb #baseline
 @dataclass(frozen=True, eq=False)
 class Baseline:
@@ -301,21 +326,24 @@ class Baseline:
     seen: str                                # what it was shown
     auc: Estimate
     scores: np.ndarray = field(repr=False)   # (n,) of the evaluated images, in their order; empty when read from a file
+    valid_auc: float = np.nan                # on the validation split; NaN: there is none, or it is the evaluated one
 
     @property
     def constant(self) -> bool:
         "Has every image the same score?"
-        return bool(np.ptp(self.scores) == 0)
+        return bool(len(self.scores) and np.ptp(self.scores) == 0)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values for JSON, without the scores"
-        return dict(name=self.name, kind=self.kind, seen=self.seen, auc=self.auc.to_dict())
+        return dict(name=self.name, kind=self.kind, seen=self.seen, auc=self.auc.to_dict(),
+                    valid_auc=to_plain(self.valid_auc))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Baseline:
         "What `to_dict` wrote, also by older versions"
-        auc = Estimate.from_dict(values['auc'])
-        return cls(baseline_name(values['name']), baseline_kind(values['kind']), values['seen'], auc, np.zeros(0))
+        auc, valid_auc = Estimate.from_dict(values['auc']), as_number(values.get('valid_auc'))
+        name, kind = baseline_name(values['name']), baseline_kind(values['kind'])
+        return cls(name, kind, values['seen'], auc, np.zeros(0), valid_auc)
 
 # %% ../../nbs/audit/baselines.ipynb #jobs-image
 class _Job(NamedTuple):
@@ -335,6 +363,8 @@ def _edge_jobs(small):
                flat[:, squares.ravel()], 'logistic')
     yield _Job('brightness of the edge', 'image_without_lungs', 'mean, spread and five quantiles of the outer ring',
                intensity_numbers(small, ring), 'forest')
+    yield _Job('size of the body', 'image_without_lungs', 'width and place of the body, from its outline alone',
+               body_outline(small), 'forest')
 
 def _network_jobs(small, masks):
     yield _Job('network trained without lungs', 'image_without_lungs', 'everything outside one fixed box',
@@ -359,11 +389,20 @@ def _metadata_jobs(table):
         features = metadata_features(table, [name])
         if features.shape[1] > 1: yield _Job(f'{name} alone', 'metadata', name, features, 'forest')
 
-def _fit_baseline(job, y, groups, learn, score, n_boot, seed):
+# %% ../../nbs/audit/baselines.ipynb #fit-one
+class _Splits(NamedTuple):
+    "(n,) bool each: the rows to learn from, the rows that are evaluated, the rows on which the best is chosen"
+    learn: np.ndarray
+    score: np.ndarray
+    choose: np.ndarray
+
+def _fit_baseline(job, y, groups, at: _Splits, n_boot, seed):
     "One job done: fitted to some rows, evaluated on others"
-    scores = split_scores(job.features, y, groups, learn, score, job.model, seed)
-    auc = estimate_auc(y[score], scores, groups[score], n_boot, seed)
-    return Baseline(job.name, job.kind, job.seen, auc, scores)
+    asked, scores = at.score | at.choose, np.full(len(y), np.nan)
+    scores[asked] = split_scores(job.features, y, at.learn, asked, job.model, seed)
+    auc = estimate_auc(y[at.score], scores[at.score], groups[at.score], n_boot, seed)
+    valid_auc = estimate_auc(y[at.choose], scores[at.choose], n_boot=0).value if at.choose.any() else np.nan
+    return Baseline(job.name, job.kind, job.seen, auc, scores[at.score], valid_auc)
 
 # %% ../../nbs/audit/baselines.ipynb #fit-baselines
 def fit_baselines(
@@ -381,7 +420,7 @@ def fit_baselines(
     small = np.asarray(small)
     if len(small) != len(table):
         raise TableError(f'{len(small)} images for a table of {len(table)} rows; give one per row, in its order.')
-    learn, score = ((table['split'] == s).to_numpy() for s in ('train', split))
+    learn, score, valid = ((table['split'] == s).to_numpy() for s in ('train', split, 'valid'))
     if not learn.any() or not score.any():
         raise TableError(f"fit_baselines needs rows in the splits train and {split}; "
                          f"the table has {join_words(sorted(table['split'].dropna().unique()))}.")
@@ -390,15 +429,77 @@ def fit_baselines(
     jobs += _metadata_jobs(table)
     if retrain: jobs += _network_jobs(small, masks)
     y, groups = (table['label'] == positive).to_numpy().astype(int), table['group'].to_numpy(object)
-    return [_fit_baseline(job, y, groups, learn, score, n_boot, seed) for job in jobs]
+    at = _Splits(learn, score, valid & ~score)
+    return [_fit_baseline(job, y, groups, at, n_boot, seed) for job in jobs]
 
 # %% ../../nbs/audit/baselines.ipynb #best-baseline
+ChosenOn = Literal['validation split', 'evaluated images']
+
+def _candidates(baselines, kind):
+    "The baselines of a kind that tell images apart"
+    return [b for b in baselines if b.kind == kind and not b.constant]
+
+def _chosen_on(candidates) -> ChosenOn:
+    "On which images the best of several baselines can be chosen"
+    return 'validation split' if all(np.isfinite(b.valid_auc) for b in candidates) else 'evaluated images'
+
 def best_baseline(
     baselines: Iterable[Baseline],
     kind: BaselineKind,
-) -> Baseline | None:               # None where there is none of this kind
-    "The baseline of a kind with the highest AUC"
-    return max((b for b in baselines if b.kind == kind), key=lambda b: b.auc.value, default=None)
+) -> Baseline | None:               # None where there is none of this kind, or none that tells images apart
+    "The baseline of a kind with the highest AUC on the validation split; without one, on the evaluated images"
+    found = _candidates(baselines, kind)
+    on_valid = _chosen_on(found) == 'validation split'
+    return max(found, key=lambda b: b.valid_auc if on_valid else b.auc.value, default=None)
+
+# %% ../../nbs/audit/baselines.ipynb #best-gain
+class BestGain(NamedTuple):
+    "AUC of a model minus that of the best of several baselines"
+    best: Baseline
+    gain: Estimate
+    chosen_on: ChosenOn
+    chosen_from: int       # how many baselines there were to choose from
+
+def _gain_draws(y, p, baselines, groups, n_boot, seed):
+    "(b, k) gain of a model over every baseline, in resamples of patients"
+    s, out = check_scores(y, p, groups), [np.zeros((0, len(baselines)))]
+    auc = lambda scores, w: auc_and_ap(*rank_sums(s.y == 1, np.asarray(scores, float), w)).auc
+    for w in group_resamples(s, n_boot, seed):
+        model = auc(p, w)
+        out.append(np.stack([model - auc(b.scores, w) for b in baselines], 1))
+    return np.concatenate(out)
+
+def _smallest_gain(y, p, groups, baselines, level=.95):
+    "Interval of the gain over the best of several, where the best was seen on these images only"
+    gains = lambda level: [compare_auc(y, p, b.scores, groups, level=level) for b in baselines]
+    return min(d.low for d in gains(level)), min(d.high for d in gains(1 - (1 - level) / len(baselines)))
+
+# %% ../../nbs/audit/baselines.ipynb #gain-over-best
+def _chosen_gain(y, p, groups, baselines, best, n_boot, seed):
+    "Interval of the gain over the chosen baseline; its lower end also allows for the best one on these images"
+    chosen = compare_auc(y, p, best.scores, groups)
+    if len(baselines) == 1: return chosen.low, chosen.high
+    smallest = chosen.first - max(b.auc.value for b in baselines)
+    own_best = _gain_draws(y, p, baselines, groups, n_boot, seed).min(1)      # each resample has its own best
+    return min(chosen.low, 2 * smallest - percentile_interval(own_best).high), chosen.high
+
+def gain_over_best(
+    y: np.ndarray, p: np.ndarray,      # (m,) 0 or 1; (m,) probabilities of the model
+    groups: np.ndarray,                # (m,) patient groups
+    baselines: Sequence[Baseline],     # with their scores of the same images
+    kind: BaselineKind,
+    n_boot: int = 2000,                # resamples, where the best of several was chosen on the validation split
+    seed: int = 0,
+) -> BestGain | None:                  # None where no baseline of this kind tells images apart
+    "Gain of a model over the best baseline of a kind, in pairs over patients, with the price of choosing the best"
+    best, found = best_baseline(baselines, kind), _candidates(baselines, kind)
+    if best is None: return None
+    chosen_on = _chosen_on(found)
+    if chosen_on == 'validation split': low, high = _chosen_gain(y, p, groups, found, best, n_boot, seed)
+    else: low, high = _smallest_gain(y, p, groups, found)
+    gain = compare_auc(y, p, best.scores, groups).difference
+    note = f'best of {len(found)}, chosen on the {chosen_on}' if len(found) > 1 else ''
+    return BestGain(best, Estimate(gain, low, high, len(y), note), chosen_on, len(found))
 
 # %% ../../nbs/audit/baselines.ipynb #external
 def _all_on_disk(paths): return all(isinstance(p, str) and Path(p).is_file() for p in paths)
@@ -414,13 +515,12 @@ def external_baselines(
     out: dict[str, Estimate | None] = dict(file=None, metadata=None)
     if len(classes) != 2 or rows['label'].nunique() < 2: return out
     both = pd.concat([train_rows, rows], ignore_index=True)
-    learn = np.arange(len(both)) < len(train_rows)
+    learn, groups = np.arange(len(both)) < len(train_rows), rows['group'].astype(str).to_numpy(object)
     y = (both['label'] == classes[1]).to_numpy().astype(int)
-    groups = np.where(learn, 'train ', 'external ') + both['group'].astype(str).to_numpy(object)
     features = dict(metadata=metadata_features(both))
     if _all_on_disk(both['path']): features['file'] = file_features(both['path'])
     for kind, X in features.items():
         if not X.shape[1]: continue
-        scores = split_scores(X, y, groups, learn, ~learn, 'forest', seed)
-        out[kind] = estimate_auc(y[~learn], scores, groups[~learn], n_boot, seed)
+        scores = split_scores(X, y, learn, ~learn, 'forest', seed)
+        if np.ptp(scores) > 0: out[kind] = estimate_auc(y[~learn], scores, groups, n_boot, seed)
     return out

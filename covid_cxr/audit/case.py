@@ -11,26 +11,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, Mapping, NamedTuple, Sequence, TypeVar
 import numpy as np, pandas as pd
-from .baselines import Baseline, best_baseline, fit_small_cnn
+from .baselines import Baseline, BestGain, ChosenOn, fit_small_cnn, gain_over_best
 from ..core import CxrError, RunError, check_choice, choices, require_columns, to_plain
 from ..curate.patient_ids import MIN_PAIRS
 from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate
 from ..phantom import FAMILY, PhantomName, phantom_family
 from ..runs.folder import RunFolder, baseline_name, reading_file
-from ..stats.paired import paired_difference
 from ..words import as_number, join_words
 if TYPE_CHECKING: from covid_cxr.runs.external import ExternalTest
 
 # %% auto #0
-__all__ = ['VerdictWord', 'Cost', 'RULES', 'Need', 'CHECKS', 'AUDIT_FORMAT', 'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict',
-           'worst', 'pass_if_precise', 'Case', 'is_better_than_chance', 'sample_groups', 'given', 'phantom_case',
-           'Headline', 'measure_headline', 'Check', 'register', 'run_check', 'NotRun', 'Audit', 'read_audit']
+__all__ = ['VerdictWord', 'Cost', 'NotAsked', 'RULES', 'Need', 'ThresholdOrigin', 'GainOutcome', 'CHECKS', 'AUDIT_FORMAT',
+           'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict', 'worst', 'pass_if_precise', 'Case',
+           'is_better_than_chance', 'sample_groups', 'given', 'phantom_case', 'gain_outcome', 'Headline',
+           'measure_headline', 'Check', 'register', 'run_check', 'NotRun', 'Audit', 'read_audit']
 
 # %% ../../nbs/audit/case.ipynb #words
 class AuditError(CxrError): "A case, a check or a verdict that cannot be"
 
-VerdictWord = Literal['FAIL', 'WARN', 'UNDERPOWERED', 'PASS', 'INFO']   # the gravest first
+# the gravest first; NOT APPLICABLE: there was nothing to ask
+VerdictWord = Literal['FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE', 'PASS', 'INFO']
 Cost = Literal['seconds', 'minutes', 'hours']     # on two cores, for a few hundred images
+
+NotAsked = Literal['not recorded', 'one value', 'constant', 'constant baselines', 'patients in both splits',
+                   'one split', 'chosen here', 'no validation split', 'one class', 'no numbers', 'empty maps',
+                   'nothing compared', 'patients not recorded', 'no subgroups']
 
 # %% ../../nbs/audit/case.ipynb #rule
 @dataclass(frozen=True)
@@ -49,22 +54,58 @@ class Rule:
 _REPORTED = 'reported without a verdict'
 
 _RULES_DATA = (
-    Rule('possible', 'the check must be possible on these images, else UNDERPOWERED'),
-    Rule('precise', 'an AUC known to no better than +- {half_width} cannot PASS for want of a finding: UNDERPOWERED',
+    Rule('possible',
+         'the check must be possible on these images, else UNDERPOWERED; what cannot be asked here is NOT APPLICABLE'),
+    Rule('precise', 
+         'an AUC or a share known to no better than +- {half_width} cannot PASS for want of a finding: UNDERPOWERED',
          dict(half_width=.15)),
     Rule('better_than_chance', "the lower bound of the model's AUC must be above {auc}, or there is nothing to explain",
          dict(auc=.5)),
-    Rule('no_overlap', 'more than {most} on both sides of the split is a FAIL', dict(most=0)),
+    Rule('no_overlap',
+         'more than {most} on both sides of the split is a FAIL; none is a PASS where the patient of every image is '
+         'recorded, UNDERPOWERED where some are not',
+         dict(most=0)),
     Rule('two_labels', _REPORTED),
     Rule('patient_id_signal',
          'images of one patient must be more alike than by chance: z of {z} or more over at least {pairs} pairs is a '
          'PASS; less over at least {enough} pairs, or no patient id, is a WARN; else UNDERPOWERED',
          dict(z=3, pairs=10, enough=MIN_PAIRS)),
     Rule('copies_across', 'more than {most} confirmed across the split is a FAIL', dict(most=0)),
-    Rule('copies_within', 'more than {most} is a WARN', dict(most=0)),
+    Rule('copies_within',
+         'more than {most} is a WARN; near copies of one patient are further images of the patient and do not count',
+         dict(most=0)),
     Rule('metadata_auc', 'a lower bound of the AUC above {fail} is a FAIL, above {warn} a WARN',
          dict(fail=.70, warn=.55)),
     Rule('metadata_column', _REPORTED),
+)
+
+# %% ../../nbs/audit/case.ipynb #rules-splits
+_RULES_SPLITS = (
+    Rule('copies_between_patients', 'more than {most} under two patients is a WARN: one of the patients is wrong',
+         dict(most=0)),
+    Rule('further_images', _REPORTED),
+    Rule('split_sizes', _REPORTED),
+    Rule('class_shares',
+         'shares of patients that surely differ by more than {warn} between two splits are a WARN; PASS only when they '
+         'surely differ by less than {within}; intervals are corrected for the number of comparisons',
+         dict(warn=.05, within=.25)),
+    Rule('split_column',
+         'a value whose share of patients surely differs by more than {warn} between two splits is a WARN; PASS only '
+         'when every one surely differs by less than {within}; intervals are corrected for the number of comparisons',
+         dict(warn=.05, within=.35)),
+    Rule('valid_auc',
+         'an AUC of the validation split that surely differs by more than {warn} from that of the evaluated split is a '
+         'WARN; PASS only when it surely differs by less than {within}',
+         dict(warn=.02, within=.15)),
+    Rule('label_noise',
+         'images that are contradicted as surely as the typical image of the other class is confirmed: an estimated '
+         'share surely above {warn} is a WARN, one surely below {within} a PASS; the medians of the classes must lie '
+         '{apart} standard deviations apart, else UNDERPOWERED',
+         dict(warn=.03, within=.12, apart=1.75)),
+    Rule('one_class_source',
+         'a source whose images are all of one class, by chance with a probability below {p} (over all sources), is a '
+         'WARN; fewer patients cannot tell',
+         dict(p=.001)),
 )
 
 # %% ../../nbs/audit/case.ipynb #rules-pictures
@@ -98,27 +139,28 @@ _RULES_IMAGES = (
 # %% ../../nbs/audit/case.ipynb #rules-model
 _RULES_MODEL = (
     Rule('within_source',
-         'an AUC within sources surely above {chance} is a PASS; else it is a FAIL when below {low} or known to better '
-         'than {width}; a source needs {groups} patients of each class',
-         dict(chance=.5, low=.6, width=.6, groups=5)),
+         'an AUC within sources surely above {chance} is a PASS, else one surely below {high} is a FAIL; a '
+         'source needs {groups} patients of each class',
+         dict(chance=.5, high=.75, groups=5)),
     Rule('source_signal',
          'features that name the source with a lower bound of the AUC above {warn} are a WARN: the model knows the '
          'source, and may not use it; {groups} patients of each source are needed',
          dict(warn=.7, groups=8)),
     Rule('source_left_out',
-         'an AUC surely above {chance} on a source that was left out is a PASS, else a FAIL when precise; {groups} '
-         'patients of each class are needed',
-         dict(chance=.5, groups=8)),
+         'an AUC surely above {chance} on a source that was left out is a PASS, else one surely below {high} is a '
+         'FAIL; {groups} patients of each class are needed',
+         dict(chance=.5, high=.75, groups=8)),
     Rule('ood_declined', 'a lower bound above {warn} of the evaluated images is a WARN', dict(warn=.10)),
     Rule('ood_passed', 'more than {warn} passing where {keep} of the evaluated images do is a WARN',
          dict(warn=.05, keep=.95)),
     Rule('external_auc',
-         "an interval that holds {chance} is a FAIL, one that ends more than {below} below the run's own AUC a WARN, "
-         'one wider than {width} UNDERPOWERED',
+         "an interval that ends more than {below} below the run's own AUC is a WARN, and a FAIL when it holds "
+         '{chance}; one wider than {width}, or one that holds both, is UNDERPOWERED',
          dict(chance=.5, below=.05, width=.4)),
     Rule('external_rate', "an interval wholly on the bad side of the run's own is a FAIL"),
     Rule('map_in_lung_box',
-         'must surely lie above {ratio} and above the map of random weights; not above them is a WARN',
+         'must surely lie above {ratio} and above the map of random weights, else it is a WARN when below, or '
+         'UNDERPOWERED',
          dict(ratio=1)),
     Rule('map_of_random_weights', 'above {correlation} the map shows the picture and not the model: WARN',
          dict(correlation=.5)),
@@ -133,16 +175,21 @@ _RULES_NUMBERS = (
     Rule('true_labels', _REPORTED),
     Rule('design_effect', _REPORTED),
     Rule('auc_gain',
-         'an interval above {gain} is a PASS for a model better than chance; one that ends below {high}, or a gain '
-         'below {small} known to better than {width}, is a FAIL',
-         dict(gain=0, high=.1, small=.05, width=.3)),
-    Rule('frozen_threshold', 'a threshold that was not chosen on validation images is a FAIL'),
-    Rule('threshold_regret', 'more than {warn} is a WARN: the threshold does not fit these images', dict(warn=.05)),
+         'an interval above {gain} is a PASS for a model better than chance, unless patients stand in both splits; one '
+         'that ends below {margin} is a FAIL; else UNDERPOWERED. The best of several baselines is chosen on the '
+         'validation split; without one, the interval is corrected for the choice',
+         dict(gain=0, margin=.1)),
+    Rule('frozen_threshold',
+         'a threshold that was not chosen beforehand is a FAIL; one chosen on the evaluated images is NOT APPLICABLE'),
+    Rule('threshold_regret',
+         'surely more than {warn} for a model better than chance is a WARN: the threshold does not fit these images',
+         dict(warn=.05)),
     Rule('calibration_slope', 'an interval without {slope} is a WARN, one wider than {width} is UNDERPOWERED',
          dict(slope=1, width=2)),
     Rule('calibration_error',
-         'beyond what a perfect model shows on as many patients is a WARN; fewer than {images} images are UNDERPOWERED',
-         dict(images=100)),
+         'beyond what a perfect model shows on as many patients is a WARN; fewer than {groups} patients are '
+         'UNDERPOWERED',
+         dict(groups=100)),
     Rule('predictive_values', _REPORTED),
     Rule('worst_subgroup',
          'an AUC below that of the rest (corrected p < {p}) is a FAIL; fewer than {images} images of a class are not '
@@ -157,7 +204,7 @@ _RULES_NUMBERS = (
 )
 
 # %% ../../nbs/audit/case.ipynb #rules
-RULES = {r.id: r for r in (*_RULES_DATA, *_RULES_IMAGES, *_RULES_MODEL, *_RULES_NUMBERS)}
+RULES = {r.id: r for r in (*_RULES_DATA, *_RULES_SPLITS, *_RULES_IMAGES, *_RULES_MODEL, *_RULES_NUMBERS)}
 
 def _check_rule(who, rule):
     "Refuse a rule that is not in the table"
@@ -170,16 +217,17 @@ class Verdict:
     check: str                # code of the check: 'A6'
     name: str                 # what was asked: 'lungs hidden (lung box, mean)'
     rule: str                 # a key of `RULES`
-    statistic: str            # what was measured: 'AUC'
+    statistic: str            # what was measured: 'AUC'; 'none': nothing
     value: float              # NaN: not estimable
     low: float                # of the 95 % interval; NaN: none
     high: float
     n: Mapping[str, int]      # on how much: {'images': 100, 'groups': 77}
     verdict: VerdictWord
-    facts: Mapping[str, Any]  # the numbers and names of its sentence
+    facts: Mapping[str, Any]  # the numbers and names of its sentence; `why` it is NOT APPLICABLE
 
     def __post_init__(self) -> None:
         check_choice('verdict', self.verdict, VerdictWord, AuditError)
+        if 'why' in self.facts: check_choice('why', self.facts['why'], NotAsked, AuditError)
         _check_rule(f'verdict {self.check}', self.rule)
 
     def to_dict(self) -> dict:
@@ -235,6 +283,7 @@ class Case:
     folder: RunFolder | None = None                # the finished run that is audited
     ood: Any = None                                # its `OODCheck`
     external_tests: Sequence[ExternalTest] = ()    # of the frozen model
+    chosen_on: str = 'valid'                       # the split on which threshold and epoch were chosen
     n_boot: int = 2000                             # resamples of patients
     seed: int = 0
     most: int | None = None                        # images that are changed and shown to the model again; None: all
@@ -267,6 +316,12 @@ class Case:
     def auc(self) -> Estimate: return self.evaluation['auc']
     @property
     def better_than_chance(self) -> bool: return is_better_than_chance(self.auc)
+    @property
+    def one_class(self) -> bool: return len(set(self.y)) < 2                                          # no AUC
+    @cached_property
+    def leaking_groups(self) -> int: return len(set(self.groups[_known_groups(self)]))                # also in train
+    @property
+    def threshold_origin(self) -> ThresholdOrigin: return _threshold_origin(self)
     @cached_property
     def sample(self) -> np.ndarray: return sample_groups(self.groups, self.most, self.seed)           # (k,) of m
 
@@ -290,6 +345,14 @@ class Case:
         e = value if isinstance(value, Estimate) else Estimate(value)
         number, low, high = float(e.value), float(e.low), float(e.high)
         return Verdict(check, name, rule, statistic, number, low, high, n or self.count(), verdict, facts)
+
+    def not_applicable(
+        self, check: str, rule: str, name: str,   # as in `Verdict`
+        why: NotAsked,                            # there is nothing to ask
+        **facts: Any,
+    ) -> Verdict:
+        "The answer where there is no question"
+        return self.answer(check, rule, name, 'none', np.nan, 'NOT APPLICABLE', why=why, **facts)
 
 # %% ../../nbs/audit/case.ipynb #case-helpers
 _GIVEN: dict[str, Callable[[Case], bool]] = {   # needs that a case may lack
@@ -323,7 +386,24 @@ def _check_lengths(n, rows, **arrays):
         if v is not None and len(v) != n:
             raise AuditError(f'{name} has {len(v)} elements for {n} {rows}; give one per row, in their order.')
 
+# %% ../../nbs/audit/case.ipynb #known-groups
+def _known_groups(case):
+    "(m,) bool: evaluated images whose group or patient is in the training split"
+    known, train = np.zeros(len(case.rows), bool), case.table[case.train]
+    for by in ('group', 'patient'):
+        if by in case.table: known |= case.rows[by].isin(train[by].dropna()).to_numpy()
+    return known
+
 # %% ../../nbs/audit/case.ipynb #sample
+ThresholdOrigin = Literal['not chosen', 'fixed beforehand', 'validation split', 'evaluated images', 'not known']
+
+def _threshold_origin(case) -> ThresholdOrigin:
+    "Where the threshold of a case comes from"
+    if not case.operating_point: return 'not chosen'
+    if str(case.operating_point.get('goal')).startswith('fixed'): return 'fixed beforehand'
+    if case.chosen_on == case.split: return 'evaluated images'
+    return 'validation split' if (case.table['split'] == case.chosen_on).any() else 'not known'
+
 def is_better_than_chance(auc: Estimate) -> bool:
     "Does the interval of an AUC lie above that of a guess?"
     return bool(auc.low > RULES['better_than_chance'].thresholds['auc'])
@@ -383,6 +463,17 @@ def _phantom_images(name, patients, size, seed):
     return images, pd.concat(tables, ignore_index=True), masks
 
 # %% ../../nbs/audit/case.ipynb #headline
+GainOutcome = Literal['better', 'not better', 'not known']
+
+def gain_outcome(
+    gain: Estimate,              # of an AUC over another one, in pairs
+    believable: bool = True,     # is the model better than chance, and new to the patients?
+) -> GainOutcome:
+    "Surely better, surely not better by the margin, or not known"
+    t = RULES['auc_gain'].thresholds
+    if gain.low > t['gain'] and believable: return 'better'
+    return 'not better' if gain.high < t['margin'] else 'not known'
+
 @dataclass(frozen=True, eq=False)
 class Headline:
     "AUC of the model, of the best baselines, and the gains in pairs over patients"
@@ -391,8 +482,19 @@ class Headline:
     auc_gain: Estimate                     # model minus it; NaN without one
     metadata_baseline: Baseline | None     # the best that never saw a picture
     auc_gain_over_metadata: Estimate
-    reads_lungs: bool                      # is the gain surely above zero, for a model better than chance?
+    reads_lungs: bool                      # is the model surely better, without a leak?
     better_than_chance: bool
+    leaking_groups: int | None = None      # evaluated groups that are in train, too; None: not counted
+    chosen_on: ChosenOn | None = None      # where the best baseline was chosen; None: not recorded, or no choice
+
+    @property
+    def gain_outcome(self) -> GainOutcome: return self._outcome(self.auc_gain)
+    @property
+    def metadata_outcome(self) -> GainOutcome: return self._outcome(self.auc_gain_over_metadata)
+
+    def _outcome(self, gain):
+        if self.leaking_groups: return 'not known'
+        return gain_outcome(gain, self.better_than_chance)
 
     def to_dict(self) -> dict:
         "Plain Python that JSON can hold; NaN is None"
@@ -411,17 +513,15 @@ def measure_headline(
     case: Case,       # with its baselines
 ) -> Headline:
     "The gain over the best lung-free baseline and over the metadata baseline"
-    best, metadata = (best_baseline(case.baselines or (), kind) for kind in ('image_without_lungs', 'metadata'))
-    gain, over_metadata = _gain(case, best), _gain(case, metadata)
-    sure = bool(gain.low > RULES['auc_gain'].thresholds['gain'])
-    reads_lungs = sure and case.better_than_chance
-    return Headline(case.auc, best, gain, metadata, over_metadata, reads_lungs, case.better_than_chance)
+    lungs, metadata = (_gain_over(case, kind) for kind in ('image_without_lungs', 'metadata'))
+    chosen_on = lungs.chosen_on if lungs and lungs.chosen_from > 1 else None
+    (best, gain), (recorded, over) = ((g.best, g.gain) if g else (None, Estimate()) for g in (lungs, metadata))
+    h = Headline(case.auc, best, gain, recorded, over, False, case.better_than_chance, case.leaking_groups, chosen_on)
+    return dataclasses.replace(h, reads_lungs=h.gain_outcome == 'better')
 
-def _gain(case, baseline):
-    "Paired difference of AUCs over patients; NaN without a baseline"
-    if baseline is None: return Estimate()
-    d = paired_difference(case.y, case.p, baseline.scores, case.groups, n_boot=case.n_boot, seed=case.seed)
-    return Estimate(d.difference, d.low, d.high, d.n_images)
+def _gain_over(case, kind) -> BestGain | None:
+    baselines = case.baselines or ()
+    return gain_over_best(case.y, case.p, case.groups, baselines, kind, n_boot=case.n_boot, seed=case.seed)
 
 # %% ../../nbs/audit/case.ipynb #check
 @dataclass(frozen=True)
@@ -530,7 +630,14 @@ def read_audit(
     folder = RunFolder.open(run, finished=False)
     found = folder.audit_json
     if found is None: return None
-    with reading_file(folder.file('audit.json'), "run 'covid-cxr audit' again"): return Audit.from_dict(found)
+    with reading_file(folder.file('audit.json'), "run 'covid-cxr audit' again"): audit = Audit.from_dict(found)
+    return audit if audit.headline.leaking_groups is not None else _with_leak(audit, folder)
+
+def _with_leak(audit, folder):
+    "An older audit with the groups that the run itself counted on both sides of its split"
+    if not (folder.path / 'run.json').is_file() or not folder.leaking_groups: return audit
+    headline = dataclasses.replace(audit.headline, leaking_groups=folder.leaking_groups, reads_lungs=False)
+    return dataclasses.replace(audit, headline=headline)
 
 # %% ../../nbs/audit/case.ipynb #version-1-words
 _OLD_HEADLINE = dict(model_auc='model_auc', pixel_floor='best_baseline', floor_adjusted_auc='auc_gain',

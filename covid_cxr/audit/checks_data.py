@@ -13,25 +13,37 @@ from ..evaluate import Estimate
 from ..runs.folder import BaselineKind
 
 # %% auto #0
-__all__ = ['check_groups', 'patient_id_verdict', 'check_patient_id_signal', 'check_duplicates', 'metadata_verdict',
-           'check_file_properties', 'check_metadata']
+__all__ = ['crossing_verdict', 'check_groups', 'patient_id_verdict', 'check_patient_id_signal', 'check_duplicates',
+           'metadata_verdict', 'check_file_properties', 'check_metadata']
 
 # %% ../../nbs/audit/checks_data.ipynb #groups-helpers
+def crossing_verdict(
+    crossing: int,   # patients or groups on both sides of the split
+    images: int,
+    unknown: int,    # of them, images whose patient is not recorded
+) -> VerdictWord:
+    "Do patients stand on both sides of the split?"
+    if crossing > RULES['no_overlap'].thresholds['most']: return 'FAIL'
+    if unknown == images: return 'NOT APPLICABLE'
+    return 'UNDERPOWERED' if unknown else 'PASS'
+
 def _crossing(case, by):
     "How many values of a column stand in two splits or more"
-    known = case.table[case.table[by].notna()]
+    known, name = case.table[case.table[by].notna()], f'the same {by} on both sides'
     sides = known.groupby(by)['split'].nunique()
-    hit = sides.index[sides > 1]
+    hit, unknown = sides.index[sides > 1], _unknown_patients(case)
+    verdict = crossing_verdict(len(hit), len(case.table), unknown)
+    if case.table['split'].nunique() < 2: return case.not_applicable('A1', 'no_overlap', name, 'one split')
+    if verdict == 'NOT APPLICABLE': return case.not_applicable('A1', 'no_overlap', name, 'patients not recorded')
     images = int(case.rows[by].isin(hit).sum())
-    verdict = 'FAIL' if len(hit) > RULES['no_overlap'].thresholds['most'] else 'PASS'
-    return case.answer('A1', 'no_overlap', f'the same {by} on both sides', f'{by}s that cross', len(hit), verdict,
-                       {f'{by}s': len(sides)}, by=by, examples=list(hit[:3]), images=images, evaluated=len(case.rows),
-                       unknown=_unknown_patients(case))
+    return case.answer('A1', 'no_overlap', name, f'{by}s that cross', len(hit), verdict, {f'{by}s': len(sides)}, by=by,
+                       examples=list(hit[:3]), images=images, evaluated=len(case.rows), unknown=unknown)
 
 def _unknown_patients(case):
-    "Images whose patient is not recorded, where the table has a column for it"
-    return int(case.table['patient'].isna().sum()) if 'patient' in case.table else 0
+    "Images whose patient is not recorded"
+    return int(case.table['patient'].isna().sum()) if 'patient' in case.table else len(case.table)
 
+# %% ../../nbs/audit/checks_data.ipynb #two-labels
 def _two_labels(case, by):
     "How many patients have images of both classes"
     labels = case.table[case.table[by].notna()].groupby(by)['label'].nunique()
@@ -68,37 +80,69 @@ def check_patient_id_signal(case: Case) -> list[Verdict]:
 
 # %% ../../nbs/audit/checks_data.ipynb #copies-helpers
 def _confirmed_pairs(case):
-    "Pairs of rows that are copies for sure, each with the split of its two images"
+    "Pairs of rows that are copies for sure, each with the split and the patient of its two images"
     pairs = given(case.pairs, 'pairs')
     require_columns(case.table, ('image_id',), 'the check of copies')
-    split, sure = case.table.set_index('image_id')['split'], pairs[pairs['verdict'] == 'duplicate']
-    sides = {f'split_{k}': split.reindex(sure[k]).to_numpy(object) for k in ('a', 'b')}
-    return sure.assign(**sides).dropna(subset=list(sides))
+    sure = pairs[pairs['verdict'] == 'duplicate'].assign(near=lambda t: t.get('kind', 'near') == 'near')
+    rows = case.table.set_index('image_id')
+    people = rows['patient'] if 'patient' in rows else pd.Series(np.nan, rows.index)
+    for k in ('a', 'b'):
+        sure = sure.assign(**{f'split_{k}': rows['split'].reindex(sure[k]).to_numpy(object),
+                              f'patient_{k}': people.reindex(sure[k]).to_numpy(object)})
+    sure = sure.dropna(subset=['split_a', 'split_b'])
+    known = sure['patient_a'].notna() & sure['patient_b'].notna()
+    same = known & (sure['patient_a'] == sure['patient_b'])
+    return sure.assign(between=known & ~same, further=same & sure['near'])
+
+def _named_pairs(pairs):
+    "Two of the pairs, by name, for a sentence"
+    return pairs[['a', 'b']].to_numpy().tolist()[:2]
+
+def _nothing_compared(case):
+    "No pair, and no image file in which one could have been found"
+    return not len(given(case.pairs, 'pairs')) and ('path' not in case.table or case.table['path'].isna().all())
 
 # %% ../../nbs/audit/checks_data.ipynb #copies
-@register('A2', 'copies of a picture', needs=['pairs'], rules=['copies_across', 'copies_within'])
+@register('A2', 'copies of a picture', needs=['pairs'],
+          rules=['copies_across', 'copies_within', 'copies_between_patients', 'further_images'])
 def check_duplicates(case: Case) -> list[Verdict]:
-    "A2: copies across the split and within the evaluated split"
-    sure = _confirmed_pairs(case)
-    across = sure[sure['split_a'] != sure['split_b']]
-    within = sure[(sure['split_a'] == case.split) & (sure['split_b'] == case.split)]
-    copies, unsure = within['b'].nunique(), int((given(case.pairs, 'pairs')['verdict'] == 'look').sum())
+    "A2: copies across the split, within the evaluated split and under two patients; further images of one patient"
+    sure, unsure = _confirmed_pairs(case), int((given(case.pairs, 'pairs')['verdict'] == 'look').sum())
+    return [_copies_across(case, sure, unsure), *_copies_of_people(case, sure)]
+
+def _copies_across(case, sure, unsure):
+    "Copies with one image in each of two splits"
+    name, across = 'the same image on both sides', sure[sure['split_a'] != sure['split_b']]
+    if case.table['split'].nunique() < 2: return case.not_applicable('A2', 'copies_across', name, 'one split')
+    if _nothing_compared(case): return case.not_applicable('A2', 'copies_across', name, 'nothing compared')
     leaks = len(across) > RULES['copies_across'].thresholds['most']
-    repeats = copies > RULES['copies_within'].thresholds['most']
-    return [case.answer('A2', 'copies_across', 'the same image on both sides', 'pairs of copies', len(across),
-                        'FAIL' if leaks else 'PASS', dict(images=len(case.table)),
-                        examples=across[['a', 'b']].to_numpy().tolist()[:2], unsure=unsure),
-            case.answer('A2', 'copies_within', 'copies within the evaluated split', 'images that repeat another',
-                        copies, 'WARN' if repeats else 'PASS', evaluated=len(case.rows))]
+    of_one = int(across['further'].sum())
+    return case.answer('A2', 'copies_across', name, 'pairs of copies', len(across), 'FAIL' if leaks else 'PASS',
+                       dict(images=len(case.table)), examples=_named_pairs(across), unsure=unsure,
+                       of_one_patient=of_one)
+
+def _copies_of_people(case, sure):
+    "Copies within the evaluated split, copies under two patients, and further images of one patient"
+    within = sure[(sure['split_a'] == case.split) & (sure['split_b'] == case.split) & ~sure['further']]
+    between, copies = sure[sure['between']], within['b'].nunique()
+    def warn(n, rule): return 'WARN' if n > RULES[rule].thresholds['most'] else 'PASS'
+    name, asked = 'copies within the evaluated split', len(case.rows) > 1 and not _nothing_compared(case)
+    if asked: yield case.answer('A2', 'copies_within', name, 'images that repeat another', copies,
+                                warn(copies, 'copies_within'), evaluated=len(case.rows))
+    else: yield case.not_applicable('A2', 'copies_within', name, 'nothing compared')
+    if not asked or case.table.get('patient', pd.Series(dtype=object)).isna().all(): return
+    n, people = dict(images=len(case.table)), between[['patient_a', 'patient_b']].to_numpy().tolist()[:2]
+    yield case.answer('A2', 'copies_between_patients', 'one image under two patients', 'pairs of copies', len(between),
+                      warn(len(between), 'copies_between_patients'), n, examples=_named_pairs(between), people=people)
+    yield case.answer('A2', 'further_images', 'near copies of one patient', 'pairs', int(sure['further'].sum()), 'INFO',
+                      n, examples=_named_pairs(sure[sure['further']]))
 
 # %% ../../nbs/audit/checks_data.ipynb #metadata-verdict
 def metadata_verdict(
     auc: Estimate,     # of a baseline that never saw a picture
-    constant: bool,    # does it give every image the same score?
 ) -> VerdictWord:
     "Can the classes be told without a picture?"
     t = RULES['metadata_auc'].thresholds
-    if constant: return 'PASS'
     if auc.low > t['fail']: return 'FAIL'
     if auc.low > t['warn']: return 'WARN'
     return pass_if_precise(auc.low, auc.high)
@@ -108,10 +152,10 @@ def _of_baselines(case, code, kind: BaselineKind, main):
     return [_of_baseline(case, code, b, b.name == main) for b in given(case.baselines, 'baselines') if b.kind == kind]
 
 def _of_baseline(case, code, b: Baseline, is_main):
-    found = metadata_verdict(b.auc, b.constant)
+    found, seen = metadata_verdict(b.auc), b.seen.split(', ')
     rule, verdict = ('metadata_auc', found) if is_main else ('metadata_column', 'INFO')
-    return case.answer(code, rule, b.name, 'AUC', b.auc, verdict, seen=b.seen.split(', '), found=found,
-                       constant=b.constant)
+    if b.constant: return case.not_applicable(code, rule, b.name, 'one value', seen=seen)
+    return case.answer(code, rule, b.name, 'AUC', b.auc, verdict, seen=seen, found=found)
 
 # %% ../../nbs/audit/checks_data.ipynb #metadata
 @register('A3', 'file properties without a picture', needs=['baselines'], rules=['metadata_auc'])

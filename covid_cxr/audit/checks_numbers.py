@@ -8,7 +8,8 @@ import math
 from typing import Callable, NamedTuple
 import numpy as np, pandas as pd
 from .baselines import Baseline, fit_small_cnn
-from .case import RULES, Case, Verdict, VerdictWord, given, measure_headline, register
+from .case import (RULES, Case, GainOutcome, Verdict, VerdictWord, given, measure_headline,
+                                   pass_if_precise, register)
 from ..evaluate import (Estimate, auc_and_ap, check_scores, evaluate, group_resamples, percentile_interval,
                                 rank_sums, threshold_regret)
 from ..runs.test_log import count_test_evaluations
@@ -21,7 +22,7 @@ from ..words import format_number, format_percent
 # %% auto #0
 __all__ = ['SHUFFLES', 'TRAININGS', 'SUBGROUP_COLUMNS', 'MIN_HOST', 'shuffled_labels', 'nearest_images', 'Shuffles',
            'shuffle_labels', 'permutation_verdict', 'check_permutation', 'check_permutation_training',
-           'check_precision', 'gain_verdict', 'check_gain', 'regret_interval', 'check_threshold', 'slope_verdict',
+           'check_precision', 'check_gain', 'regret_interval', 'regret_verdict', 'check_threshold', 'slope_verdict',
            'error_verdict', 'check_calibration', 'check_predictive_values', 'subgroup_columns', 'check_subgroups',
            'check_history', 'compare_probabilities', 'compare_metrics', 'check_stored_numbers']
 
@@ -85,12 +86,16 @@ def permutation_verdict(shuffles: Shuffles) -> VerdictWord:
     if distance > t['distance'] and distance > t['errors'] * shuffles.error: return 'FAIL'
     return 'PASS' if shuffles.error < t['error'] else 'UNDERPOWERED'
 
-def _permutation_answers(case, shuffles, learner):
+def _shuffled_answers(case, score, times, learner):
     "The mean of the shuffles with a verdict, and the true labels beside them"
+    name = f'labels shuffled, {learner}'
+    if not case.train.any(): return [case.not_applicable('A10', 'shuffled_labels', name, 'one split')]
+    if len(set(case.y_all)) < 2: return [case.not_applicable('A10', 'shuffled_labels', name, 'one class')]
+    shuffles = shuffle_labels(case, score, times)
     low, high = np.quantile(shuffles.aucs, [.025, .975])
     n = dict(shuffles=len(shuffles.aucs))
     mean = Estimate(shuffles.mean, float(low), float(high), len(shuffles.aucs))
-    return [case.answer('A10', 'shuffled_labels', f'labels shuffled, {learner}', 'mean AUC of the shuffles', mean,
+    return [case.answer('A10', 'shuffled_labels', name, 'mean AUC of the shuffles', mean,
                         permutation_verdict(shuffles), n, learner=learner),
             case.answer('A10', 'true_labels', f'true labels against the shuffles, {learner}', 'AUC', shuffles.true_auc,
                         'INFO', n, learner=learner, p=shuffles.p)]
@@ -105,7 +110,7 @@ def check_permutation(case: Case) -> list[Verdict]:
     def score(y):
         labels = y[case.train][near]                             # (m, k)
         return labels.mean(1) + 1e-6 * labels[:, 0]              # the nearest one decides between equals
-    return _permutation_answers(case, shuffle_labels(case, score, SHUFFLES), 'nearest training images')
+    return _shuffled_answers(case, score, SHUFFLES, 'nearest training images')
 
 @register('A10', 'labels shuffled, small network', needs=['table'], rules=['shuffled_labels', 'true_labels'],
           cost='minutes', quick=False)
@@ -113,7 +118,7 @@ def check_permutation_training(case: Case) -> list[Verdict]:
     "A10: labels shuffled by patient; a small network is trained on every shuffle"
     learn, ask = case.small[case.train], case.small[case.evaluated]
     def score(y): return fit_small_cnn(learn, y[case.train], seed=case.seed).score(ask)
-    return _permutation_answers(case, shuffle_labels(case, score, TRAININGS), 'small network')
+    return _shuffled_answers(case, score, TRAININGS, 'small network')
 
 # %% ../../nbs/audit/checks_numbers.ipynb #precision
 @register('A11', 'interval by patients against interval by images', needs=['predictions'], rules=['design_effect'])
@@ -125,26 +130,23 @@ def check_precision(case: Case) -> list[Verdict]:
                         effective_n=d.effective_n)]
 
 # %% ../../nbs/audit/checks_numbers.ipynb #gain
-def gain_verdict(
-    gain: Estimate,              # of the model over a baseline, paired
-    better_than_chance: bool,    # is the model?
-) -> VerdictWord:
-    "Is the model better than the baseline?"
-    t = RULES['auc_gain'].thresholds
-    if math.isnan(gain.low): return 'UNDERPOWERED'
-    if gain.low > t['gain'] and better_than_chance: return 'PASS'
-    small = gain.value < t['small'] and gain.high - gain.low < t['width']
-    return 'FAIL' if gain.high < t['high'] or small else 'UNDERPOWERED'
+_GAIN_VERDICTS: dict[GainOutcome, VerdictWord] = {
+    'better': 'PASS', 'not better': 'FAIL', 'not known': 'UNDERPOWERED'}
+
+def _gain_answer(case, name, best, gain, outcome):
+    if best is None: return case.not_applicable('A12', 'auc_gain', name, 'constant baselines')
+    if case.leaking_groups: return case.not_applicable('A12', 'auc_gain', name, 'patients in both splits')
+    return case.answer('A12', 'auc_gain', name, 'difference of AUCs', gain, _GAIN_VERDICTS[outcome],
+                       baseline=best.name, kind=best.kind, baseline_auc=best.auc.value)
 
 @register('A12', 'gain over the best baselines', needs=['baselines', 'predictions'], rules=['auc_gain'])
 def check_gain(case: Case) -> list[Verdict]:
-    "A12: the model against the best lung-free baseline and the metadata baseline, in pairs"
-    h = measure_headline(case)
-    asked = (('AUC gain over the best lung-free baseline', h.best_baseline, h.auc_gain),
-             ('AUC gain over the metadata baseline', h.metadata_baseline, h.auc_gain_over_metadata))
-    return [case.answer('A12', 'auc_gain', name, 'difference of AUCs', gain, gain_verdict(gain, h.better_than_chance),
-                        baseline=b.name, kind=b.kind, baseline_auc=b.auc.value)
-            for name, b, gain in asked if b is not None]
+    "A12: the model against the best lung-free baseline and the best metadata baseline, in pairs"
+    h, kinds = measure_headline(case), {b.kind for b in given(case.baselines, 'baselines')}
+    asked = {'image_without_lungs': ('best lung-free', h.best_baseline, h.auc_gain, h.gain_outcome),
+             'metadata': ('metadata', h.metadata_baseline, h.auc_gain_over_metadata, h.metadata_outcome)}
+    return [_gain_answer(case, f'AUC gain over the {name} baseline', best, gain, outcome)
+            for kind, (name, best, gain, outcome) in asked.items() if kind in kinds]
 
 # %% ../../nbs/audit/checks_numbers.ipynb #regret-interval
 def regret_interval(
@@ -165,22 +167,47 @@ def _regrets(s, threshold, weights):
     ill, sure = s.y == 1, s.score >= threshold
     tp, fp = (v.cumsum(1) for v in rank_sums(ill, s.score, weights))       # (b, u) positive at every distinct score
     n_ill, n_well = tp[:, -1], fp[:, -1]
-    best = (tp / n_ill[:, None] + 1 - fp / n_well[:, None]).max(1) / 2
-    frozen = (weights @ (sure & ill) / n_ill + weights @ (~sure & ~ill) / n_well) / 2
+    with np.errstate(invalid='ignore', divide='ignore'):     # a resample may have lost a class: NaN
+        best = (tp / n_ill[:, None] + 1 - fp / n_well[:, None]).max(1) / 2
+        frozen = (weights @ (sure & ill) / n_ill + weights @ (~sure & ~ill) / n_well) / 2
     return np.maximum(best - frozen, 0)          # rounding
 
+# %% ../../nbs/audit/checks_numbers.ipynb #threshold-origin
+def _origin_answer(case):
+    "Where the threshold comes from"
+    point, origin, name = case.operating_point or {}, case.threshold_origin, 'operating point'
+    if origin == 'evaluated images': return case.not_applicable('A13', 'frozen_threshold', name, 'chosen here')
+    if origin == 'not known': return case.not_applicable('A13', 'frozen_threshold', name, 'no validation split')
+    return case.answer('A13', 'frozen_threshold', name, 'threshold', case.threshold,
+                       'FAIL' if origin == 'not chosen' else 'PASS', goal=point.get('goal'), hash=point.get('hash'),
+                       origin=origin)
+
 # %% ../../nbs/audit/checks_numbers.ipynb #threshold
+def regret_verdict(
+    regret: Estimate,            # balanced accuracy lost
+    better_than_chance: bool,    # is the model?
+) -> VerdictWord:
+    "Does the threshold fit these images?"
+    if not better_than_chance: return 'UNDERPOWERED'
+    if regret.low > RULES['threshold_regret'].thresholds['warn']: return 'WARN'
+    return pass_if_precise(regret.low, regret.high)
+
+def _regret_answer(case):
+    "Does the threshold fit these images?"
+    name = 'threshold regret'
+    if case.one_class: return case.not_applicable('A13', 'threshold_regret', name, 'one class')
+    if case.threshold_origin == 'evaluated images':
+        return case.not_applicable('A13', 'threshold_regret', name, 'chosen here')
+    found = threshold_regret(case.y, case.p, case.threshold)
+    regret = regret_interval(case.y, case.p, case.groups, case.threshold, case.n_boot, case.seed)
+    return case.answer('A13', 'threshold_regret', name, 'balanced accuracy lost', regret,
+                       regret_verdict(regret, case.better_than_chance), frozen=found.frozen_balanced_accuracy,
+                       best=found.best_balanced_accuracy)
+
 @register('A13', 'threshold', needs=['predictions'], rules=['frozen_threshold', 'threshold_regret'])
 def check_threshold(case: Case) -> list[Verdict]:
-    "A13: was the threshold chosen on validation images, and does it fit these?"
-    point, found = case.operating_point or {}, threshold_regret(case.y, case.p, case.threshold)
-    regret = regret_interval(case.y, case.p, case.groups, case.threshold, case.n_boot, case.seed)
-    bad = regret.value > RULES['threshold_regret'].thresholds['warn']
-    return [case.answer('A13', 'frozen_threshold', 'operating point', 'threshold', case.threshold,
-                        'PASS' if point else 'FAIL', goal=point.get('goal'), hash=point.get('hash')),
-            case.answer('A13', 'threshold_regret', 'threshold regret', 'balanced accuracy lost', regret,
-                        'WARN' if bad else 'PASS', frozen=found.frozen_balanced_accuracy,
-                        best=found.best_balanced_accuracy)]
+    "A13: was the threshold chosen on other images, and does it fit these?"
+    return [_origin_answer(case), _regret_answer(case)]
 
 # %% ../../nbs/audit/checks_numbers.ipynb #calibration
 def slope_verdict(slope: float, low: float, high: float) -> VerdictWord:
@@ -191,27 +218,32 @@ def slope_verdict(slope: float, low: float, high: float) -> VerdictWord:
 
 def error_verdict(
     beyond: bool,      # is the calibration error more than that of a perfect model?
-    n_images: int,
+    n_groups: int,     # patients
 ) -> VerdictWord:
     "Is the calibration error that of a perfect model?"
     if beyond: return 'WARN'
-    return 'PASS' if n_images >= RULES['calibration_error'].thresholds['images'] else 'UNDERPOWERED'
+    return 'PASS' if n_groups >= RULES['calibration_error'].thresholds['groups'] else 'UNDERPOWERED'
 
 @register('A14', 'calibration', needs=['predictions'], rules=['calibration_slope', 'calibration_error'])
 def check_calibration(case: Case) -> list[Verdict]:
     "A14: can the probabilities be believed?"
-    c, n = calibration(case.y, case.p, case.groups, n_sim=case.n_boot, seed=case.seed), len(case.y)
-    return [case.answer('A14', 'calibration_slope', 'calibration slope', 'slope', c.slope,
-                        slope_verdict(*c.slope[:3]), slope_verdict=c.slope_verdict, offset_verdict=c.offset_verdict),
-            case.answer('A14', 'calibration_error', 'calibration error', 'debiased ECE', c.error.ece_debiased,
-                        error_verdict(c.error.beyond_null, n), ece=c.error.ece, perfect_low=c.error.null_low,
-                        perfect_high=c.error.null_high)]
+    names = dict(calibration_slope='calibration slope', calibration_error='calibration error')
+    if case.one_class: return [case.not_applicable('A14', rule, name, 'one class') for rule, name in names.items()]
+    c = calibration(case.y, case.p, case.groups, n_sim=case.n_boot, seed=case.seed)
+    error = error_verdict(c.error.beyond_null, case.count()['groups'])
+    answers = [case.answer('A14', 'calibration_slope', 'calibration slope', 'slope', c.slope,
+                           slope_verdict(*c.slope[:3]), slope_verdict=c.slope_verdict, offset_verdict=c.offset_verdict),
+               case.answer('A14', 'calibration_error', 'calibration error', 'debiased ECE', c.error.ece_debiased, error,
+                           ece=c.error.ece, perfect_low=c.error.null_low, perfect_high=c.error.null_high)]
+    if case.split != case.chosen_on: return answers
+    # the epoch was chosen by these images: a fault is one still, a PASS means nothing
+    return [case.not_applicable('A14', v.rule, v.name, 'chosen here') if v.verdict == 'PASS' else v for v in answers]
 
 # %% ../../nbs/audit/checks_numbers.ipynb #predictive
 @register('A15', 'predictive values', needs=['predictions'], rules=['predictive_values'])
 def check_predictive_values(case: Case) -> list[Verdict]:
     "A15: what a positive prediction is worth where the disease is rarer"
-    found = predictive_values_at(case.y, case.p, case.threshold, groups=case.groups, n_boot=case.n_boot, seed=case.seed)
+    found = predictive_values_at(case.y, case.p, case.threshold, groups=case.groups)
     return [_predictive_value(case, r, is_own=i == len(found) - 1) for i, r in enumerate(found.itertuples())]
 
 def _predictive_value(case, r, is_own):
@@ -226,19 +258,19 @@ MIN_HOST = 10        # images of a host that is a subgroup of its own
 def subgroup_columns(
     rows: pd.DataFrame,
 ) -> dict[str, pd.Series]:     # name -> (n,) values
-    "The columns by which subgroups are formed, where the table has them"
-    out = {c: rows[c] for c in SUBGROUP_COLUMNS if c in rows and rows[c].nunique(dropna=True) > 1}
+    "The columns by which subgroups are formed, where the table has them with two values or more"
+    out = {c: rows[c] for c in SUBGROUP_COLUMNS if c in rows}
     if 'host' in out:
         out['host'] = out['host'].where(out['host'].map(out['host'].value_counts()) >= MIN_HOST, 'rarer hosts')
     if 'age_years' in rows and rows['age_years'].notna().any(): out['age'] = age_bands(rows['age_years'])
-    return out
+    return {c: v for c, v in out.items() if v.nunique(dropna=True) > 1}
 
 # %% ../../nbs/audit/checks_numbers.ipynb #subgroups
 @register('A16', 'worst subgroup', needs=['predictions'], rules=['worst_subgroup'])
 def check_subgroups(case: Case) -> list[Verdict]:
     "A16: is the model worse for a subgroup?"
     by, t = subgroup_columns(case.rows), RULES['worst_subgroup'].thresholds
-    if not by: return [_no_subgroups(case)]
+    if not by: return [case.not_applicable('A16', 'worst_subgroup', 'subgroups', 'no subgroups')]
     found = subgroups(case.y, case.p, by, case.groups, case.threshold, least=int(t['images']), n_boot=case.n_boot,
                       seed=case.seed)
     w, compared = worst_gap(found, alpha=t['p']), int(found['p_holm'].notna().sum())
@@ -247,9 +279,6 @@ def check_subgroups(case: Case) -> list[Verdict]:
     return [case.answer('A16', 'worst_subgroup', 'worst subgroup', 'AUC gap to the rest', w.auc_gap, verdict,
                         dict(subgroups=estimable), columns=list(by), estimable=estimable, subgroups=len(found),
                         column=w.column, group=w.value, auc=w.auc, p=w.p_holm)]
-
-def _no_subgroups(case):
-    return case.answer('A16', 'worst_subgroup', 'subgroups', 'AUC gap', np.nan, 'UNDERPOWERED', columns=[])
 
 # %% ../../nbs/audit/checks_numbers.ipynb #history
 @register('A19', 'history of the run', needs=['run folder'], rules=['test_evaluations', 'trainings'])
@@ -269,20 +298,27 @@ def compare_probabilities(
     "Does the exported model give the probabilities that the run wrote down?"
     again = given(case.score, 'images and model')(case.images)
     off = float(np.abs(again - case.p).max())
-    bad = off > RULES['same_probabilities'].thresholds['difference']
+    bad = not off <= RULES['same_probabilities'].thresholds['difference']       # NaN is no probability
     return case.answer('A20', 'same_probabilities', 'exported model against written predictions',
                        'largest difference of a probability', off, 'FAIL' if bad else 'PASS', differ=bad)
 
+def _differ(a, b, most):
+    "Do two stored numbers differ? Infinite and undefined ones are numbers of their own"
+    both_undefined = math.isnan(a) and math.isnan(b)
+    return not (a == b or both_undefined or abs(a - b) <= most)
+
 def compare_metrics(
     case: Case,
-    stored: dict[str, float],    # metric -> value as written
+    stored: dict[str, float],    # metric -> value as written; NaN: undefined
     threshold: float,            # at which they were written
 ) -> Verdict:
     "Do the stored metrics follow from the predictions?"
+    if not stored: return case.not_applicable('A20', 'same_numbers', 'stored numbers', 'no numbers')
     new = evaluate(case.y, case.p, case.groups, threshold, n_boot=0)
     most = RULES['same_numbers'].thresholds['difference']
-    wrong = [m for m, v in stored.items() if m in new.estimates and abs(new[m].value - v) > most]
-    printed = {m: format_number(stored[m]) for m in ('accuracy', 'recall', 'specificity') if m in stored}
+    wrong = [m for m, v in stored.items() if m in new.estimates and _differ(new[m].value, v, most)]
+    shares = [m for m in ('accuracy', 'recall', 'specificity') if not math.isnan(stored.get(m, np.nan))]
+    printed = {m: format_number(stored[m]) for m in shares}
     matrices = len(check_published(int(case.y.sum()), int((1 - case.y).sum()), None, **printed))
     return case.answer('A20', 'same_numbers', 'stored numbers against the predictions', 'numbers that differ',
                        len(wrong), 'FAIL' if wrong or not matrices else 'PASS', wrong=wrong, stored=len(stored),
@@ -295,5 +331,5 @@ def check_stored_numbers(case: Case) -> list[Verdict]:
     "A20: every stored number derived again, from the model and from the predictions"
     result = given(case.folder, 'run folder').result
     if len(result.classes) != 2 or result.threshold is None: return [compare_probabilities(case)]
-    stored = {m: e.value for m, e in result.estimates.items() if not math.isnan(e.value)}
+    stored = {m: e.value for m, e in result.estimates.items()}
     return [compare_probabilities(case), compare_metrics(case, stored, result.threshold)]

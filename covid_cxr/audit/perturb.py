@@ -258,10 +258,10 @@ class GapEffect:
     closed: Estimate       # the same less the median shift of the ill
 
 def _weighted_median(v, w):
-    "(b,) medians of values (n,) under weights (b, n)"
+    "(b,) medians of values (n,) under weights (b, n); NaN where all weights are 0"
     order = np.argsort(v)
     c = w[:, order].cumsum(1)
-    return v[order][(c >= c[:, -1:] / 2).argmax(1)]
+    return np.where(c[:, -1] > 0, v[order][(c >= c[:, -1:] / 2).argmax(1)], np.nan)
 
 def _gap_effect(q, after):
     before, shift, ill = to_logit(q.before), q.shift(after), q.y == 1
@@ -473,7 +473,8 @@ def _shifts(q, after):
     "Mean shift of each class and their difference, over patients"
     shift = q.shift(after)
     weights = np.concatenate([np.ones((1, len(q.y))), q.weights])     # first the images as they are, then the resamples
-    zero, one = ((weights[:, k] @ shift[k]) / weights[:, k].sum(1) for k in (q.y == 0, q.y == 1))
+    with np.errstate(invalid='ignore'):                               # a resample without one of the classes
+        zero, one = ((weights[:, k] @ shift[k]) / weights[:, k].sum(1) for k in (q.y == 0, q.y == 1))
     estimate = lambda draws: Estimate(float(draws[0]), *percentile_interval(draws[1:])[:2], len(q.y))
     return dict(shift_0=estimate(zero), shift_1=estimate(one), difference=estimate(one - zero))
 

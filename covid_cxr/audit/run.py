@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 import numpy as np, pandas as pd
-import covid_cxr.audit.checks_data, covid_cxr.audit.checks_numbers, covid_cxr.audit.checks_model      # they fill CHECKS
+import covid_cxr.audit.checks_data, covid_cxr.audit.checks_splits      # these fill CHECKS
+import covid_cxr.audit.checks_numbers, covid_cxr.audit.checks_model
 from .baselines import Baseline, fit_baselines
 from .case import CHECKS, RULES, Audit, Case, NotRun, Verdict, given, measure_headline, run_check
 from .sentences import describe_audit
-from ..bundle import update_manifest
+from ..bundle import writing_files
 from ..cache import ImageCache
 from ..core import RunError, atomic_path, utc_now, versions, write_json, write_text
 from ..duplicates import find_near
@@ -159,8 +160,8 @@ def write_baselines(
     ids, file = case.rows['image_id'].to_numpy(), Path(run) / 'baselines.csv'
     tables = [pd.DataFrame(dict(image_id=ids, baseline=b.name, kind=b.kind, score=b.scores.round(6)))
               for b in baselines]
-    with atomic_path(file) as tmp: pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
-    update_manifest(run, [file.name])
+    with writing_files(run, [file.name]), atomic_path(file) as tmp:
+        pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
     return file
 
 def save_baselines(
@@ -202,7 +203,7 @@ def audit_run(
     headline, seconds = measure_headline(case), round(time.perf_counter() - start, 1)
     audit = Audit(folder.state['recipe'], folder.synthetic, quick, case.split, utc_now(), versions(), headline,
                   tuple(found.verdicts), baselines, tuple(found.not_run), seconds)
-    write_json(folder.path / 'audit.json', audit.to_dict())
-    write_text(folder.path / 'audit.txt', describe_audit(audit, every=True) + '\n')
-    update_manifest(folder.path, ['audit.json', 'audit.txt'])
+    with writing_files(folder.path, ['audit.json', 'audit.txt']):
+        write_json(folder.path / 'audit.json', audit.to_dict())
+        write_text(folder.path / 'audit.txt', describe_audit(audit, every=True) + '\n')
     return audit

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math, textwrap
 from typing import Callable
-from .case import RULES, Audit, Headline, Need, NotRun, Verdict, VerdictWord
+from .case import RULES, Audit, Headline, Need, NotAsked, NotRun, Verdict, VerdictWord
 from ..core import choices
 from ..evaluate import Estimate
 from ..runs.folder import SYNTHETIC_WARNING
@@ -21,6 +21,7 @@ __all__ = ['describe_value', 'describe_count', 'describe_rule', 'describe_verdic
 # %% ../../nbs/audit/sentences.ipynb #parts
 def describe_value(v: Verdict) -> str:
     "What was measured: 'AUC 0.889 [0.788, 0.981]', 'groups that cross 0'"
+    if v.statistic == 'none': return 'not measured'
     whole = float(v.value).is_integer() and math.isnan(v.low)
     return f'{v.statistic} {format_estimate(v.value, v.low, v.high, 0 if whole else 3)}'
 
@@ -53,13 +54,30 @@ def _some(names, total):
     return join_words([*names, f'{rest:,} more'] if rest > 0 else names)
 
 # %% ../../nbs/audit/sentences.ipynb #say-general
+_NOT_ASKED: dict[NotAsked, str] = {      # why there was nothing to ask
+    'not recorded': 'nothing is recorded that could be asked about',
+    'patients not recorded': 'the patient of no image is recorded, so one person may stand on both sides of the split',
+    'one value': 'what is recorded is the same for every image, which tells nothing',
+    'constant': 'what this baseline sees is the same for every image, which tells nothing',
+    'constant baselines': 'every such baseline gives all images the same score, so there is nothing to compare with',
+    'patients in both splits': 'patients stand in training and in the evaluated split: a gain means nothing there',
+    'one split': 'there are no images in another split to compare with',
+    'chosen here': 'threshold and epoch were chosen on these very images, so they cannot be tested on them',
+    'no validation split': 'no image of the split is there on which the threshold is said to have been chosen',
+    'one class': 'the images are all of one class',
+    'no numbers': 'no number was stored',
+    'empty maps': 'the maps are empty',
+    'nothing compared': 'nothing could be compared',
+    'no subgroups': 'the table records nothing by which subgroups could be formed',
+}
+
 @_about('possible')
 def _refused(v): return f'not possible on these images: {v.facts["refused"]}'
 
 @_about('better_than_chance')
 def _no_better(v):
     auc, = _said(v, 'auc')
-    return f'the model is not better than chance (AUC {auc}), so there is nothing to explain'
+    return f'the model is not shown to be better than chance (AUC {auc}), so there is nothing to explain'
 
 # %% ../../nbs/audit/sentences.ipynb #say-groups
 def _crossing(f, by, n):
@@ -94,10 +112,11 @@ def _patient_ids(v):
 # %% ../../nbs/audit/sentences.ipynb #say-copies
 @_about('copies_across')
 def _across(v):
-    n, unsure = int(v.value), v.facts['unsure']
+    n, unsure, of_one = int(v.value), v.facts['unsure'], v.facts.get('of_one_patient', 0)
     pairs = _some([f'{a} = {b}' for a, b in v.facts['examples']], n)
     found = 'no image stands on both sides as a copy'
     if n: found = f'{format_count(n, "pair")} of copies across the split ({pairs})'
+    if of_one: found += f', {of_one:,} of them further images of one patient'
     return found + (f'; {format_count(unsure, "pair")} that only look alike wait for a person' if unsure else '')
 
 @_about('copies_within')
@@ -106,11 +125,70 @@ def _within(v):
     if not n: return 'every evaluated image is a different one'
     return f'{total:,} evaluated images, {total - n:,} different ones'
 
+@_about('copies_between_patients', 'further_images')
+def _people(v):
+    n, is_further = int(v.value), v.rule == 'further_images'
+    if not n and is_further: return 'no two images of one patient are nearly the same'
+    if not n: return 'no image stands under two patients'
+    pairs = format_count(n, 'pair')
+    if is_further: return f'{pairs} of nearly the same images of one patient: further images of the patient, no copies'
+    told = [f'{a} of {p} = {b} of {q}' for (a, b), (p, q) in zip(v.facts['examples'], v.facts['people'])]
+    return f'{pairs} of copies under two patients ({_some(told, n)}): they are one patient, or one of the rows is wrong'
+
+# %% ../../nbs/audit/sentences.ipynb #say-splits
+def _by_split(shares):
+    "'50 % in train, 25 % in valid and 13 % in test'"
+    return join_words([f'{format_percent(share)} in {split}' for split, share in shares.items()])
+
+_ALIKE = dict(PASS='', UNDERPOWERED='; too few patients to say whether the splits are alike')
+
+@_about('split_sizes')
+def _sizes(v):
+    told = [f'{split} {format_count(n, "image")} of {format_count(v.facts["groups"][split], "group")}'
+            for split, n in v.facts['images'].items()]
+    return join_words(told)
+
+@_about('class_shares', 'split_column')
+def _shares(v):
+    f = v.facts
+    what = f.get('positive', f'{f.get("column")} {f.get("group")}')
+    two = f'{f["first"]} and {f["second"]}'
+    differ = f': {two} are not of one population, and a number of one does not hold for the other'
+    return f'of the patients, {_by_split(f["shares"])} are {what}{_ALIKE.get(v.verdict, differ)}'
+
+# %% ../../nbs/audit/sentences.ipynb #say-labels
+@_about('valid_auc')
+def _valid(v):
+    valid, evaluated = _said(v, 'valid', 'evaluated')
+    differ = ': the splits are not alike, or one of the two numbers is lucky'
+    return (f'the AUC is {valid} on the validation split and {evaluated} on the {v.facts["split"]} split'
+            f'{_ALIKE.get(v.verdict, differ)}')
+
+@_about('label_noise')
+def _noise(v):
+    f, t = v.facts, RULES['label_noise'].thresholds
+    apart = as_number(f['apart'])
+    if not apart >= t['apart']:
+        return 'the model separates the classes too little to tell a wrong label from a hard image'
+    if not f['contradicted']: return 'the model contradicts no label as surely as it confirms the others'
+    names, images = _some(f['examples'][:3], f['contradicted']), format_count(f['contradicted'], 'image')
+    found = f'the model contradicts the labels of {images} as surely as it confirms the others ({names})'
+    if v.verdict == 'PASS': return found
+    return f'{found}: about {format_percent(v.value)} of the labels may be wrong; let a person look at these images'
+
+@_about('one_class_source')
+def _one_class(v):
+    by, split, sources = v.facts['by'], v.facts['split'], v.facts['sources']
+    if v.verdict == 'PASS': return f'every {by} has images of both classes in {split}'
+    small = format_count(v.facts['small'], by)
+    if not sources: return f'{small} with one class in {split}, each with too few patients to tell'
+    told = _some([f'all {s["images"]:,} images of {s["source"]} are {s["label"]}' for s in sources[:3]], len(sources))
+    return f'in {split} {told}: the model may tell the {by} and not the disease'
+
 # %% ../../nbs/audit/sentences.ipynb #say-metadata
 @_about('metadata_auc', 'metadata_column')
 def _metadata(v):
     seen = _some(v.facts['seen'][:5], len(v.facts['seen']))
-    if v.facts['constant']: return f'{seen}: the same for every image, which tells nothing'
     if v.facts['found'] == 'UNDERPOWERED': return f'too few patients to say whether the classes are told by {seen}'
     told = 'are told' if v.facts['found'] in ('FAIL', 'WARN') else 'are not told'
     return f'without a picture, the classes {told} by {seen}'
@@ -215,16 +293,19 @@ def _design(v):
 def _gain(v):
     blind = 'saw no lung' if v.facts['kind'] == 'image_without_lungs' else 'never saw a picture'
     baseline = f'{v.facts["baseline"]} (AUC {format_number(v.facts["baseline_auc"], 2)}), which {blind}'
+    high = format_number(v.high, 2, signed=True)
     if v.verdict == 'PASS': return f'the model is better than {baseline}'
-    if v.verdict == 'FAIL': return f'the model is not better than {baseline}'
-    return f'the model may or may not be better than {baseline}; more patients are needed to say'
+    if v.verdict == 'FAIL': return f'the model is not better than {baseline}: it gains {high} at most'
+    return f'it is not known whether the model is better than {baseline}; more patients are needed'
 
 # %% ../../nbs/audit/sentences.ipynb #say-threshold
 @_about('frozen_threshold')
 def _frozen(v):
     if v.verdict == 'FAIL':
         return 'no threshold was chosen on validation images: accuracy, sensitivity and specificity mean nothing'
-    return f"frozen on the validation split for '{v.facts['goal']}' [{v.facts['hash'] or 'no hash'}]"
+    goal = f"'{v.facts['goal']}' [{v.facts['hash'] or 'no hash'}]"
+    fixed = v.facts['origin'] == 'fixed beforehand'
+    return f'fixed beforehand: {goal}' if fixed else f'frozen on the validation split for {goal}'
 
 @_about('threshold_regret')
 def _regret(v):
@@ -259,7 +340,6 @@ def _predictive(v):
 @_about('worst_subgroup')
 def _subgroup(v):
     f = v.facts
-    if not f['columns']: return 'the table records nothing by which subgroups could be formed'
     found = WorstSubgroup(f['column'], f['group'], as_number(f['auc']), v.value, as_number(f['p']), v.verdict == 'FAIL')
     small, all_of_them = f['subgroups'] - f['estimable'], format_count(f['subgroups'], 'subgroup')
     return f'{describe_worst_subgroup(found)}; {small} of {all_of_them} too small to estimate'
@@ -319,36 +399,70 @@ def _map(v):
     random, own = as_number(v.facts['random']), format_number(v.value, 2)
     beside = 'that of random weights is empty'
     if not math.isnan(random): beside = f'that of random weights {format_number(random, 2)} times'
-    favour = '; it does not favour the lungs more than chance does' if v.verdict == 'WARN' else ''
+    favour = '; it is not shown to favour the lungs more than chance does' if v.verdict == 'WARN' else ''
     return f'the map lies {own} times as densely in the lung box as in the picture, {beside}{favour}'
 
 @_about('map_of_random_weights')
 def _random_map(v):
-    if v.facts['empty']: return 'the maps are empty'
     if v.verdict == 'PASS': return 'the map changes when the weights are random'
     return 'the map is much the same when the weights are random: it shows the picture, not what was learned'
 
 # %% ../../nbs/audit/sentences.ipynb #describe-verdict
 def describe_verdict(v: Verdict) -> str:
     "What a verdict means here, in a sentence"
+    if 'why' in v.facts: return sentence(_NOT_ASKED[v.facts['why']])
     return sentence(_SENTENCES[v.rule](v)) if v.facts else sentence(f'{v.name}: {describe_value(v)}')
 
 # %% ../../nbs/audit/sentences.ipynb #describe-headline
 def describe_headline(h: Headline) -> str:
     "What may be said about what the model reads"
+    if h.leaking_groups: return _leak(h.leaking_groups)
     if h.best_baseline is None: return 'No baseline was measured, so nothing can be said about what the model reads.'
-    if not h.better_than_chance:
-        value, low = (format_number(v, 2) for v in h.model_auc[:2])
-        return f'The model is not better than chance on these images (AUC {value}, lower bound {low}).'
-    return _gained(h) + (' Metadata alone explains this number.' if h.auc_gain_over_metadata.low <= 0 else '')
+    if not h.better_than_chance: return _no_better_than_chance(h.model_auc)
+    return ' '.join(filter(None, (_gained(h), _over_metadata(h))))
+
+def _leak(n):
+    verb = 'stands' if n == 1 else 'stand'
+    return (f'No headline: {format_count(n, "patient group")} of the evaluated split {verb} in training, too. '
+            'The model knows these patients, and nothing can be said about what it reads.')
+
+def _no_better_than_chance(auc):
+    "A guess, or not known"
+    value, low, high = (format_number(v, 2) for v in auc[:3])
+    margin = RULES['better_than_chance'].thresholds['auc'] + RULES['auc_gain'].thresholds['margin']
+    if auc.high < margin: return f'The model is not better than chance on these images (AUC {value}, at most {high}).'
+    return f'Whether the model is better than chance is not known: AUC {value}, lower bound {low}.'
+
+# %% ../../nbs/audit/sentences.ipynb #describe-gain
+_CHOSEN_HERE = ' The best of several was chosen on these images, and the interval is corrected for that.'
+
+def _between(gain):
+    "Where the gain lies"
+    if math.isnan(gain.low): return 'the gain over it has no interval'
+    low, high = (format_number(v, 2, signed=True) for v in gain[1:3])
+    return f'the gain over it lies between {low} and {high}'
 
 def _gained(h):
-    "The gain over the best baseline without lungs, or that it is not shown"
+    "The gain over the best baseline without lungs"
     name, auc = h.best_baseline.name, format_number(h.best_baseline.auc.value, 2)
-    gain = format_number(h.auc_gain.value, 2, signed=True)
-    if h.reads_lungs: return f'The model gains {gain} AUC over the best lung-free baseline ({name}, {auc}).'
-    return (f'It is not shown that the model reads lungs: {name} alone reaches AUC {auc}, '
-            'and the difference may be zero.')
+    gain, _, high = (format_number(v, 2, signed=True) for v in h.auc_gain[:3])
+    if h.gain_outcome == 'better':
+        said = f'The model gains {gain} AUC over the best lung-free baseline ({name}, {auc}).'
+    elif h.gain_outcome == 'not better':
+        said = (f'The model is not better than a lung-free baseline: {name} alone reaches AUC {auc}, '
+                f'and the gain over it is {high} at most.')
+    else:
+        said = (f'Whether the model reads lungs is not known: {name} alone reaches AUC {auc}, '
+                f'and {_between(h.auc_gain)}.')
+    return said + (_CHOSEN_HERE if h.chosen_on == 'evaluated images' else '')
+
+def _over_metadata(h):
+    "What the metadata alone explain; '' where the model is better than they are"
+    if h.metadata_baseline is None or h.metadata_outcome == 'better': return ''
+    if h.metadata_outcome == 'not known':
+        return f'Whether it is better than metadata alone is not known: {_between(h.auc_gain_over_metadata)}.'
+    high = format_number(h.auc_gain_over_metadata.high, 2, signed=True)
+    return f'Metadata alone explains this number: the gain over it is {high} at most.'
 
 # %% ../../nbs/audit/sentences.ipynb #describe-not-run
 _MISSING: dict[str, str] = {
@@ -381,7 +495,7 @@ def _headline_lines(h: Headline):
                                  ('metadata baseline', h.metadata_baseline, h.auc_gain_over_metadata)):
         if baseline is None: continue
         yield _headline_line(what, baseline.auc, name=baseline.name)
-        yield _headline_line('gain over it', gain, signed=True)
+        if not h.leaking_groups: yield _headline_line('gain over it', gain, signed=True)
 
 # %% ../../nbs/audit/sentences.ipynb #describe-audit-text
 def _verdict_lines(v: Verdict, every):

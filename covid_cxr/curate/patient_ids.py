@@ -113,7 +113,7 @@ def patient_id_signal(
     rows = used(table)
     rows = rows[rows['patient'].notna()]
     fp, ids = fingerprint_rows(rows, cache_file, workers, prints, 'patient_id_signal')
-    rng, good = np.random.default_rng(seed), np.flatnonzero(fp.problem == '')
+    rng, good = np.random.default_rng(seed), np.flatnonzero(fp.usable)
     fp, rows = fp.take(good), rows.set_index('image_id').loc[ids[good]]
     i, j = _pairs_of_patients(rows, fp, rng)
     if not len(i): return _NO_SIGNAL
@@ -230,7 +230,7 @@ def _units(rows, column, within, cache_file, workers):
     "One unit per (id, within); equal pictures count once"
     rows = rows[rows[column].notna() & rows[within].notna()]
     fp, ids = fingerprint_rows(rows, cache_file, workers, who='explain_patient_ids')
-    good = np.flatnonzero(fp.problem == '')
+    good = np.flatnonzero(fp.usable)
     good = good[np.sort(np.unique(fp.pixel_hash[good], return_index=True)[1])] if len(good) else good
     h = wave_hash(fp.thumb[good]).astype(np.float32)
     r = rows.set_index('image_id').loc[ids[good]].reset_index()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Mapping, Sequence, TypeAlias
 import numpy as np, pandas as pd
-from ..core import COLUMNS, SYNTHETIC, VIEWS, TableError, check_choice, choices, require_columns, used
+from ..core import (COLUMNS, SYNTHETIC, VIEWS, Reason, TableError, check_choice, choices, require_columns,
+                            used)
 from ..words import format_count, format_number, format_percent, join_words
 from ..reading import FILE_MISSING, absolute_paths, unlisted_files
 from ..sources import SOURCES, read_source
@@ -194,8 +195,8 @@ Subject = Literal[
     'several_patients', 'several_classes', 'two_labels', 'finding_not_stated', 'licence_not_given', 'split_missing',
     'several_findings',
     # files and licences
-    'file_gone', 'file_unreadable', 'file_missing', 'file_not_named', 'file_without_row', 'licence_not_commercial',
-    'licence_not_clear',
+    'file_gone', 'file_unreadable', 'file_blank', 'file_missing', 'file_not_named', 'file_without_row',
+    'licence_not_commercial', 'licence_not_clear',
 ]
 
 @dataclass(frozen=True)
@@ -279,6 +280,7 @@ _TEXTS |= {
     'sex_not_recorded': ('used image', 'without a recorded sex'),
     'file_gone': ('used row', 'with a file that is not on this disk'),
     'file_unreadable': ('used row', 'with a file that cannot be read as a picture'),
+    'file_blank': ('used row', 'with a blank image'),
     'file_missing': ('row', 'excluded because the file is not on this disk'),
     'file_not_named': ('used row', 'without the name of a file'),
     'file_without_row': ('image file', 'in these folders that no row names'),
@@ -468,7 +470,8 @@ def _test_notes(table, pairs):
     rows = used(checked)
     test = rows['image_id'][rows['split'] == 'test']
     at = dict(zip(test, range(len(test))))
-    p = pairs[pairs['duplicate'].astype(bool) & pairs['a'].isin(at) & pairs['b'].isin(at)]
+    further = (pairs['kind'] == 'near') & (pairs['patients'] == 'one')      # further images of one patient, no copies
+    p = pairs[pairs['duplicate'].astype(bool) & ~further & pairs['a'].isin(at) & pairs['b'].isin(at)]
     pictures = len(np.unique(connected_groups(len(at), [(p['a'].map(at), p['b'].map(at))])))
     details = dict(maker=maker, images=len(at), pictures=pictures)
     return _counted([Note('care', 'copies_in_test', len(at) - pictures, details)])
@@ -481,10 +484,12 @@ def _id_notes(ids):
 
 # %% ../../nbs/curate/quality.ipynb #notes-files
 def _file_notes(f):
-    "What is not on the disk or cannot be read, and what is there without a row"
+    "What is not on the disk, cannot be read or is blank, and what is there without a row"
+    why = f.rows['path'].map(lambda p: f.unusable[p].rule if p in f.unusable else None)
     return _counted([
         Note('alarm', 'file_gone', int(f.gone.sum())),
-        Note('alarm', 'file_unreadable', int(f.rows['path'].isin(list(f.unreadable)).sum())),
+        Note('alarm', 'file_unreadable', int((why == 'image unreadable').sum())),
+        Note('alarm', 'file_blank', int((why == 'blank image').sum())),
         Note('care', 'file_missing', int(f.missing.sum())),
         Note('care', 'file_not_named', int(f.rows['path'].isna().sum())),
         Note('note', 'file_without_row', len(f.unlisted)),
@@ -501,7 +506,7 @@ def _licence_notes(counts):
 # %% ../../nbs/curate/quality.ipynb #section
 SectionName = Literal[
     'leaks', 'account', 'conflicts', 'duplicates', 'source', 'view', 'age', 'sex', 'leakage', 'patients', 'patient_ids',
-    'splits', 'licences', 'pairs', 'files_used_twice', 'missing', 'unreadable', 'unlisted', 'flow', 'faults']
+    'splits', 'licences', 'pairs', 'files_used_twice', 'missing', 'unreadable', 'blank', 'unlisted', 'flow', 'faults']
 
 @dataclass(frozen=True)
 class Section:
@@ -547,11 +552,12 @@ def _licence_table(counts):
     commercial = [words[c] if s else 'no licence' for c, s in zip(counts['commercial'], counts['stated'])]
     return counts.assign(commercial=commercial).drop(columns='stated')
 
-def _unreadable_files(problems):
-    "{path: reason} of files that cannot be read; files that are not there are listed elsewhere"
+def _unusable_files(problems):
+    "{path: reason} of files that cannot be used; files that are not there are listed elsewhere"
     if problems is None: return {}
     known = zip(problems.path, problems.problem) if isinstance(problems, Fingerprints) else problems.items()
-    return {p: why for p, why in known if why and os.path.isfile(p)}
+    there = {p: why for p, why in known if why and os.path.isfile(p)}
+    return {p: Reason('files', 'image unreadable', why) if isinstance(why, str) else why for p, why in there.items()}
 
 # %% ../../nbs/curate/quality.ipynb #sections
 def _sections_rows(f):
@@ -576,10 +582,14 @@ def _sections_rows(f):
         'faults': Section(_known_faults(f.table)),
     }
 
+def _unusable(f, rule):
+    "Rows whose file cannot be used by this rule, and why"
+    rows = _listed(f.table, f.table['path'].isin([p for p, why in f.unusable.items() if why.rule == rule]))
+    rows['problem'] = [f.unusable[p].detail.replace(p, os.path.basename(p)) for p in rows['path']]
+    return Section(rows)
+
 def _sections_pairs(f):
     "What was found: leaks, conflicts, repeats, files"
-    broken = _listed(f.table, f.table['path'].isin(list(f.unreadable)))
-    broken['problem'] = [str(f.unreadable[p]).replace(p, os.path.basename(p)) for p in broken['path']]
     return {
         'leaks': Section(f.leak.groups),
         'patient_ids': Section(f.ids),
@@ -588,7 +598,8 @@ def _sections_pairs(f):
         'pairs': Section(f.pairs),
         'files_used_twice': Section(_files_used_twice(f.table)),
         'missing': Section(_listed(f.table, f.missing | f.gone, 'finding', 'excluded')),
-        'unreadable': Section(broken),
+        'unreadable': _unusable(f, 'image unreadable'),
+        'blank': _unusable(f, 'blank image'),
         'unlisted': Section(pd.DataFrame(dict(path=f.unlisted), dtype=object)),
     }
 
@@ -640,7 +651,7 @@ class _Found:
     missing: pd.Series          # (n,) bool: excluded because the file is not on this disk
     gone: pd.Series             # (n,) bool: used, and the file is not on this disk
     unlisted: list[str]         # files without a row
-    unreadable: dict[str, str]  # path -> reason
+    unusable: dict[str, Reason] # path -> why its file cannot be used
 
 def _ask(table, pairs, problems, seed):
     "Every question that is asked of a table, once"
@@ -654,7 +665,7 @@ def _ask(table, pairs, problems, seed):
         leakage=metadata_leakage(table, seed=seed), ids=check_patient_ids(asked, prints, seed=seed),
         licences=licence_counts(table), synthetic=int((table['licence'] == SYNTHETIC).sum()),
         missing=~in_use & (table['excluded_rule'] == FILE_MISSING.rule), gone=gone,
-        unlisted=unlisted_files(table), unreadable=_unreadable_files(problems))
+        unlisted=unlisted_files(table), unusable=_unusable_files(problems))
 
 def _all_notes(f):
     labelled = f.rows[f.rows['label'].notna()]
@@ -665,7 +676,7 @@ def _all_notes(f):
     return sorted(notes, key=lambda n: choices(NoteLevel).index(n.level))
 
 # %% ../../nbs/curate/quality.ipynb #inspect-table
-Problems: TypeAlias = Fingerprints | Mapping[str, str]   # of files: path -> why it cannot be read, '' when it can
+Problems: TypeAlias = Fingerprints | Mapping[str, Reason | str]   # path -> why its file cannot be used, '' when it can
 
 def _shared_folder(paths):
     "The folder that all files stand below; '' when there is none"

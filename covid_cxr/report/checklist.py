@@ -238,7 +238,7 @@ def _ensemble(run): return 'None: a single network, a single run.'
 # %% ../../nbs/report/checklist.ipynb #words-evaluation
 _METRICS = ('AUC, average precision, sensitivity, specificity, predictive values at stated prevalences, '
             'likelihood ratios, F1, Matthews, Brier, calibration slope and error, net benefit')
-_TESTS = ('Wilson intervals where few groups err; pairs of AUCs by the paired bootstrap; Holm over subgroups')
+_TESTS = 'pairs of AUCs by the paired bootstrap; Holm over subgroups'
 
 def _metrics(run):
     if not run.operating_point: return f'{_METRICS}; predictions by the highest probability.'
@@ -246,8 +246,9 @@ def _metrics(run):
 
 def _uncertainty(run):
     r = run.result
-    resamples = f'{format_count(r.n_boot)} bootstrap resamples of {run.unit}s within classes (seed {r.seed})'
-    return f'{format_percent(r.level, None)} intervals from {resamples}; {_TESTS}.'
+    resamples = f'{format_count(r.n_boot)} bootstrap resamples (seed {r.seed}) for the rest'
+    kinds = f'Wilson for shares, log-odds of DeLong for AUCs, {resamples}'
+    return f'{format_percent(r.level, None)} intervals over {run.unit}s: {kinds}; {_TESTS}.'
 
 def _robustness(run):
     verdicts = _verdicts(run, 'A5', 'A6', 'A7', 'A8', 'A9', 'A10')

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from scipy import stats
-from ..audit.case import Audit, Baseline, read_audit
-from ..audit.sentences import describe_count, describe_not_run, describe_verdict
+from ..audit.case import Audit, Baseline, GainOutcome, VerdictWord, gain_outcome, read_audit
+from ..audit.sentences import (describe_count, describe_headline, describe_not_run, describe_rule,
+                                       describe_value, describe_verdict)
 from ..bundle import Integrity, describe_integrity
 from ..core import SPLITS, RunError, choices, used
 from ..curate.quality import (age_notes, blank_notes, describe_note, leakage_notes, metadata_leakage,
                                       source_notes)
 from ..evaluate import Estimate, ThresholdRegret, describe_precision, evaluate, threshold_regret, wilson
 from ..runs.external import ExternalTest, read_external_tests
-from ..runs.folder import BaselineKind, RunFolder, check_finished, describe_images
+from ..runs.folder import BaselineKind, RunFolder, check_finished, describe_images, reading_file
+from ..runs.sentences import describe_external_test
 from ..runs.test_log import TestLogError, count_test_evaluations, read_test_log
 from ..runs.train import source_baseline_scores
 from ..stats.calibration import Calibration, calibration, describe_calibration, predictive_values_at
@@ -81,9 +83,9 @@ class RunData(RunFolder):
     def groups(self) -> np.ndarray: return self.evaluated['group'].to_numpy(object)
 
     @cached_property
-    def audit(self) -> Audit | None: return read_audit(self)
+    def audit(self) -> Audit | None: return _told_audit(self)
     @cached_property
-    def external_tests(self) -> list[ExternalTest]: return read_external_tests(self.path)
+    def external_tests(self) -> list[ExternalTest]: return _told_tests(self)
     @cached_property
     def analysis(self) -> RunAnalysis | None: return analyse_run(self)
     @cached_property
@@ -101,6 +103,25 @@ class RunData(RunFolder):
         try: kept = bool(read_test_log(self.path))
         except TestLogError as e: return TestLogState(None, str(e))
         return TestLogState(count_test_evaluations(self.path, self.split) if kept else None, '')
+
+# %% ../../nbs/report/context.ipynb #told
+def _told_audit(run: RunData) -> Audit | None:
+    "The audit of a run; one of which a sentence cannot be said is damaged"
+    audit = read_audit(run)
+    if audit is None: return None
+    with reading_file(run.file('audit.json'), "run 'covid-cxr audit' again"):
+        describe_headline(audit.headline)
+        for n in audit.not_run: describe_not_run(n)
+        for v in audit.verdicts:
+            for say in (describe_verdict, describe_value, describe_count, describe_rule): say(v)
+    return audit
+
+def _told_tests(run: RunData) -> list[ExternalTest]:
+    "The external tests of a run, likewise"
+    tests = read_external_tests(run.path)
+    with reading_file(run.file('external.json'), 'run the external tests again'):
+        for t in tests: describe_external_test(t, run.result)
+    return tests
 
 # %% ../../nbs/report/context.ipynb #read-run-data
 _STATE = ('recipe', 'recipe_hash', 'table_sha256', 'versions')   # a report needs them
@@ -269,7 +290,7 @@ def analyse_run(
         by_subgroup = subgroups(run.y, run.p, by, threshold=threshold, n_boot=n_boot, **settings)
         return RunAnalysis(
             calibration(run.y, run.p, **settings), threshold_regret(run.y, run.p, threshold, run.classes),
-            predictive_values_at(run.y, run.p, threshold, n_boot=n_boot, **settings),
+            predictive_values_at(run.y, run.p, threshold, groups=run.groups, classes=run.classes),
             by_subgroup, worst_gap(by_subgroup), paired_difference(run.y, run.p, source, n_boot=n_boot, **settings))
 
 # %% ../../nbs/report/context.ipynb #smd
@@ -414,7 +435,8 @@ def list_baselines(
 
 # %% ../../nbs/report/context.ipynb #warning
 WarningKind = Literal['synthetic', 'altered_files', 'altered_table', 'broken_log', 'leak', 'leak_allowed', 'leak_found',
-                      'no_test_split', 'children', 'other_model', 'no_gain', 'no_gain_over_metadata']
+                      'no_test_split', 'children', 'other_model', 'no_gain', 'no_gain_over_metadata',
+                      'gain_not_known', 'gain_over_metadata_not_known']
 
 class RunWarning(NamedTuple):
     "Something that makes the numbers of a run worthless, or nearly so"
@@ -475,29 +497,45 @@ def _other_model(run):
     differ = f'audit.json speaks of an AUC of {format_number(audited)}, this run of {format_number(own)}'
     return RunWarning('other_model', f'AUDIT OF ANOTHER MODEL: {differ}; run covid-cxr audit RUN again.')
 
-_NO_GAIN = 'NO GAIN OVER A LUNG-FREE BASELINE'
+_NO_GAIN, _GAIN_NOT_KNOWN = 'NO GAIN OVER A LUNG-FREE BASELINE', 'GAIN OVER A LUNG-FREE BASELINE NOT KNOWN'
 
 def _source_gain_warnings(run):
     "Without an audit: is the model shown to be better than a guess from the source alone?"
-    if run.analysis is None or run.analysis.gain.low > 0: return []
+    if run.analysis is None or run.leaking_groups: return []
     g = run.analysis.gain
+    outcome = gain_outcome(Estimate(g.difference, g.low, g.high))
+    if outcome == 'better': return []
     guess = f'a guess from the source alone, which never saw an image, {format_number(g.second)}'
     difference = format_estimate(g.difference, g.low, g.high, signed=True)
-    return [RunWarning('no_gain', f'{_NO_GAIN}: AUC {format_number(g.first)}; {guess} (difference {difference}).')]
+    kind, head = ('no_gain', _NO_GAIN) if outcome == 'not better' else ('gain_not_known', _GAIN_NOT_KNOWN)
+    return [RunWarning(kind, f'{head}: AUC {format_number(g.first)}; {guess} (difference {difference}).')]
 
 # %% ../../nbs/report/context.ipynb #warnings-audited-gain
-def _no_gain(run, kind, gain: Estimate, baseline: Baseline | None, head, saw):
+class _Heads(NamedTuple):
+    "What is said of a gain that is not shown to lie above zero: ruled out, or not known"
+    none: tuple[WarningKind, str]
+    not_known: tuple[WarningKind, str]
+
+_LUNGS = _Heads(('no_gain', _NO_GAIN), ('gain_not_known', _GAIN_NOT_KNOWN))
+_METADATA = _Heads(('no_gain_over_metadata', 'METADATA ALONE EXPLAIN THIS NUMBER'),
+                   ('gain_over_metadata_not_known', 'GAIN OVER METADATA ALONE NOT KNOWN'))
+
+def _gain_warning(run, outcome: GainOutcome, gain: Estimate, baseline: Baseline | None, heads: _Heads, saw):
     "A gain over a baseline that is not shown to lie above zero"
-    if baseline is None or gain.low > 0: return None
-    return RunWarning(kind, f"{head}: AUC {run.result['auc']}; {baseline.name}, which {saw}, {baseline.auc}.")
+    if baseline is None or outcome == 'better': return None
+    kind, head = heads.none if outcome == 'not better' else heads.not_known
+    gained = format_estimate(*gain[:3], signed=True)
+    return RunWarning(kind, f"{head}: AUC {run.result['auc']}; {baseline.name}, which {saw}, {baseline.auc} "
+                            f'(difference {gained}).')
 
 def _audited_gain_warnings(run):
     "Is the model shown to be better than the baselines of its audit?"
     h = run.audit.headline
+    if h.leaking_groups: return [_other_model(run)]          # no headline: the leak is said in its place
     return [_other_model(run),
-            _no_gain(run, 'no_gain', h.auc_gain, h.best_baseline, _NO_GAIN, 'saw no lung'),
-            _no_gain(run, 'no_gain_over_metadata', h.auc_gain_over_metadata, h.metadata_baseline,
-                     'METADATA ALONE EXPLAIN THIS NUMBER', 'never saw an image')]
+            _gain_warning(run, h.gain_outcome, h.auc_gain, h.best_baseline, _LUNGS, 'saw no lung'),
+            _gain_warning(run, h.metadata_outcome, h.auc_gain_over_metadata, h.metadata_baseline, _METADATA,
+                          'never saw an image')]
 
 # %% ../../nbs/report/context.ipynb #warnings-list
 def list_warnings(
@@ -510,8 +548,9 @@ def list_warnings(
     return sorted((w for w in found if w), key=lambda w: order.index(w.kind))
 
 # %% ../../nbs/report/context.ipynb #limitation
-LimitStatus = Literal['FAIL', 'WARN', 'UNDERPOWERED', 'NOT RUN', 'NOT RECORDED', 'DATA, ALARM', 'DATA', 'CALIBRATION',
-                      'SUBGROUP']
+LimitStatus = Literal['FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE', 'NOT RUN', 'NOT RECORDED', 'DATA, ALARM',
+                      'DATA', 'CALIBRATION', 'SUBGROUP']
+_LIMITING: tuple[VerdictWord, ...] = ('FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE')
 
 class Limitation(NamedTuple):
     "One thing that a reader must know before believing a number"
@@ -527,7 +566,7 @@ def _audit_limits(run):
     "What failed, warned, could not decide or was not run"
     if not run.audit: return [Limitation('NOT RUN', 'audit', _NO_AUDIT)]
     bad = [Limitation(v.verdict, f'{v.check} {v.name}', describe_verdict(v))
-           for kind in ('FAIL', 'WARN', 'UNDERPOWERED') for v in run.audit.verdicts if v.verdict == kind]
+           for kind in _LIMITING for v in run.audit.verdicts if v.verdict == kind]
     return bad + [Limitation('NOT RUN', n.check, sentence(describe_not_run(n))) for n in run.audit.not_run]
 
 def _data_limits(run):

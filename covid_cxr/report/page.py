@@ -12,7 +12,7 @@ from .. import plots
 from ..audit.case import Audit
 from ..audit.sentences import (describe_count, describe_headline, describe_not_run, describe_rule,
                                        describe_value, describe_verdict)
-from ..bundle import update_manifest
+from ..bundle import writing_files
 from ..core import SPLITS, choices, write_text
 from ..curate.licences import licence_counts
 from ..evaluate import METRICS, Estimate, describe_classes
@@ -437,7 +437,7 @@ def limits_table(
     run: RunData,
 ) -> Table:
     "The limitations that the run wrote"
-    return Table('Written from every FAIL, WARN and UNDERPOWERED, and from what was not run',
+    return Table('Written from every FAIL, WARN, UNDERPOWERED and NOT APPLICABLE, and from what was not run',
                  ['where', 'status', 'limitation'],
                  [[limit.where, Cell(status=limit.status), limit.text] for limit in run.limits], layout='stack')
 
@@ -566,7 +566,7 @@ def write_report(
     items, folder = checklist_items(data, answers), Path(out) if out is not None else data.path
     card = model_card(data, items)
     page = render('page.html.j2', **page_context(data, items, answers.signed, thumbnails, most))
-    write_text(folder / 'model-card.md', card)
-    file = write_text(folder / 'report.html', page)
-    update_manifest(folder, ['model-card.md', 'report.html'])
+    with writing_files(folder, ['model-card.md', 'report.html']):
+        write_text(folder / 'model-card.md', card)
+        file = write_text(folder / 'report.html', page)
     return file

@@ -43,6 +43,7 @@ SECTION_WORDS: dict[SectionName, tuple[str, str]] = {   # title, and how to read
     'files_used_twice': ('Files that several rows name', ''),
     'missing': ('Missing files', 'Named by a row, not on this disk.'),
     'unreadable': ('Files that cannot be read', 'On this disk, and no picture can be made of them.'),
+    'blank': ('Blank images', 'One even shade: there is nothing to see. A run leaves them out or stops.'),
     'unlisted': ('Files without a row', 'Images in the folders of the table that no row names.'),
     'flow': ('The rules in their order', 'What each rule excluded, and what was left after it.'),
     'faults': ('Known faults of these sources', 'Documented elsewhere; this page does not test them.'),
@@ -131,6 +132,7 @@ def _text_table(t, width, root):
 # %% ../../nbs/report/quality_page.ipynb #text
 _NOT_IN_TEXT = ('flow', 'faults')
 _HIDDEN = {'missing': ('source', 'patient', 'path'), 'unreadable': ('source', 'patient', 'path'),
+           'blank': ('source', 'patient', 'path'),
            'files_used_twice': ('image_ids',)}
 
 def _wrap(text, width, **options): return textwrap.wrap(printable(text), width, break_on_hyphens=False, **options)
@@ -314,7 +316,7 @@ def _page_table(t, caption, root, most):
 # %% ../../nbs/report/quality_page.ipynb #page-sections
 _PAGE_ORDER: tuple[SectionName, ...] = (
     'leaks', 'splits', 'account', 'source', 'age', 'sex', 'view', 'leakage', 'conflicts', 'duplicates', 'pairs',
-    'files_used_twice', 'missing', 'unreadable', 'unlisted', 'patients', 'patient_ids', 'licences', 'faults')
+    'files_used_twice', 'missing', 'unreadable', 'blank', 'unlisted', 'patients', 'patient_ids', 'licences', 'faults')
 _SHOWN_WHEN_FILLED = ('leaks', 'splits', 'patient_ids')     # elsewhere an empty section says "None."
 _FEW = {'leaks': 20}                                        # rows on the page; others have 200
 

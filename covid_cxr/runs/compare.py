@@ -175,7 +175,7 @@ class Comparison:
     "Runs on one test split: each by itself, every pair, and their order where it is known"
     runs: pd.DataFrame               # name, threshold, synthetic, leaking_groups, every metric of `METRICS_COMPARED`
     differences: list[RunDifference] # every pair in every metric
-    ranking: list[str] | None        # names, best first; None when the AUC of a pair does not differ significantly
+    ranking: list[str] | None        # names, best first; None: a pair does not differ significantly, or a run leaks
     n_images: int
     n_groups: int                    # of patients
     test_evaluations: int            # of these runs' test splits, this one included when it is recorded
@@ -222,12 +222,12 @@ def _correct(rows, level):
     return [out[r.first, r.second, r.metric] for r in rows]
 
 # %% ../../nbs/runs/compare.ipynb #ranking
-def _ranking(names, differences):
-    "Names from best to worst by AUC, if every pair differs significantly"
+def _ranking(runs, differences):
+    "Names from best to worst by AUC, if every pair differs significantly and no run knows its test patients"
     auc = [d for d in differences if d.metric == 'auc']
-    if not all(d.significant for d in auc): return None
+    if not all(d.significant for d in auc) or any(j.run.leaking_groups for j in runs): return None
     wins = [d.better for d in auc]
-    return sorted(names, key=lambda n: -wins.count(n))
+    return sorted((j.name for j in runs), key=lambda n: -wins.count(n))
 
 def _values(differences):
     "name -> metric -> value"
@@ -264,6 +264,6 @@ def compare_runs(
     for j in found if record else []:
         note = 'with ' + ', '.join(o.name for o in found if o is not j)
         log_test_evaluation(j.run.path, 'compare', metrics=values[j.name], threshold=j.threshold, images=ids, note=note)
-    return Comparison(_runs_table(found, values), differences, _ranking([j.name for j in found], differences), len(ids),
+    return Comparison(_runs_table(found, values), differences, _ranking(found, differences), len(ids),
                       int(groups.max()) + 1, count_test_evaluations(runs), record, margin,
                       _count_unknown(found, ids))

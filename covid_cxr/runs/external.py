@@ -11,8 +11,8 @@ from typing import Any, Callable, Literal, Mapping, Sequence
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .. import plots
-from ..cache import OnBad
-from ..bundle import update_manifest
+from ..cache import OnBad, refuse_images
+from ..bundle import writing_files
 from ..core import (SPLITS, BundleError, LeakError, Reason, RunError, TableError, canonical_finding,
                             check_choice, choices, exclude, new_table, sha256_file, used, utc_now, write_json)
 from ..duplicates import find_exact, find_near
@@ -79,7 +79,8 @@ class ExternalSource:
         "What was asked for, as external.json keeps it"
         views = self.views if self.views is None or isinstance(self.views, str) else list(self.views)
         return dict(source=self.name, data=str(self.data), root=self.root, metadata=self.metadata,
-                    findings=list(self.findings), views=views, min_age=self.min_age)
+                    findings=list(self.findings), views=views, min_age=self.min_age,
+                    options={**getattr(self.source, 'options', {}), **self.options})
 
     def title(self) -> str:
         "A name for the test: source, findings, age, views"
@@ -202,7 +203,8 @@ def _leave_out(table, frozen, duplicates, cache_file, check_files):
     lost = _missing_files(own)
     if lost and check_files:
         raise RunError(f'{len(lost)} of the {len(used(own))} images that this model was made with are not on this disk '
-                       f'(first: {lost[0]}); put them back, or go on with check_files=False and the test will say so.')
+                       f'(first: {lost[0]}); put them back, or go on without them (--unchecked; in Python '
+                       'check_files=False), and the test will say so.')
     matches = find_overlap(table, own, duplicates, cache_file)
     table = table.drop(columns=[c for c in matches if c in table and c != 'image_id'])
     table = table.merge(matches, on='image_id', how='left')
@@ -266,6 +268,7 @@ class ExternalTest:
     predictions: str = ''                        # likewise
     predictions_sha256: str = ''
     unknown_patients: int | None = None          # images whose patient is not recorded; None: not known
+    options: dict[str, Any] = field(default_factory=dict)   # of the source's reader
 
     @property
     def classes(self) -> list[str]: return list(self.images_per_class)
@@ -315,24 +318,31 @@ def read_external_tests(
         return [_with_unknown(folder, t) for t in tests]
 
 # %% ../../nbs/runs/external.ipynb #predict
+def _answers(predictor, rows, on_bad):
+    "One Prediction per row; a file that cannot be used stops the test, or is declined"
+    answers = predictor.predict(list(rows['path']), on_bad='decline' if on_bad == 'exclude' else 'raise', ood='warn')
+    bad = {a.path: a.reason for a in answers if a.reason is not None}
+    if bad and on_bad == 'raise': refuse_images(bad, int(rows['path'].isin(list(bad)).sum()), len(rows))
+    return answers
+
 def _predict(predictor, table, on_bad):
-    "Probabilities and predictions of the used rows; an unreadable file stops the test, or is excluded"
+    "Probabilities and predictions of the used rows; a file that cannot be used has its reason"
     rows = used(table)
-    on_bad = 'decline' if on_bad == 'exclude' else 'raise'
-    answers = predictor.predict(list(rows['path']), on_bad=on_bad, ood='warn')
+    answers = _answers(predictor, rows, on_bad)
     p = predictions_frame(answers).assign(ood_warning=pd.Series([a.warning for a in answers], dtype=object))
     probs = [f'prob_{c}' for c in predictor.classes]
-    p = p.reindex(columns=['predicted', *probs, 'declined', 'ood_warning']).set_index(rows.index)
-    bad = p['declined'].reindex(table.index)
-    table = exclude(table, bad.notna(), [Reason('files', 'image unreadable', str(w)) for w in bad])
-    return table.drop(columns=[c for c in p if c in table]).join(p[['predicted', *probs, 'ood_warning']])
+    p = p.reindex(columns=['predicted', *probs, 'ood_warning']).set_index(rows.index)
+    reasons = pd.Series([a.reason for a in answers], index=rows.index, dtype=object).reindex(table.index)
+    bad = [isinstance(r, Reason) for r in reasons]
+    table = exclude(table, bad, [r if b else None for r, b in zip(reasons, bad)])
+    return table.drop(columns=[c for c in p if c in table]).join(p)
 
 def _file_stem(name, tests):
     "A file name for a test; two tests never share one"
     stem = re.sub(r'[^\w.+-]+', '-', name).strip('-.') or 'external'
     for t in tests:
         if t.name != name and Path(t.predictions).stem.lower() == stem.lower():
-            raise RunError(f"the name '{name}' is too like '{t.name}', another external test; choose one with name=.")
+            raise RunError(f"the name '{name}' is too like '{t.name}', another external test; choose another --name.")
     return stem
 
 # %% ../../nbs/runs/external.ipynb #collect
@@ -351,25 +361,32 @@ def _collect(frozen, name, asked, table, estimates, baselines, overlap):
         synthetic=frozen.run.synthetic or is_synthetic(table),
         unknown_patients=int(rows['patient'].isna().sum()))
 
-def _keep(frozen, test, table, tests):
-    "The table, the predictions, the entry in the test log, then external.json"
-    run, stem = frozen.run.path, f'external/{_file_stem(test.name, tests)}'
-    columns = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in frozen.classes),
-               'image_id', 'source', 'finding', 'view', 'age_years', 'sex', 'overlap_split', 'overlap_with',
-               'ood_warning']
-    rows = used(table).assign(split='external')
+# %% ../../nbs/runs/external.ipynb #keep
+_PREDICTIONS = ('image_id', 'source', 'finding', 'view', 'age_years', 'sex', 'overlap_split', 'overlap_with',
+                'ood_warning')
+
+def _write_test(frozen, test, table, stem):
+    "The table, the predictions, and the entry in the test log; returns the test with the names of its files"
+    run, rows = frozen.run.path, used(table).assign(split='external')
+    columns = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in frozen.classes)]
     files = dict(table=write_table(table, run / f'{stem}-table.csv'),
-                 predictions=write_table(rows[columns], run / f'{stem}.csv'))
+                 predictions=write_table(rows[[*columns, *_PREDICTIONS]], run / f'{stem}.csv'))
     test = dataclasses.replace(test, table=f'{stem}-table.csv', predictions=f'{stem}.csv',
                                **{f'{k}_sha256': sha256_file(f) for k, f in files.items()})
     seen = {m: test.estimates[m] for m in ('auc', 'recall', 'specificity', 'accuracy') if m in test.estimates}
     log_test_evaluation(run, 'external', split=f'external: {test.name}', metrics=seen, threshold=test.threshold,
                         images=rows['image_id'], **files)
-    known = test.name in [t.name for t in tests]
-    tests = [test if t.name == test.name else t for t in tests] + [test] * (not known)
-    write_json(run / 'external.json', dict(format=EXTERNAL_FORMAT, version=EXTERNAL_VERSION,
-                                           tests=[t.to_dict() for t in tests]))
-    update_manifest(run, ['external.json', *(str(f.relative_to(run)) for f in files.values())])
+    return test
+
+def _keep(frozen, test, table, tests):
+    "The files of the test, then external.json"
+    run, stem = frozen.run.path, f'external/{_file_stem(test.name, tests)}'
+    with writing_files(run, ['external.json', f'{stem}-table.csv', f'{stem}.csv']):
+        test = _write_test(frozen, test, table, stem)
+        known = test.name in [t.name for t in tests]
+        tests = [test if t.name == test.name else t for t in tests] + [test] * (not known)
+        write_json(run / 'external.json', dict(format=EXTERNAL_FORMAT, version=EXTERNAL_VERSION,
+                                               tests=[t.to_dict() for t in tests]))
     return test
 
 # %% ../../nbs/runs/external.ipynb #external-test

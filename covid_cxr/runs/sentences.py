@@ -166,6 +166,7 @@ def comparison_sentences(
     for r in c.runs[c.runs['leaking_groups'] > 0].itertuples():
         yield f'{r.name}: {r.leaking_groups} groups stand on both sides of its split; its numbers are too good.'
     if c.ranking: yield f'Ranking: {" before ".join(c.ranking)}.'
+    elif (c.runs['leaking_groups'] > 0).any(): yield 'No ranking: a run that leaks is not ranked.'
     elif len(c.runs) > 2: yield 'No ranking: not every pair differs significantly.'
     else: yield 'No ranking.'
     yield from (describe_difference(d, c.n_groups, c.margin, _unit(c)) for d in c.differences if d.metric == 'auc')

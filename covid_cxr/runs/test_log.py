@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Iterable, Iterator, Mapping
 import covid_cxr
-from ..bundle import update_manifest
+from ..bundle import writing_files
 from ..core import CxrError, RunError, sha256_file, sha256_text, utc_now, versions, write_json
 from .folder import OLD_FILES, find_file, read_json, read_run_state, reading_file, rename_old_keys
 from ..words import format_count
@@ -220,7 +220,6 @@ def _append(run, f, file, seen, once):
     else: _add_line(f, whole, entry, file)
     done = TestEvaluation.from_dict(entry)
     write_json(run / 'run.json', dict(state, test_log=log_head(done)))
-    update_manifest(run, [TEST_LOG])
     return done
 
 def log_head(
@@ -250,4 +249,5 @@ def log_test_evaluation(
     seen = dict(time=utc_now(), what=what, split=split, metrics=metrics, threshold=threshold, images=images, note=note,
                 table=_sha_of(table), predictions=_sha_of(predictions or run / 'predictions.csv'))
     file = find_file(run, TEST_LOG)
-    with _locked(file, 'a+b', exclusive=True) as f: return _append(run, f, file, seen, once)
+    with writing_files(run, [file.name]), _locked(file, 'a+b', exclusive=True) as f:
+        return _append(run, f, file, seen, once)

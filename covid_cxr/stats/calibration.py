@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 from ..core import to_plain
 from ..evaluate import (BINARY, Estimate, EvaluationError, UndefinedMetric, check_scores, check_two_classes,
-                                compute_metrics, few_error_size, group_resamples, percentile_interval,
-                                predictive_values, wilson)
+                                compute_metrics, estimate_metrics, group_resamples, predictive_values, wilson)
 from ..words import format_count, format_number
 
 # %% auto #0
@@ -266,30 +265,25 @@ def apply_temperature(
     return q[:, 1] if p.ndim == 1 else q
 
 # %% ../../nbs/stats/calibration.ipynb #predictive-values-at
-def _redrawn_share(metric, value, draws, s, predicted, seed):
-    "Resamples of a share; with very few errors, draws from its Beta distribution at its effective patients (Jeffreys)"
-    n = None if np.isnan(value) else few_error_size(metric, value, draws, s, predicted)
-    if n is None: return draws
-    return np.random.default_rng([seed, len(metric)]).beta(value * n + .5, (1 - value) * n + .5, len(draws))
+def _at_odds(ratio, odds): return 1. if np.isinf(ratio) else float(odds * ratio / (1 + odds * ratio))
 
-def _prevalence_row(prevalence, sens, spec, draws, level):
-    "Predictive values at one prevalence with their intervals"
-    row = dict(prevalence=float(prevalence))
-    values, drawn = predictive_values(sens, spec, prevalence), predictive_values(*draws, prevalence)
-    for name, value, d in zip(('ppv', 'npv'), values, drawn):
-        low, high, _ = percentile_interval(d, level)
-        row.update({name: float(value), f'{name}_low': low, f'{name}_high': high})
+def _prevalence_row(prevalence, sens, spec, positive, negative):
+    "Predictive values at one prevalence; their intervals from those of the two likelihood ratios"
+    odds, values = prevalence / (1 - prevalence), predictive_values(sens, spec, prevalence)
+    low, high = (_at_odds(r, odds) for r in (positive.low, positive.high))
+    npv_low, npv_high = (1 - _at_odds(r, odds) for r in (negative.high, negative.low))
     hits = sens * prevalence
-    row['false_alarms_per_hit'] = float((1 - spec) * (1 - prevalence) / hits) if hits > 0 else np.nan
-    return row
+    return dict(prevalence=float(prevalence), ppv=float(values.ppv), ppv_low=low, ppv_high=high,
+                npv=float(values.npv), npv_low=npv_low, npv_high=npv_high,
+                false_alarms_per_hit=float((1 - spec) * (1 - prevalence) / hits) if hits > 0 else np.nan)
 
 def predictive_values_at(
     y_true: ArrayLike, y_prob: ArrayLike,           # (n,) labels and probabilities of TEST images
     threshold: float,                               # the frozen one
-    prevalences: Sequence[float] = (.01, .05, .2),  # of the places of use
+    prevalences: Sequence[float] = (.01, .05, .2),  # of the places of use; held fixed in the intervals
     groups: ArrayLike | None = None,                # (n,) patient groups
     classes: Sequence = BINARY,                     # (negative, positive)
-    n_boot: int = 2000, seed: int = 0, level: float = .95,
+    level: float = .95,                             # of the intervals
 ) -> pd.DataFrame:       # prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high, false_alarms_per_hit, of
     "Predictive values at stated prevalences with intervals over patients; last the collection's own prevalence"
     s = check_two_classes(y_true, y_prob, groups, classes)
@@ -297,12 +291,10 @@ def predictive_values_at(
         raise EvaluationError(f'prevalences={prevalences}; give shares between 0 and 1.')
     predicted = s.predict(threshold)
     if not len(s.y): raise EvaluationError('predictive_values_at: there are no images; give those of the test split.')
-    pick = lambda m: (m['recall'], m['specificity'])
-    sens, spec = (v[0] for v in pick(compute_metrics(s, predicted, np.ones((1, len(s.y))))))
-    draws = zip(*(pick(compute_metrics(s, predicted, w)) for w in group_resamples(s, n_boot, seed)))
-    redrawn = [_redrawn_share(m, v, np.concatenate(d), s, predicted, seed)
-               for m, v, d in zip(('recall', 'specificity'), (sens, spec), draws)]
-    rows = [dict(_prevalence_row(v, sens, spec, redrawn, level), of='stated') for v in (*prevalences, s.y.mean())]
+    found = estimate_metrics(s, predicted, compute_metrics(s, predicted, np.ones((1, len(s.y)))), {}, level)
+    known = [found['recall'].value, found['specificity'].value, found['lr_positive'], found['lr_negative']]
+    with np.errstate(divide='ignore', invalid='ignore'):                           # a collection of one class
+        rows = [dict(_prevalence_row(v, *known), of='stated') for v in (*prevalences, s.y.mean())]
     rows[-1]['of'] = 'this collection, as collected'
     return pd.DataFrame(rows)
 

@@ -11,55 +11,15 @@ import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 from ..core import choices, to_plain
-from ..evaluate import (BINARY, METRICS, Estimate, EvaluationError, check_one_per_image, check_scores,
-                                check_two_classes, compute_metrics, evaluate, group_resamples, metric_name,
-                                percentile_interval, wilson)
+from ..evaluate import (BINARY, METRICS, SHARES, Estimate, EvaluationError, check_one_per_image, check_scores,
+                                auc_covariance, check_two_classes, compute_metrics, evaluate, group_resamples,
+                                metric_name, rarer_groups, resample_spread, wilson)
 from ..words import format_count, format_estimate, format_number, format_p
 
 # %% auto #0
-__all__ = ['PairedVerdict', 'SubgroupMetric', 'AucCovariance', 'auc_covariance', 'Difference', 'describe_paired', 'compare_auc',
-           'paired_difference', 'sign_flip', 'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed',
-           'auc_half_width', 'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup',
-           'check_published']
-
-# %% ../../nbs/stats/paired.ipynb #delong
-class AucCovariance(NamedTuple):
-    "AUCs of r models on the same images; NaN where a class is missing"
-    auc: np.ndarray          # (r,)
-    covariance: np.ndarray   # (r, r); NaN where a class has fewer than two groups
-
-def _placements(y, score):
-    "Share of negatives below every positive, and of positives above every negative; ties count half"
-    pos, neg = score[y == 1], score[y == 0]
-    ranks = lambda v: stats.rankdata(v)                            # mid-ranks
-    both, m, n = ranks(np.r_[pos, neg]), len(pos), len(neg)
-    return (both[:m] - ranks(pos)) / n, 1 - (both[m:] - ranks(neg)) / m
-
-def _sum_within_patients(centred, group, n_groups):
-    "(r, n_groups) scores of images (r, n), summed within patients"
-    sums = np.zeros((len(centred), n_groups))
-    for total, c in zip(sums, centred): np.add.at(total, group, c)
-    return sums
-
-# %% ../../nbs/stats/paired.ipynb #auc-covariance
-def auc_covariance(
-    y_true: ArrayLike,                # (n,) labels
-    y_probs: Sequence,                # r times (n,) probabilities, one per model
-    groups: ArrayLike | None = None,  # (n,) patient groups; None: DeLong, every image for itself
-    classes: Sequence = BINARY,       # (negative, positive)
-) -> AucCovariance:
-    "AUCs of several models on the same images and their covariance (DeLong; Obuchowski with groups)"
-    s = [check_two_classes(y_true, p, groups, classes) for p in y_probs]
-    y, g, r = s[0].y, s[0].group, len(s)
-    if len(np.unique(y)) < 2: return AucCovariance(np.full(r, np.nan), np.full((r, r), np.nan))
-    V, W = (np.array(v) for v in zip(*(_placements(y, x.score) for x in s)))
-    auc, m, n = V.mean(1), V.shape[1], W.shape[1]
-    G = [len(np.unique(g[y == 1])), len(np.unique(g[y == 0])), s[0].n_groups]
-    if min(G[:2]) < 2: return AucCovariance(auc, np.full((r, r), np.nan))
-    a = _sum_within_patients(V - auc[:, None], g[y == 1], s[0].n_groups)
-    b = _sum_within_patients(W - auc[:, None], g[y == 0], s[0].n_groups)
-    s10, s01, s11 = (k / (k - 1) * u @ v.T for k, u, v in zip(G, (a, b, a), (a, b, b)))
-    return AucCovariance(auc, s10 / m ** 2 + s01 / n ** 2 + (s11 + s11.T) / (m * n))
+__all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'compare_auc', 'paired_difference', 'sign_flip',
+           'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
+           'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup', 'check_published']
 
 # %% ../../nbs/stats/paired.ipynb #difference
 PairedVerdict = Literal['first is better', 'second is better', 'not distinguishable', 'not estimable']
@@ -125,16 +85,27 @@ def describe_paired(
     shown = 'not worse' if d.non_inferior else 'not shown to be not worse'
     return f'{text}; {first} is {shown} by {d.margin:g} or more'
 
-# %% ../../nbs/stats/paired.ipynb #compare-auc
+# %% ../../nbs/stats/paired.ipynb #t-test
 def _check_margin(margin):
     if margin is not None and not 0 < margin < 1:
         raise EvaluationError(f'margin={margin}; give the largest loss that would not matter, such as .02.')
 
-def _normal_p(d, se):
-    "Two-sided p of a difference with this standard error; NaN where it has none"
-    if d == 0 and se == 0: return 1.
-    return 2 * stats.norm.sf(abs(d) / se) if se > 0 else np.nan
+class _TTest(NamedTuple):
+    "What Student's t says of a difference; NaN where it has no standard error"
+    low: float
+    high: float
+    p: float                # two-sided, of no difference
+    p_margin: float | None  # one-sided, of "worse by the margin or more"; None: not asked
 
+def _t_test(d, se, df, margin, level):
+    "Interval and p-values of a difference with this standard error and degrees of freedom"
+    unknown = None if margin is None else np.nan
+    if d == 0 and se == 0: return _TTest(0., 0., 1., unknown)
+    if not se > 0: return _TTest(np.nan, np.nan, np.nan, unknown)
+    half, t = stats.t.ppf(.5 + level / 2, max(df, 1)) * se, lambda v: float(stats.t.sf(v / se, max(df, 1)))
+    return _TTest(float(d - half), float(d + half), 2 * t(abs(d)), None if margin is None else t(d + margin))
+
+# %% ../../nbs/stats/paired.ipynb #compare-auc
 def compare_auc(
     y_true: ArrayLike,                     # (n,) labels
     first: ArrayLike, second: ArrayLike,   # (n,) probabilities of two models for the same images
@@ -147,21 +118,19 @@ def compare_auc(
     _check_margin(margin)
     s = check_scores(y_true, first, groups, classes)
     auc, cov = auc_covariance(y_true, [first, second], groups, classes)
-    d, var = auc[0] - auc[1], cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
+    d, var = float(auc[0] - auc[1]), cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
     se = math.sqrt(max(var, 0.)) if not np.isnan(var) else np.nan
     if se < 1e-12: se = 0.                                # rounding
-    p, p_margin, z = _normal_p(d, se), None, stats.norm.ppf(.5 + level / 2)
-    if margin is not None: p_margin = float(stats.norm.sf((d + margin) / se)) if se > 0 else np.nan
-    low, high = (np.nan, np.nan) if np.isnan(p) else (d - z * se, d + z * se)
-    return Difference('AUC', float(auc[0]), float(auc[1]), float(d), float(low), float(high), level, float(p),
-                      len(s.y), s.n_groups, margin, p_margin)
+    t = _t_test(d, se, rarer_groups(s.y == 1, s.group) - 1, margin, level)
+    return Difference('AUC', float(auc[0]), float(auc[1]), d, t.low, t.high, level, t.p, len(s.y), s.n_groups, margin,
+                      t.p_margin)
 
 # %% ../../nbs/stats/paired.ipynb #paired-difference
-def _bootstrap_p(draws, margin):
-    "Two-sided p of no difference, and one-sided p of 'worse by the margin or more' (None: not asked), from resamples"
-    ok = draws[~np.isnan(draws)]
-    p = min(1., 2 * (1 + min((ok <= 0).sum(), (ok >= 0).sum())) / (1 + len(ok)))
-    return float(p), None if margin is None else float((1 + (ok <= -margin).sum()) / (1 + len(ok)))
+def _degrees_of_freedom(metric, s, predicted):
+    "One less than the patients that a metric of two models rests on"
+    if METRICS[metric].needs == 'ranks': return rarer_groups(s.y == 1, s.group) - 1
+    if metric not in SHARES: return s.n_groups - 1
+    return min(len(np.unique(s.group[SHARES[metric](s.y, c, 1)[0]])) for c in predicted) - 1
 
 def paired_difference(
     y_true: ArrayLike,                             # (n,) labels
@@ -171,20 +140,25 @@ def paired_difference(
     thresholds: tuple[float, float] = (.5, .5),    # frozen threshold of each model
     margin: float | None = None,                   # of non-inferiority; None: not asked
     classes: Sequence = BINARY,                    # (negative, positive)
-    n_boot: int = 2000, seed: int = 0, level: float = .95,
+    n_boot: int = 2000, seed: int = 0,             # resamples; the AUC needs none
+    level: float = .95,                            # of the interval
 ) -> Difference:
-    "Paired bootstrap over patients of the difference in any metric"
+    "Paired comparison of two models in any metric, over patients: from resamples, and for the AUC by `compare_auc`"
     _check_margin(margin)
-    name, s = metric_name(metric), [check_two_classes(y_true, p, groups, classes) for p in (first, second)]
+    name = metric_name(metric)
+    if name == 'auc': return compare_auc(y_true, first, second, groups, margin, classes, level)
+    s = [check_two_classes(y_true, p, groups, classes) for p in (first, second)]
     predicted = [x.predict(t) for x, t in zip(s, thresholds)]
-    both = lambda w: [compute_metrics(x, c, w)[name] for x, c in zip(s, predicted)]
+    needs = [METRICS[name].needs]
+    both = lambda w: [compute_metrics(x, c, w, needs=needs)[name] for x, c in zip(s, predicted)]
     a, b = (float(v[0]) for v in both(np.ones((1, len(s[0].y)))))
-    draws = np.concatenate([np.subtract(*both(w)) for w in group_resamples(s[0], n_boot, seed)])
-    low, high, note = percentile_interval(draws, level)
-    p, p_margin = _bootstrap_p(draws, margin)
-    if np.isnan(low): p, p_margin = np.nan, None if margin is None else np.nan
-    return Difference(name.replace('_', ' '), a, b, a - b, low, high, level, p, len(s[0].y), s[0].n_groups, margin,
-                      p_margin, note='; '.join(filter(None, (note, 'paired bootstrap'))))
+    with np.errstate(invalid='ignore'):                   # infinite ratios
+        draws = np.concatenate([np.subtract(*both(w)) for w in group_resamples(s[0], n_boot, seed)])
+    se, note = resample_spread(draws)
+    t = _t_test(a - b, se, _degrees_of_freedom(name, s[0], predicted), margin, level)
+    n = len(s[0].y), s[0].n_groups
+    return Difference(name.replace('_', ' '), a, b, a - b, t.low, t.high, level, t.p, *n, margin,
+                      t.p_margin, note='; '.join(filter(None, (note, 'paired bootstrap'))))
 
 # %% ../../nbs/stats/paired.ipynb #mcnemar
 def sign_flip(
@@ -232,9 +206,9 @@ def compare_accuracy(
     steps = np.bincount(group, weights=right[0] - right[1]).round().astype(int)
     d, sizes, g = (right[0] - right[1]).mean(), np.bincount(group), len(steps)
     se = math.sqrt(g / (g - 1) * ((steps - d * sizes) ** 2).sum()) / n if g > 1 else np.nan
-    z = stats.norm.ppf(.5 + level / 2)
-    return Difference('accuracy', float(right[0].mean()), float(right[1].mean()), float(d), float(d - z * se),
-                      float(d + z * se), level, sign_flip(steps), n, g,
+    t = stats.t.ppf(.5 + level / 2, max(g - 1, 1))
+    return Difference('accuracy', float(right[0].mean()), float(right[1].mean()), float(d), float(d - t * se),
+                      float(d + t * se), level, sign_flip(steps), n, g,
                       only_first=int((right[0] > right[1]).sum()), only_second=int((right[0] < right[1]).sum()))
 
 # %% ../../nbs/stats/paired.ipynb #holm
