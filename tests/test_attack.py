@@ -26,7 +26,6 @@ def test_changed_files_end_in_an_answer_or_a_sentence(kind, complete):
     found = attack.attack_apart(kind, FEW[kind], complete, seed=11)
     assert set(found['ends']) <= ENDS[kind] and sum(found['ends'].values()) == FEW[kind] and len(found['ends']) > 1
     assert found['slowest_seconds'] < attack.MOST_SECONDS and 0 < found['memory_bytes'] < attack.MOST_BYTES
-    if kind == 'bundles': assert found['memory_bytes'] < 1_500_000_000                 # torch itself needs 0.8 GB
     refused = sum(n for end, n in found['ends'].items() if 'refused' in end)
     assert FEW[kind] / 5 < refused < FEW[kind]
 
