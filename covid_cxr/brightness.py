@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'HOT', 'DEPTHS', 'Refused', 'check_size', 'Stored', 'Grey', 'robust_ends',
-           'find_range', 'to_grey', 'to_levels', 'read_dicom_header', 'error_text', 'read_dicom']
+__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'HOT', 'DEPTHS', 'Refused', 'check_size', 'Stored', 'Grey',
+           'robust_ends', 'find_range', 'to_grey', 'to_levels', 'read_dicom_header', 'error_text', 'read_dicom']
 
 # %% ../nbs/brightness.ipynb #limits
 MAX_PIXELS = 100_000_000      # by the header, before decoding

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'LARGEST_JSON', 'MOST_CLASSES', 'LARGEST_IMAGE', 'WEIGHTS',
-           'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR', 'Integrity', 'AlteredWarning', 'write_manifest',
+__all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'LARGEST_JSON', 'MOST_CLASSES', 'LARGEST_IMAGE',
+           'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR', 'Integrity', 'AlteredWarning', 'write_manifest',
            'writing_files', 'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle',
            'save_bundle', 'find_bundle', 'read_description', 'read_bundle', 'load_model', 'export_bundle']
 

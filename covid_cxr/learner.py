@@ -30,9 +30,9 @@ from .model import broken_tensor, cxr_model
 _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who train in a notebook
 
 # %% auto #0
-__all__ = ['fit_rounds', 'split_params', 'class_weights', 'auc_score', 'keep_random_state', 'CostMatrixLoss', 'LearnerInfo',
-           'InfoCallback', 'learner_info', 'FrozenDecision', 'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages',
-           'predict_table', 'ARTICLE_STAGES', 'Stage', 'fit_epochs']
+__all__ = ['fit_rounds', 'split_params', 'class_weights', 'auc_score', 'keep_random_state', 'CostMatrixLoss',
+           'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'cxr_learner', 'Fit', 'suggest_lr',
+           'fit_stages', 'predict_table', 'ARTICLE_STAGES', 'Stage', 'fit_epochs']
 
 # %% ../nbs/learner.ipynb #split-params
 def split_params(

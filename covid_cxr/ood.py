@@ -15,8 +15,8 @@ from .words import format_number, format_percent
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'OODCheck', 'fit_ood_check', 'check_colour',
-           'make_ood_images', 'change_images', 'evaluate_ood_check', 'coverage_curve']
+__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'OODCheck', 'fit_ood_check',
+           'check_colour', 'make_ood_images', 'change_images', 'evaluate_ood_check', 'coverage_curve']
 
 # %% ../nbs/ood.ipynb #frame
 THUMB = 16    # side of the thumbnail, pixels

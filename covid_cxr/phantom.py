@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from .core import CxrError, RunError, atomic_path, check_choice, choices, write_json, write_text
 
 # %% auto #0
-__all__ = ['Pattern', 'PATTERNS', 'OtherView', 'Schema', 'SCHEMAS', 'PneumoniaKind', 'PlantedFault', 'FAULTS', 'PhantomName',
-           'FAMILY', 'Phantom', 'make_phantom', 'make_other_view', 'PhantomTree', 'PhantomTrees', 'write_covid_tree',
-           'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'FamilyMember', 'FamilyImages', 'phantom_family',
-           'write_nih_tree', 'write_coronahack_csv', 'write_phantom_folder']
+__all__ = ['Pattern', 'PATTERNS', 'OtherView', 'Schema', 'SCHEMAS', 'PneumoniaKind', 'PlantedFault', 'FAULTS',
+           'PhantomName', 'FAMILY', 'Phantom', 'make_phantom', 'make_other_view', 'PhantomTree', 'PhantomTrees',
+           'write_covid_tree', 'write_kaggle_tree', 'write_phantom_trees', 'plant_faults', 'FamilyMember',
+           'FamilyImages', 'phantom_family', 'write_nih_tree', 'write_coronahack_csv', 'write_phantom_folder']
 
 # %% ../nbs/phantom.ipynb #small-shapes
 _REACH = 1.3     # canvases cover body coordinates from -_REACH to _REACH; the image shows about -1 to 1

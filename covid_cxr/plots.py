@@ -19,9 +19,10 @@ from .stats.paired import SubgroupMetric
 from .words import format_count, format_estimate, format_number, format_percent
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'PALE', 'COLOURS', 'DASHES', 'PHANTOM_WORDS', 'new_figure',
-           'save_figure', 'small_png', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores', 'plot_history',
-           'plot_lr_find', 'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid', 'plot_subgroups']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'PALE', 'COLOURS', 'DASHES', 'PHANTOM_WORDS',
+           'new_figure', 'save_figure', 'small_png', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores',
+           'plot_history', 'plot_lr_find', 'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid',
+           'plot_subgroups']
 
 # %% ../nbs/plots.ipynb #colours
 BLUE, ORANGE, GREEN, PURPLE, SKY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9'

@@ -14,11 +14,11 @@ from .core import (IMAGE_SUFFIXES, SYNTHETIC, CxrError, Reason, SourceError, Voc
 from .words import format_count, join_words
 
 # %% auto #0
-__all__ = ['NO_FILE_NAMED', 'FILE_MISSING', 'NOT_XRAY_CT', 'NOT_XRAY_VOLUME', 'SENTINELS', 'Files', 'tidy_name', 'read_metadata',
-           'telling_file', 'published_findings', 'fold_words', 'stated', 'ages_in_years', 'parse_numbers',
-           'refuse_unknown', 'sexes', 'whole_numbers', 'check_identifiers', 'identifiers', 'find_root', 'resolve_file',
-           'list_files', 'list_folders', 'ImagePlace', 'walk_images', 'locate_files', 'unique_ids', 'place_files',
-           'place_from_index', 'absolute_paths', 'finish_table', 'unlisted_files']
+__all__ = ['NO_FILE_NAMED', 'FILE_MISSING', 'NOT_XRAY_CT', 'NOT_XRAY_VOLUME', 'SENTINELS', 'Files', 'tidy_name',
+           'read_metadata', 'telling_file', 'published_findings', 'fold_words', 'stated', 'ages_in_years',
+           'parse_numbers', 'refuse_unknown', 'sexes', 'whole_numbers', 'check_identifiers', 'identifiers', 'find_root',
+           'resolve_file', 'list_files', 'list_folders', 'ImagePlace', 'walk_images', 'locate_files', 'unique_ids',
+           'place_files', 'place_from_index', 'absolute_paths', 'finish_table', 'unlisted_files']
 
 # %% ../nbs/reading.ipynb #reasons
 NO_FILE_NAMED   = Reason('reading', 'no file named')               # the row of the metadata names no image

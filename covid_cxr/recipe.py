@@ -25,10 +25,10 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
-__all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec', 'TrainingSpec',
-           'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe', 'list_recipes',
-           'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'parse_options', 'sample_patients',
-           'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
+__all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec',
+           'TrainingSpec', 'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe',
+           'list_recipes', 'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'parse_options',
+           'sample_patients', 'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
 
 # %% ../nbs/recipe.ipynb #fields-data
 Repeats = Literal['drop', 'keep']   # an image that is there twice is used once, or as often as it stands there

@@ -10,8 +10,8 @@ from typing import Literal, Sequence
 from .core import RecipeError
 
 # %% auto #0
-__all__ = ['Arch', 'Imbalance', 'Opt', 'Schedule', 'Monitor', 'Keep', 'ARTICLE_STAGES', 'Stage', 'fit_epochs', 'epoch_lr',
-           'check_cost_matrix']
+__all__ = ['Arch', 'Imbalance', 'Opt', 'Schedule', 'Monitor', 'Keep', 'ARTICLE_STAGES', 'Stage', 'fit_epochs',
+           'epoch_lr', 'check_cost_matrix']
 
 # %% ../nbs/settings.ipynb #choices
 Arch = Literal['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext50_32x4d', 'wide_resnet50_2',

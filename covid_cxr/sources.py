@@ -19,12 +19,12 @@ from .reading import (NOT_XRAY_CT, NOT_XRAY_VOLUME, Files, ImagePlace, ages_in_y
 from .words import format_count
 
 # %% auto #0
-__all__ = ['COVID_CHESTXRAY_URL', 'KAGGLE_PNEUMONIA_URL', 'KAGGLE_FINDINGS', 'NIH_URL', 'NIH_LICENCE', 'EFFUSION_URL', 'RSNA_URL',
-           'FIGURE1_URL', 'ACTUALMED_URL', 'CORONAHACK_URL', 'RADIOGRAPHY_URL', 'SOURCES', 'read_covid_chestxray',
-           'KaggleName', 'parse_kaggle_name', 'read_kaggle_pneumonia', 'read_nih', 'read_effusion_folders', 'read_rsna',
-           'read_figure1', 'read_actualmed', 'read_coronahack', 'coronahack_overlap', 'read_covid_radiography',
-           'read_folder', 'read_csv', 'Fault', 'Source', 'register_source', 'find_source', 'reader_options',
-           'check_options', 'read_source', 'list_sources']
+__all__ = ['COVID_CHESTXRAY_URL', 'KAGGLE_PNEUMONIA_URL', 'KAGGLE_FINDINGS', 'NIH_URL', 'NIH_LICENCE', 'EFFUSION_URL',
+           'RSNA_URL', 'FIGURE1_URL', 'ACTUALMED_URL', 'CORONAHACK_URL', 'RADIOGRAPHY_URL', 'SOURCES',
+           'read_covid_chestxray', 'KaggleName', 'parse_kaggle_name', 'read_kaggle_pneumonia', 'read_nih',
+           'read_effusion_folders', 'read_rsna', 'read_figure1', 'read_actualmed', 'read_coronahack',
+           'coronahack_overlap', 'read_covid_radiography', 'read_folder', 'read_csv', 'Fault', 'Source',
+           'register_source', 'find_source', 'reader_options', 'check_options', 'read_source', 'list_sources']
 
 # %% ../nbs/sources.ipynb #covid-columns
 COVID_CHESTXRAY_URL = 'https://github.com/ieee8023/covid-chestxray-dataset'

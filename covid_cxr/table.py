@@ -16,12 +16,12 @@ from .reading import FILE_MISSING, absolute_paths, check_identifiers
 from .words import format_count, join_words
 
 # %% auto #0
-__all__ = ['Unrecorded', 'keep_views', 'NOT_RECORDED', 'AGE_BANDS', 'TASKS', 'Duplicates', 'Pairs', 'Crossing', 'ACCOUNT_NOTES',
-           'join_tables', 'filter_views', 'age_bands', 'filter_ages', 'Task', 'as_task', 'Label', 'label_of_findings',
-           'describe_unused', 'label_for', 'Links', 'link_equal_values', 'connected_groups', 'group_leaksafe',
-           'count_unknown_patients', 'split_by_group', 'crossing_groups', 'check_split', 'split_random',
-           'split_official', 'split_published', 'fold_by_group', 'use_fold', 'split_by_source', 'split_by_time',
-           'drop_repeats', 'flow', 'describe_account_note', 'Reconciliation', 'reconcile']
+__all__ = ['Unrecorded', 'keep_views', 'NOT_RECORDED', 'AGE_BANDS', 'TASKS', 'Duplicates', 'Pairs', 'Crossing',
+           'ACCOUNT_NOTES', 'join_tables', 'filter_views', 'age_bands', 'filter_ages', 'Task', 'as_task', 'Label',
+           'label_of_findings', 'describe_unused', 'label_for', 'Links', 'link_equal_values', 'connected_groups',
+           'group_leaksafe', 'count_unknown_patients', 'split_by_group', 'crossing_groups', 'check_split',
+           'split_random', 'split_official', 'split_published', 'fold_by_group', 'use_fold', 'split_by_source',
+           'split_by_time', 'drop_repeats', 'flow', 'describe_account_note', 'Reconciliation', 'reconcile']
 
 # %% ../nbs/table.ipynb #join-helpers
 _REISSUES = {'coronahack': ('kaggle_pneumonia', 'covid_chestxray')}   # a source made of images of other sources

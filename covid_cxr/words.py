@@ -8,8 +8,9 @@ import math, re
 from typing import Iterable
 
 # %% auto #0
-__all__ = ['as_number', 'format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p', 'format_count',
-           'join_words', 'sentence', 'format_bytes', 'printable', 'safe_path', 'safe_cell', 'plain_cell']
+__all__ = ['as_number', 'format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p',
+           'format_count', 'join_words', 'sentence', 'format_bytes', 'printable', 'safe_path', 'safe_cell',
+           'plain_cell']
 
 # %% ../nbs/words.ipynb #as-number
 def as_number(

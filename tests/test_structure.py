@@ -92,6 +92,12 @@ def test_nothing_is_dense(path):
     assert not found, found
 
 
+def test_no_line_of_the_package_is_wide():
+    "Titles and lists of names too, which the exporter writes"
+    wide = {f'{p.relative_to(ROOT)}:{i}' for p in PACKAGE.rglob('*.py') for i, _ in density.long_lines(p.read_text(encoding='utf-8'))}
+    assert not wide, sorted(wide)
+
+
 # module -> what importing it must not import
 LIGHT = {'core': 'pandas torch', 'words': 'pandas torch', 'settings': 'pandas torch fastai',
          'predict': 'pandas torch fastai matplotlib', 'ood': 'pandas torch scipy', 'cli': 'pandas torch fastai'}

@@ -5,7 +5,7 @@
     python tools/notebooks.py readme                      execute nbs/index.ipynb and write README.md
     python tools/notebooks.py check                       exit 1, naming the file, when anything is out of step
 """
-import json, os, re, shutil, sys, tempfile
+import json, os, re, shutil, sys, tempfile, textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,11 +90,22 @@ def run(path, save=True):
     return nb
 
 
+def _wrap_names(module):
+    "nbdev wraps the list of names without counting what stands before it"
+    text = module.read_text(encoding='utf-8')
+    wrap = lambda m: textwrap.fill(' '.join(m[0].split()), 120, subsequent_indent=' ' * 11, break_on_hyphens=False)
+    module.write_text(re.sub(r'^__all__ = \[[^]]*]', wrap, text, count=1, flags=re.M), encoding='utf-8')
+
+
 def export(dest, paths=None):
     "Export library notebooks (all, unless named) into `dest`"
     from nbdev.export import nb_export
     for p in paths or notebooks():
-        if exported_module(p): nb_export(str(p), lib_path=str(dest))
+        name = exported_module(p)
+        if not name: continue
+        nb_export(str(p), lib_path=str(dest))
+        module = Path(dest) / name
+        if module.is_file(): _wrap_names(module)      # a notebook without exported cells makes none
 
 
 def fenced(language, text): return f'```{language}\n{text}\n```\n'

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from ..core import RecipeError, nearest
 
 # %% auto #0
-__all__ = ['ARTICLES', 'PRETRAIN', 'ABLATION', 'SEEDS', 'ENSEMBLE', 'PUBLISHED_TEST', 'AIMS', 'EXTERNAL_TESTS', 'ReportedResult',
-           'Article', 'article_keys', 'Aim']
+__all__ = ['ARTICLES', 'PRETRAIN', 'ABLATION', 'SEEDS', 'ENSEMBLE', 'PUBLISHED_TEST', 'AIMS', 'EXTERNAL_TESTS',
+           'ReportedResult', 'Article', 'article_keys', 'Aim']
 
 # %% ../../nbs/articles/reported.ipynb #reported-types
 class ReportedResult(NamedTuple):

@@ -17,8 +17,8 @@ from ..runs.external import ExternalTest, external_test
 from ..runs.folder import SYNTHETIC_WARNING, RunFolder
 
 # %% auto #0
-__all__ = ['QUICK', 'Variant', 'recipe_variants', 'PlannedRun', 'plan_runs', 'check_sources', 'run_external_tests', 'reproduce',
-           'page_markdown', 'write_reproduced', 'write_phantom_collections', 'rehearse']
+__all__ = ['QUICK', 'Variant', 'recipe_variants', 'PlannedRun', 'plan_runs', 'check_sources', 'run_external_tests',
+           'reproduce', 'page_markdown', 'write_reproduced', 'write_phantom_collections', 'rehearse']
 
 # %% ../../nbs/articles/reproduce.ipynb #variants
 class Variant(NamedTuple):

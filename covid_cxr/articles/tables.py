@@ -25,13 +25,13 @@ from ..words import as_number, format_count, format_estimate, format_number, for
 if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
-__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'TableName', 'TITLES',
-           'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text', 'baselines_text', 'conditions',
-           'article_metrics', 'score_external', 'reproduce_table', 'runs_table', 'made_with', 'crossval_table',
-           'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table', 'aims_table',
-           'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables', 'write_tables',
-           'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results', 'differences_table',
-           'run_picture', 'read_measurement', 'markdown_table']
+__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'TableName',
+           'TITLES', 'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text', 'baselines_text',
+           'conditions', 'article_metrics', 'score_external', 'reproduce_table', 'runs_table', 'made_with',
+           'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table',
+           'aims_table', 'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables',
+           'write_tables', 'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results',
+           'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
 
 # %% ../../nbs/articles/tables.ipynb #as-text
 ABSENT = 'not measured'

@@ -21,8 +21,8 @@ from ..words import as_number, join_words
 if TYPE_CHECKING: from covid_cxr.runs.external import ExternalTest
 
 # %% auto #0
-__all__ = ['VerdictWord', 'Cost', 'NotAsked', 'RULES', 'Need', 'ThresholdOrigin', 'GainOutcome', 'CHECKS', 'AUDIT_FORMAT',
-           'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict', 'worst', 'pass_if_precise', 'Case',
+__all__ = ['VerdictWord', 'Cost', 'NotAsked', 'RULES', 'Need', 'ThresholdOrigin', 'GainOutcome', 'CHECKS',
+           'AUDIT_FORMAT', 'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict', 'worst', 'pass_if_precise', 'Case',
            'is_better_than_chance', 'sample_groups', 'given', 'phantom_case', 'gain_outcome', 'Headline',
            'measure_headline', 'Check', 'register', 'run_check', 'NotRun', 'Audit', 'read_audit']
 

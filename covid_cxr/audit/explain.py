@@ -20,8 +20,8 @@ from .perturb import to_logit
 from .regions import check_image_stack
 
 # %% auto #0
-__all__ = ['NetworkInput', 'network_input', 'grad_cam', 'occlusion_map', 'LimeExplanation', 'lime_explain', 'randomise_weights',
-           'pointing_game', 'share_in_region', 'rank_correlation', 'plot_explanation']
+__all__ = ['NetworkInput', 'network_input', 'grad_cam', 'occlusion_map', 'LimeExplanation', 'lime_explain',
+           'randomise_weights', 'pointing_game', 'share_in_region', 'rank_correlation', 'plot_explanation']
 
 # %% ../../nbs/audit/explain.ipynb #input
 class NetworkInput(NamedTuple):

@@ -20,10 +20,11 @@ from .regions import (Fill, border_ring, check_image_stack, check_region, corner
                                      inpaint, lung_box)
 
 # %% auto #0
-__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ChangeKind', 'to_logit', 'AucFall', 'OcclusionEffect',
-           'measure_occlusion', 'marker_at', 'paste_marker', 'paste_blob', 'swap_corners', 'add_bars', 'remove_bars',
-           'crop_edges', 'GapEffect', 'PasteEffect', 'EditEffect', 'MarkerEffect', 'measure_markers', 'recompress',
-           'clahe', 'Change', 'acquisition_changes', 'AcquisitionEffect', 'measure_acquisition']
+__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ChangeKind', 'to_logit', 'AucFall',
+           'OcclusionEffect', 'measure_occlusion', 'marker_at', 'paste_marker', 'paste_blob', 'swap_corners',
+           'add_bars', 'remove_bars', 'crop_edges', 'GapEffect', 'PasteEffect', 'EditEffect', 'MarkerEffect',
+           'measure_markers', 'recompress', 'clahe', 'Change', 'acquisition_changes', 'AcquisitionEffect',
+           'measure_acquisition']
 
 # %% ../../nbs/audit/perturb.ipynb #logit
 _EDGE = 1e-7     # single precision knows no probability nearer to 1

@@ -12,8 +12,8 @@ from scipy.sparse.linalg import splu
 from ..core import ImageError, VocabularyError, check_choice
 
 # %% auto #0
-__all__ = ['LUNG_MARGIN', 'DilationShape', 'Fill', 'check_image_stack', 'check_region', 'lung_box', 'border_ring', 'corners',
-           'dilate_masks', 'blacken', 'hide', 'inpaint']
+__all__ = ['LUNG_MARGIN', 'DilationShape', 'Fill', 'check_image_stack', 'check_region', 'lung_box', 'border_ring',
+           'corners', 'dilate_masks', 'blacken', 'hide', 'inpaint']
 
 # %% ../../nbs/audit/regions.ipynb #check
 _MAKE_BOOL = 'compare a mask of numbers with > 0 first'

@@ -24,8 +24,8 @@ from ..runs.folder import RunFolder
 from ..runs.test_log import log_test_evaluation
 
 # %% auto #0
-__all__ = ['SMALL', 'PASSES', 'QUICK', 'checks_table', 'rules_table', 'CaseAudit', 'audit_case', 'last_features', 'case_of_run',
-           'write_baselines', 'save_baselines', 'affordable_images', 'audit_run']
+__all__ = ['SMALL', 'PASSES', 'QUICK', 'checks_table', 'rules_table', 'CaseAudit', 'audit_case', 'last_features',
+           'case_of_run', 'write_baselines', 'save_baselines', 'affordable_images', 'audit_run']
 
 # %% ../../nbs/audit/run.ipynb #order
 def _number(code): return int(code[1:])

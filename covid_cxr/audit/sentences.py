@@ -15,8 +15,8 @@ from ..words import (as_number, format_count, format_estimate, format_number, fo
                              join_words, sentence)
 
 # %% auto #0
-__all__ = ['describe_value', 'describe_count', 'describe_rule', 'describe_verdict', 'describe_headline', 'describe_not_run',
-           'describe_audit']
+__all__ = ['describe_value', 'describe_count', 'describe_rule', 'describe_verdict', 'describe_headline',
+           'describe_not_run', 'describe_audit']
 
 # %% ../../nbs/audit/sentences.ipynb #parts
 def describe_value(v: Verdict) -> str:

@@ -19,8 +19,8 @@ try: import fcntl
 except ImportError: fcntl = None  # type: ignore[assignment]  # Windows: downloads into one place are not kept apart
 
 # %% auto #0
-__all__ = ['MAX_DOWNLOAD_BYTES', 'Route', 'DOWNLOADS', 'DownloadError', 'ArchiveError', 'fetch', 'hash_folder', 'unpack',
-           'manifest_text', 'content_id', 'check_folder', 'Download', 'kaggle_command', 'kaggle_credentials',
+__all__ = ['MAX_DOWNLOAD_BYTES', 'Route', 'DOWNLOADS', 'DownloadError', 'ArchiveError', 'fetch', 'hash_folder',
+           'unpack', 'manifest_text', 'content_id', 'check_folder', 'Download', 'kaggle_command', 'kaggle_credentials',
            'download']
 
 # %% ../../nbs/curate/download.ipynb #errors

@@ -21,10 +21,10 @@ from .licences import licence_counts
 from .patient_ids import check_patient_ids, find_class_column, find_split_column
 
 # %% auto #0
-__all__ = ['LEAKAGE_COLUMNS', 'NoteLevel', 'Subject', 'LeakState', 'SplitMaker', 'SectionName', 'Problems', 'pair_scores',
-           'describe_pairs', 'cross_table', 'count_patients', 'metadata_leakage', 'Note', 'describe_note',
-           'source_notes', 'leakage_notes', 'age_notes', 'blank_notes', 'Leak', 'find_leak', 'Section', 'Inspection',
-           'inspect_table', 'inspect_source']
+__all__ = ['LEAKAGE_COLUMNS', 'NoteLevel', 'Subject', 'LeakState', 'SplitMaker', 'SectionName', 'Problems',
+           'pair_scores', 'describe_pairs', 'cross_table', 'count_patients', 'metadata_leakage', 'Note',
+           'describe_note', 'source_notes', 'leakage_notes', 'age_notes', 'blank_notes', 'Leak', 'find_leak', 'Section',
+           'Inspection', 'inspect_table', 'inspect_source']
 
 # %% ../../nbs/curate/quality.ipynb #pairs-known
 _KIND_OF_STEP = {'joining': 're-issue', 'repeats': 'same picture'}   # steps whose reasons name the other image

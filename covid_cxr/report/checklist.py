@@ -21,8 +21,8 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
-__all__ = ['Answerer', 'ITEMS', 'ItemStatus', 'count_parameters', 'Question', 'Answers', 'read_answers', 'ChecklistItem',
-           'checklist_items', 'checklist_counts']
+__all__ = ['Answerer', 'ITEMS', 'ItemStatus', 'count_parameters', 'Question', 'Answers', 'read_answers',
+           'ChecklistItem', 'checklist_items', 'checklist_counts']
 
 # %% ../../nbs/report/checklist.ipynb #helpers
 def _estimates(run, *metrics):

@@ -31,11 +31,11 @@ from ..table import NOT_RECORDED, age_bands, count_unknown_patients, reconcile
 from ..words import format_count, format_estimate, format_number, format_percent, join_words, sentence
 
 # %% auto #0
-__all__ = ['EstimateKind', 'WarningKind', 'LimitStatus', 'TestLogState', 'RunData', 'read_run_data', 'write_example_run',
-           'write_example_audit', 'RunAnalysis', 'analyse_run', 'standardised_difference', 'TableOne', 'table_one',
-           'missing_table', 'list_errors', 'cluster_errors', 'list_baselines', 'RunWarning', 'list_warnings',
-           'Limitation', 'list_limits', 'detectable_accuracy_difference', 'PrecisionSummary', 'precision_summary',
-           'summarise_run']
+__all__ = ['EstimateKind', 'WarningKind', 'LimitStatus', 'TestLogState', 'RunData', 'read_run_data',
+           'write_example_run', 'write_example_audit', 'RunAnalysis', 'analyse_run', 'standardised_difference',
+           'TableOne', 'table_one', 'missing_table', 'list_errors', 'cluster_errors', 'list_baselines', 'RunWarning',
+           'list_warnings', 'Limitation', 'list_limits', 'detectable_accuracy_difference', 'PrecisionSummary',
+           'precision_summary', 'summarise_run']
 
 # %% ../../nbs/report/context.ipynb #run-data
 class TestLogState(NamedTuple):

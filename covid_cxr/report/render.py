@@ -19,8 +19,8 @@ from ..images import ImageRule, load_image
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Language', 'Layout', 'DotColour', 'BROWSERS', 'environment', 'render', 'Cell', 'Table', 'Picture', 'draw_picture',
-           'Thumbnail', 'thumbnail', 'Dot', 'DotChart', 'find_browser', 'page_picture']
+__all__ = ['Language', 'Layout', 'DotColour', 'BROWSERS', 'environment', 'render', 'Cell', 'Table', 'Picture',
+           'draw_picture', 'Thumbnail', 'thumbnail', 'Dot', 'DotChart', 'find_browser', 'page_picture']
 
 # %% ../../nbs/report/render.ipynb #finalize
 def _plain(value):

@@ -1,1 +1,1 @@
-"""A run and what is done with finished ones: training, the folder, the test log, external tests, comparison, cross-validation"""
+"""A run and what follows it: training, the folder, the test log, external tests, comparison"""

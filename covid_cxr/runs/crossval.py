@@ -17,9 +17,9 @@ from ..stats.paired import Difference, paired_difference
 from ..words import format_count
 
 # %% auto #0
-__all__ = ['Start', 'Pooling', 'start_of', 'follows_recipe', 'find_results', 'centre_scores', 'rank_scores', 'pool_predictions',
-           'score_results', 'fold_table', 'find_arms', 'paired_arms', 'ablation_table', 'baseline_gains',
-           'ensemble_predictions', 'score_ensemble']
+__all__ = ['Start', 'Pooling', 'start_of', 'follows_recipe', 'find_results', 'centre_scores', 'rank_scores',
+           'pool_predictions', 'score_results', 'fold_table', 'find_arms', 'paired_arms', 'ablation_table',
+           'baseline_gains', 'ensemble_predictions', 'score_ensemble']
 
 # %% ../../nbs/runs/crossval.ipynb #read-results
 _NEEDED = ('recipe.toml', 'predictions.csv', 'evaluation.json', 'run.json')

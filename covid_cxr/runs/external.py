@@ -27,9 +27,9 @@ from ..table import drop_repeats, filter_ages, filter_views, flow, group_leaksaf
 from ..words import format_count, format_number
 
 # %% auto #0
-__all__ = ['LinkKind', 'Search', 'Baselines', 'FrozenRun', 'open_frozen', 'ExternalSource', 'read_external', 'find_overlap',
-           'Overlap', 'evaluate_external', 'ExternalTest', 'read_external_tests', 'external_test', 'external_table',
-           'plot_external']
+__all__ = ['LinkKind', 'Search', 'Baselines', 'FrozenRun', 'open_frozen', 'ExternalSource', 'read_external',
+           'find_overlap', 'Overlap', 'evaluate_external', 'ExternalTest', 'read_external_tests', 'external_test',
+           'external_table', 'plot_external']
 
 # %% ../../nbs/runs/external.ipynb #frozen
 @dataclass(frozen=True)

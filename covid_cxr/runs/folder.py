@@ -19,9 +19,9 @@ from ..table import as_task
 from ..words import format_count, plain_cell, safe_cell
 
 # %% auto #0
-__all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT', 'EXTERNAL_VERSION',
-           'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading_file', 'read_json',
-           'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock', 'evaluate_rows',
+__all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT',
+           'EXTERNAL_VERSION', 'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading_file',
+           'read_json', 'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock', 'evaluate_rows',
            'describe_images', 'check_finished', 'manifest_names', 'RunFolder']
 
 # %% ../../nbs/runs/folder.ipynb #old-names

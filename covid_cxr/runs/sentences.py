@@ -14,8 +14,8 @@ from .folder import SYNTHETIC_WARNING, describe_images
 from ..words import format_count, format_estimate, format_number, format_p, join_words
 
 # %% auto #0
-__all__ = ['EXPECTED_FALL', 'describe_external_test', 'format_external_table', 'describe_difference', 'describe_disagreement',
-           'comparison_sentences', 'describe_comparison']
+__all__ = ['EXPECTED_FALL', 'describe_external_test', 'format_external_table', 'describe_difference',
+           'describe_disagreement', 'comparison_sentences', 'describe_comparison']
 
 # %% ../../nbs/runs/sentences.ipynb #external
 def _images(t): return describe_images(t.n_images, t.n_groups, t.unknown_patients)

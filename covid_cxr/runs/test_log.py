@@ -15,8 +15,8 @@ from .folder import OLD_FILES, find_file, read_json, read_run_state, reading_fil
 from ..words import format_count
 
 # %% auto #0
-__all__ = ['TEST_LOG', 'TestLogError', 'TestEvaluation', 'read_test_log', 'count_test_evaluations', 'describe_test_evaluations',
-           'log_head', 'log_test_evaluation']
+__all__ = ['TEST_LOG', 'TestLogError', 'TestEvaluation', 'read_test_log', 'count_test_evaluations',
+           'describe_test_evaluations', 'log_head', 'log_test_evaluation']
 
 # %% ../../nbs/runs/test_log.ipynb #entry
 TEST_LOG = 'test_log.jsonl'

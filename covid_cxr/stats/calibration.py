@@ -16,9 +16,9 @@ from ..evaluate import (BINARY, Estimate, EvaluationError, UndefinedMetric, chec
 from ..words import format_count, format_number
 
 # %% auto #0
-__all__ = ['SlopeVerdict', 'OffsetVerdict', 'reliability', 'ECE', 'calibration_error', 'BrierParts', 'brier_parts', 'Calibration',
-           'describe_calibration', 'calibration', 'fit_temperature', 'apply_temperature', 'predictive_values_at',
-           'shift_prevalence', 'net_benefit']
+__all__ = ['SlopeVerdict', 'OffsetVerdict', 'reliability', 'ECE', 'calibration_error', 'BrierParts', 'brier_parts',
+           'Calibration', 'describe_calibration', 'calibration', 'fit_temperature', 'apply_temperature',
+           'predictive_values_at', 'shift_prevalence', 'net_benefit']
 
 # %% ../../nbs/stats/calibration.ipynb #reliability
 def _bins(score, bins):

@@ -17,8 +17,8 @@ from ..evaluate import (BINARY, METRICS, SHARES, Estimate, EvaluationError, chec
 from ..words import format_count, format_estimate, format_number, format_p
 
 # %% auto #0
-__all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'compare_auc', 'paired_difference', 'sign_flip',
-           'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
+__all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'compare_auc', 'paired_difference',
+           'sign_flip', 'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
            'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup', 'check_published']
 
 # %% ../../nbs/stats/paired.ipynb #difference
