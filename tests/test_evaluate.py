@@ -535,3 +535,17 @@ def test_laws_of_calibration(rows, bins, temperature):
     q = apply_temperature(p, temperature)
     assert (np.argsort(q, kind='stable') == np.argsort(p, kind='stable')).all() and ((q >= .5) == (p >= .5)).all()
     np.testing.assert_allclose(apply_temperature(q, 1 / temperature), p, atol=1e-9)
+
+
+def test_the_words_on_coverage_follow_from_the_file():
+    "The paragraph below the lists of nbs/stats/bootstrap.ipynb"
+    text = (ROOT / 'nbs/stats/bootstrap.ipynb').read_text(encoding='utf-8')
+    found = COVERAGE['kinds']['predictions']
+    balanced = found['metrics']['balanced_accuracy']['coverage']
+    lowest = found['settings'][int(np.argmin(balanced))]
+    assert (lowest['sensitivity'], lowest['specificity'], lowest['patients']) == (.97, .97, 60)
+    assert f'balanced accuracy falls to {100 * min(balanced):.0f} % where both classes are nearly always right' in text
+    found = COVERAGE['kinds']['scores']
+    auc = [[c for c, s in zip(found['metrics']['auc']['coverage'], found['settings']) if (s['auc'], s['patients']) == (.98, n)]
+           for n in (150, 600)]
+    assert 'an AUC of .98 lies at {:.0f} to {:.0f} % from 150 patients on'.format(*(100 * np.mean(c) for c in auc)) in text
