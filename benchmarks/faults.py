@@ -1,52 +1,97 @@
 """Which audit check names which planted fault, and how often a check alarms where nothing is planted.
 
     python benchmarks/faults.py                    7 faults x 3 seeds, and 20 + 20 collections without a fault: half an hour on one core
-    python benchmarks/faults.py --part labels      one part alone: faults, alarms, labels or copies; the others are kept
+    python benchmarks/faults.py --part labels      one part alone: faults, alarms, labels, perfect or copies; the others are kept
     python benchmarks/faults.py --seeds 2          fewer collections without a fault; --fault-seeds 1: of each fault
+    python benchmarks/faults.py --resume           go on where the last one stopped; audits that are done are not done again
 
 Every collection is made by covid_cxr.audit.faults: files, a split, a small network, one known fault or none. It is audited as
-'covid-cxr audit --quick' does. "Named" means that the verdict which must name the fault is a FAIL or a WARN. An alarm is a FAIL or a WARN
-of a collection in which nothing is planted: `clean` has a lesion that the model reads, `nothing` has labels without a meaning.
+'covid-cxr audit --quick' does, and `clean` as the whole audit does, with an external test on further patients of the same kind
+(networks are trained on shuffled labels in the first five of them only: that takes longer than all the rest).
+"Named" means that the verdict which must name the fault is a FAIL or a WARN. An alarm is a FAIL or a WARN of a collection in which nothing
+is planted: `clean` has a lesion that the model reads, `nothing` has labels without a meaning (there A12 is right to say FAIL).
+Perfect: how often calibration (A14) gets a WARN where labels are drawn from the probabilities themselves.
 Labels: the check of wrong labels (A23) on made-up log-odds, beside the counts of confident learning (images whose probability of the other
 class is above the mean probability of that class among its own images). Copies: phantoms, and real radiographs where CXR_DATA has them,
 turned and hidden among other patients; cost: CPU seconds of the search with and without the turned variants.
 The result is benchmarks/results/faults.json.
 """
-import argparse, json, os, tempfile, time, warnings
+import argparse, contextlib, hashlib, json, os, tempfile, time, warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from record import RESULTS, about, machine, write_result
 import numpy as np, pandas as pd
 from PIL import Image
 from covid_cxr import duplicates
+from covid_cxr.audit.case import CHECKS, Case, Verdict, run_check
 from covid_cxr.audit.checks_splits import label_noise_verdict, measure_label_noise
-from covid_cxr.audit.faults import PLANTED, fault_case, naming_verdicts
-from covid_cxr.audit.run import audit_case
+from covid_cxr.audit.faults import PLANTED, fault_case, further_images, naming_verdicts
+from covid_cxr.audit.run import audit_case, stated_rates
 from covid_cxr.audit.sentences import describe_verdict
-from covid_cxr.core import data_folder
+from covid_cxr.core import data_folder, write_json
 from covid_cxr.duplicates import find_near, nearest_hashes, wave_hash
+from covid_cxr.evaluate import evaluate
 from covid_cxr.images import read_grey, to_8bit
 from covid_cxr.phantom import make_phantom
 
 OUT = RESULTS / 'faults.json'
 CLEAN = ('clean', 'nothing')
+PATIENTS = {'label noise': 320}     # the others: 200. Whether a fifth of the labels is wrong takes some hundred evaluated images
+SHUFFLED = 5      # clean collections for which networks are trained on shuffled labels, too
 
 
 # ---- faults and false alarms
+class Done:
+    "Audits that are done, kept in a file until the whole measurement is"
+    def __init__(self, file, resume):
+        self.file, source = Path(file), Path(fault_case.__code__.co_filename).parent
+        self.code = hashlib.sha256(b''.join(f.read_bytes() for f in sorted(source.glob('*.py')))).hexdigest()[:12]
+        self.kept = json.loads(self.file.read_text()) if resume and self.file.exists() else {}
+
+    def __call__(self, fault, seed):
+        "The verdicts of one collection, and the AUC of its model"
+        key = f'{self.code} {fault} {PATIENTS.get(fault, "")} {seed}'                      # of this very code
+        if key not in self.kept:
+            verdicts, auc = audit_fault(fault, seed)
+            self.kept[key] = dict(verdicts=[v.to_dict() for v in verdicts if v.verdict in ('FAIL', 'WARN')], auc=auc)
+            write_json(self.file, self.kept)
+        return [Verdict.from_dict(v) for v in self.kept[key]['verdicts']], self.kept[key]['auc']
+
+
+def elsewhere(case, seed):
+    "An external test on further patients of the same kind"
+    images, ill = further_images('clean', 120, 4000 + seed)
+    estimates = evaluate(ill.astype(int), case.score(images), None, case.threshold, n_boot=case.n_boot).estimates
+    n = dict(n_images=len(ill), n_groups=len(ill))
+    return SimpleNamespace(name='further patients', one_class=False, estimates=estimates, false_positive_rate=None, **n)
+
+
+@contextlib.contextmanager
+def shuffles_left_out(leave):
+    "Without the check that trains twenty networks on shuffled labels, which takes longer than all others together"
+    name = 'check_permutation_training'
+    check = CHECKS.pop(name) if leave else None
+    try: yield
+    finally:
+        if leave: CHECKS[name] = check
+
+
 def audit_fault(fault, seed):
     "The verdicts of one collection, and the AUC of its model; copies are searched for where they matter"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        case = fault_case(fault, folder, seed=seed, copies=fault in ('clean', 'turned copies'))
-        return audit_case(case).verdicts, case.auc.value
+        case = fault_case(fault, folder, PATIENTS.get(fault, 200), seed, copies=fault in ('clean', 'turned copies'))
+        if fault == 'clean': case.quick, case.external_tests = False, (elsewhere(case, seed),)
+        with shuffles_left_out(seed >= SHUFFLED): return audit_case(case).verdicts, case.auc.value
 
 
-def measure_faults(seeds):
+def measure_faults(seeds, audited):
     "Every fault over some seeds: the verdicts that must name it, and the sentence of the first"
     out = {}
     for fault in (f for f in PLANTED if f not in CLEAN):
-        found = [naming_verdicts(fault, audit_fault(fault, seed)[0]) for seed in seeds]
+        found = [naming_verdicts(fault, audited(fault, seed)[0]) for seed in seeds]
         out[fault] = [named_row(code, name, found) for code, name in PLANTED[fault]]
         print(fault, [r['verdicts'] for r in out[fault]], flush=True)
     return out
@@ -64,17 +109,41 @@ def alarms_of(verdicts):
     return sorted({f'{v.check} {v.name.split(":")[0]}: {v.verdict}' for v in verdicts if v.verdict in ('FAIL', 'WARN')})
 
 
-def measure_alarms(name, seeds):
+def measure_alarms(name, seeds, audited):
     "FAIL and WARN where nothing is planted"
     rows = []
     for seed in seeds:
-        verdicts, auc = audit_fault(name, seed)
+        verdicts, auc = audited(name, seed)
         rows.append(dict(seed=seed, auc=round(auc, 3), alarms=alarms_of(verdicts)))
         print(name, rows[-1], flush=True)
     counts = Counter(a for r in rows for a in r['alarms'])
     checks = Counter(code for r in rows for code in {a.split()[0] for a in r['alarms']})
     rates = {k: round(n / len(rows), 3) for k, n in sorted(checks.items())}
-    return dict(seeds=list(seeds), collections=rows, alarms=dict(sorted(counts.items())), rate_per_check=rates)
+    return dict(seeds=list(seeds), collections=rows, alarms=dict(sorted(counts.items())), rate_per_check=rates, stated_rates=stated_rates())
+
+
+# ---- calibration of perfect models
+def perfect_case(apart, patients, r):
+    "One or two images per patient; labels follow from the log-odds: their classes lie `apart` standard deviations apart"
+    who = np.repeat(np.arange(patients), r.integers(1, 3, patients))
+    ill = r.permutation(np.arange(patients) % 2)
+    s = apart * (ill - .5)[who] + .8 * r.normal(size=patients)[who] + .6 * r.normal(size=len(who))
+    table = pd.DataFrame(dict(label=np.where(ill[who], 'ill', 'well'), group=who, split='test'))
+    return Case(table, np.zeros((len(who), 16, 16), np.uint8), 1 / (1 + np.exp(-apart * s)), ('well', 'ill'), n_boot=400)
+
+
+def measure_perfect(samples=300, patients=70):
+    "Share of perfect models with a WARN: by the interval of the slope alone, and by the two rules of A14"
+    r, rows = np.random.default_rng(0), []
+    for apart in (1, 2, 3, 4):
+        alone, warned = 0, 0
+        for _ in range(samples):
+            slope, error = run_check(CHECKS['check_calibration'], perfect_case(apart, patients, r))
+            alone += slope.high < 1 or slope.low > 1
+            warned += 'WARN' in (slope.verdict, error.verdict)
+        rows.append(dict(apart=apart, patients=patients, samples=samples, interval_alone=alone / samples, A14=warned / samples))
+        print(rows[-1], flush=True)
+    return rows
 
 
 # ---- wrong labels
@@ -181,23 +250,27 @@ def measure_copies():
 
 
 PARTS = {   # name -> field of the result, what makes it
-    'faults': ('named', lambda a: measure_faults(range(a.fault_seeds))),
+    'faults': ('named', lambda a: measure_faults(range(a.fault_seeds), a.audited)),
+    'perfect': ('perfect_models', lambda a: measure_perfect()),
+    'alarms': ('false_alarms', lambda a: {name: measure_alarms(name, range(a.seeds), a.audited) for name in CLEAN}),
     'labels': ('label_noise', lambda a: measure_labels()),
-    'copies': ('turned_copies', lambda a: measure_copies()),
-    'alarms': ('false_alarms', lambda a: {name: measure_alarms(name, range(a.seeds)) for name in CLEAN})}
+    'copies': ('turned_copies', lambda a: measure_copies())}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--part', nargs='+', default=list(PARTS), choices=list(PARTS))
     p.add_argument('--seeds', type=int, default=20, help='collections of each kind without a fault')
     p.add_argument('--fault-seeds', type=int, default=3, help='collections of each fault')
+    p.add_argument('--resume', action='store_true', help='keep the audits that are done')
     p.add_argument('--out', default=str(OUT))
     a = p.parse_args()
+    a.audited = Done(Path(a.out).with_suffix('.progress.json'), a.resume)
     result = json.loads(Path(a.out).read_text()) if Path(a.out).exists() else {}
     for name in a.part:
         field, make = PARTS[name]
         start = time.perf_counter()
-        result = {**result, **about(), 'machine': machine(), field: make(a)}
+        result = {k: v for k, v in result.items() if k != 'note'} | about() | {'machine': machine(), field: make(a)}
         result['seconds'] = {**result.get('seconds', {}), name: round(time.perf_counter() - start)}
         write_result(a.out, result)
         print(name, result['seconds'][name], 'seconds', flush=True)
+    a.audited.file.unlink(missing_ok=True)

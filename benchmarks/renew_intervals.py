@@ -1,16 +1,21 @@
 """The intervals of the kept results, computed again from their predictions; no value may move:
 
-    python benchmarks/renew_intervals.py      ->  evaluation.json, external.json, audit.json and their texts below benchmarks/results/
+    python benchmarks/renew_intervals.py      ->  evaluation.json, external.json, audit.json and their texts below benchmarks/results/,
+                                                  and explain_errors.json there
 
 Needed when the way in which intervals are computed has changed. What cannot be computed without the images stays as it was measured: the
-intervals of baselines, checks and gains in audit.json, and the source baseline. `make_tables.py` comes afterwards.
+intervals of baselines, checks and gains in audit.json, the source baseline, and in explain_errors.json all but the difference at one
+sensitivity (that of `same_epochs` needs what pneumonia-explained-honest predicted after its last epoch, and a run keeps the predictions of
+its best one). `make_tables.py` comes afterwards.
 """
 import argparse, json, re
 from pathlib import Path
 from record import RESULTS, write_result
 import numpy as np
-from covid_cxr.articles.tables import score_external
+from explain_errors import matched
+from covid_cxr.articles.tables import AUDITED, score_external
 from covid_cxr.evaluate import allow_undefined
+from covid_cxr.runs.compare import read_evaluated
 from covid_cxr.runs.external import read_external_tests
 from covid_cxr.runs.folder import RunFolder, evaluate_rows, find_file
 
@@ -79,11 +84,34 @@ def renew_audit(run, auc):
     run.file('audit.txt').write_text(text.replace(f'model {before}', f'model {after}'), encoding='utf-8')
 
 
+def renew_matched(kept, results):
+    "False positive rates of the two trainings at one sensitivity: the entry of explain_errors.json, from the predictions of both runs"
+    pair = [read_evaluated(results / f"{kept['trained'][k]}-64") for k in ('first', 'second')]
+    ids, old = sorted(pair[0].test.index), kept['trained']['at_sensitivity']
+    y, groups = (pair[0].test.loc[ids, k].to_numpy(object) for k in ('label', 'group'))
+    new = matched(y, *(j.scores(ids) for j in pair), groups, old['sensitivity'])
+    for name in ('first', 'second', 'difference'):
+        if not same(old[name], new[name]): raise SystemExit(f'explain_errors.json: {name} was {old[name]} and is {new[name]}.')
+    return {**old, **new}
+
+
+def renew_explained(results):
+    "explain_errors.json, where it is kept"
+    file = results / 'explain_errors.json'
+    if not file.exists(): return
+    kept = json.loads(file.read_text(encoding='utf-8'))
+    kept['trained']['at_sensitivity'] = renew_matched(kept, results)
+    write_result(file, kept)
+    print(file.name, flush=True)
+
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--results', type=Path, default=RESULTS, help='folder of kept results')
-    for folder in sorted(f.parent for f in p.parse_args().results.glob('*/predictions.csv')):
+    results = p.parse_args().results
+    for folder in sorted(f.parent for d in (results, results / AUDITED) for f in d.glob('*/predictions.csv')):
         estimates = renew_run(RunFolder.open(folder))
         renew_external(RunFolder.open(folder))
         if 'auc' in estimates: renew_audit(RunFolder.open(folder), estimates['auc'])
         print(folder.name, flush=True)
+    renew_explained(results)

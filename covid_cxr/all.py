@@ -17,18 +17,23 @@ from .reading import *
 from .sources import *
 from .duplicates import *
 from .table import *
+from .model.settings import *
 from .curate.licences import *
 from .curate.patient_ids import *
 from .curate.download import *
 from .curate.quality import *
-from .settings import *
-from .model import *
+from .model.weights import *
+from .model.backbones import *
+from .model.network import *
 from .data import *
 from .learner import *
 from .evaluate import *
 from .stats.bootstrap import *
 from .stats.paired import *
 from .stats.calibration import *
+from .findings.labels import *
+from .findings.evaluate import *
+from .findings.learner import *
 from .plots import *
 from .ood import *
 from .bundle import *
@@ -36,6 +41,7 @@ from .predict import *
 from .recipe import *
 
 # %% ../nbs/all.ipynb #all-runs
+from .runs.own_images import *
 from .runs.folder import *
 from .runs.test_log import *
 from .runs.train import *

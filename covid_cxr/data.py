@@ -8,34 +8,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd, torch
+from PIL import Image
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, TransformBlock
-from fastai.vision.augment import AffineCoordTfm, affine_mat, aug_transforms
-from fastai.vision.core import TensorImageBW
+from fastai.vision.augment import AffineCoordTfm, RandTransform, affine_mat, aug_transforms
+from fastai.vision.core import TensorImage, TensorImageBW
 import fastai.callback.data      # adds weighted_dataloaders to DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from .core import RecipeError, TableError, require_columns, used
-from .images import How, ImageRule, load_image
+from .images import How, ImageRule, load_any
 from .cache import ImageCache
 from .table import check_split
-from .model import MEAN, STD
+from .model.settings import MEAN, STD
 
 # %% auto #0
-__all__ = ['LoadImage', 'read_label', 'split_column', 'cxr_augment', 'cxr_block', 'cxr_dls']
+__all__ = ['LoadImage', 'read_label', 'split_column', 'RandomGamma', 'HideBox', 'cxr_augment', 'cxr_block',
+           'class_order', 'cxr_dls']
 
 # %% ../nbs/data.ipynb #load-image
 class LoadImage(DisplayedTransform):
-    "A table row or a path -> TensorImageBW (1, size, size) uint8, by `images.load_image`"
-    input_types = (str, Path, pd.Series)       # what fastai may put in: a row in training, a path in `learn.predict`
+    "A table row, or an image in any form -> TensorImageBW (1, size, size) uint8, by `images.load_image`"
+    input_types = (str, Path, pd.Series, bytes, np.ndarray, Image.Image)    # what `learn.predict` may be given
     def __init__(self, rule: ImageRule, cache: ImageCache | None = None): self.rule, self.cache = rule, cache
 
     def __call__(
         self,
-        row: pd.Series | str | Path,
+        row: Any,                    # a row in training; a path, bytes, a PIL image or an array in `learn.predict`
         **kwargs: Any,               # of fastai: split_idx
     ) -> TensorImageBW:
         "Read one image"
-        path = row['path'] if isinstance(row, pd.Series) else row
-        pixels = self.cache.get(path) if self.cache is not None else load_image(path, self.rule)
+        x = row['path'] if isinstance(row, pd.Series) else row
+        if self.cache is not None and isinstance(x, (str, Path)): pixels = self.cache.get(x)
+        else: pixels = load_any(x, self.rule)
         return TensorImageBW(torch.from_numpy(pixels)[None])
 
 def read_label(row: pd.Series) -> str:
@@ -47,6 +50,35 @@ def split_column(
 ) -> list[list[int]]:    # positions of the train rows, and of the valid rows
     "The split as fastai wants it; test rows are in neither"
     return [list(np.flatnonzero(table['split'].to_numpy(object) == s)) for s in ('train', 'valid')]
+
+# %% ../nbs/data.ipynb #augment-own
+class RandomGamma(RandTransform):
+    "Raise the pixels of every training image to a power of its own, as if the exposure had been another"
+    order, split_idx = 35, 0                   # behind IntToFloatTensor, before Normalize
+    def __init__(self, most: float):           # largest change of the logarithm of the power
+        super().__init__(p=1.)
+        self.most = most
+
+    def encodes(self, x: TensorImage) -> TensorImage:
+        power = torch.exp((2 * torch.rand(len(x), 1, 1, 1, device=x.device) - 1) * self.most)
+        return x.clamp(0, 1) ** power
+
+class HideBox(RandTransform):
+    "Hide a box of 2 to 20 % of the area in a share of the training images, so that no single place decides"
+    order, split_idx = 100, 0                  # behind Normalize: 0 is the mean
+    def __init__(self, share: float):          # of the images
+        super().__init__(p=1.)
+        self.share = share
+
+    def encodes(self, x: TensorImage) -> TensorImage:
+        height, width = x.shape[-2:]
+        hidden, area, ratio, top, left = torch.rand(5, len(x))
+        side, aspect = (.02 + .18 * area).sqrt(), torch.exp(2.2 * ratio - 1.1)        # aspect from 1:3 to 3:1
+        tall, wide = (side * aspect).clamp(max=1) * height, (side / aspect).clamp(max=1) * width
+        for i in (hidden < self.share).nonzero().flatten().tolist():
+            a, b = int(top[i] * (height - tall[i])), int(left[i] * (width - wide[i]))
+            x[i, :, a:a + int(tall[i]), b:b + int(wide[i])] = 0
+        return x
 
 # %% ../nbs/data.ipynb #augment
 def _shift_mat(x, share, p=.75):
@@ -63,12 +95,17 @@ def cxr_augment(
     lighting: float = .2,  # largest change of brightness and contrast, share
     flip: bool = False,    # mirror left and right at random?
     shift: float = 0.,     # largest move along each side, share of the side
+    zoom_out: float = 1.,  # largest reduction, factor, e.g. .85
+    gamma: float = 0.,     # largest change of the logarithm of gamma, e.g. .3
+    erase: float = 0.,     # share of images in which a random box is hidden
 ) -> list:                 # fastai batch transforms
     "The batch augmentations that a frontal chest radiograph allows; never a vertical flip, never a warp"
     if not 0 <= shift < .5: raise RecipeError(f'shift = {shift}; give a share of the side from 0 (off) to below 0.5.')
     move = [AffineCoordTfm(aff_fs=partial(_shift_mat, share=shift), pad_mode='zeros')] if shift else []
-    return aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=1., max_zoom=zoom, max_warp=0.,
-                          max_lighting=lighting, pad_mode='zeros', xtra_tfms=move)
+    tone, hide = [RandomGamma(gamma)] if gamma else [], [HideBox(erase)] if erase else []
+    moved = aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=zoom_out, max_zoom=zoom,
+                           max_warp=0., max_lighting=lighting, pad_mode='zeros', xtra_tfms=move)
+    return [*moved, *tone, *hide]
 
 # %% ../nbs/data.ipynb #cxr-block
 def cxr_block(
@@ -108,11 +145,19 @@ def _ready(table, classes, bs, allow_leak):
     return rows.reset_index(drop=True)
 
 # %% ../nbs/data.ipynb #cxr-dls
+def class_order(
+    table: pd.DataFrame,   # with `label`
+) -> list[str]:            # negative first
+    "The order of the classes: that of the task where `label_for` noted it, else the labels of the table, sorted"
+    labels = set(used(table)['label'].dropna())
+    noted = table.attrs.get('classes', ())
+    return list(noted) if labels <= set(noted) else sorted(labels)
+
 def cxr_dls(
     table: pd.DataFrame,                    # with label, group and split
     size: int = 512,                        # side of the square image, pixels
     bs: int = 8,                            # images per batch
-    classes: Sequence[str] | None = None,   # class order; None: the labels of the table, sorted
+    classes: Sequence[str] | None = None,   # class order, negative first; None: that of `label_for`
     oversample: bool = False,               # draw every class equally often for training
     allow_leak: bool = False,               # accept groups that cross the split (to repeat a leaky protocol)
     device: str | torch.device | None = None,  # None: a GPU when there is one
@@ -120,7 +165,7 @@ def cxr_dls(
     **kwargs: Any,                          # for `cxr_block`: how, rule, cache, augment
 ) -> DataLoaders:                           # train and valid; test rows wait for `test_dl`
     "DataLoaders for a table that is ready to be trained on, or a refusal that says what it lacks"
-    classes = list(classes) if classes is not None else sorted(used(table)['label'].dropna().unique())
+    classes = list(classes) if classes is not None else class_order(table)
     rows = _ready(table, classes, bs, allow_leak)[['path', 'label', 'split']]
     block = cxr_block(classes, size, **kwargs)
     opts = dict(bs=bs, num_workers=num_workers, device=torch.device(device) if device else None)

@@ -16,15 +16,15 @@ from .words import (as_number, format_count, format_estimate, format_interval, f
                              join_words)
 
 # %% auto #0
-__all__ = ['BINARY', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'RATIOS', 'BOUNDS', 'GoalKind', 'GOALS',
-           'EvaluationError', 'UndefinedMetric', 'UnmetGoal', 'allow_undefined', 'check_one_per_image', 'Scores',
-           'check_scores', 'check_two_classes', 'Interval', 'wilson', 'describe_precision', 'Metric', 'metric_name',
-           'RankSums', 'rank_sums', 'RankMetrics', 'auc_and_ap', 'ConfusionCounts', 'compute_metrics',
-           'group_resamples', 'Estimate', 'patient_wilson', 'bounded_interval', 'AucCovariance', 'rarer_groups',
-           'auc_covariance', 'mean_interval', 'ratio_interval', 'NotedInterval', 'percentile_interval', 'Spread',
-           'resample_spread', 'Evaluation', 'describe_classes', 'describe_decision', 'estimate_metrics', 'evaluate',
-           'OperatingPoint', 'Goal', 'parse_goal', 'PredictiveValues', 'predictive_values', 'choose_threshold',
-           'ThresholdRegret', 'threshold_regret']
+__all__ = ['BINARY', 'PLANNED', 'Needs', 'Scope', 'METRICS', 'ALIASES', 'MACRO', 'SHARES', 'RATIOS', 'BOUNDS',
+           'GoalKind', 'GOALS', 'EvaluationError', 'UndefinedMetric', 'UnmetGoal', 'allow_undefined',
+           'check_one_per_image', 'Scores', 'check_scores', 'check_two_classes', 'Interval', 'wilson', 'Rates',
+           'describe_precision', 'Metric', 'metric_name', 'RankSums', 'rank_sums', 'RankMetrics', 'auc_and_ap',
+           'ConfusionCounts', 'compute_metrics', 'group_resamples', 'Estimate', 'patient_wilson', 'bounded_interval',
+           'AucCovariance', 'rarer_groups', 'auc_covariance', 'mean_interval', 'ratio_interval', 'NotedInterval',
+           'percentile_interval', 'Spread', 'resample_spread', 'Evaluation', 'describe_classes', 'describe_decision',
+           'estimate_metrics', 'evaluate', 'OperatingPoint', 'Goal', 'parse_goal', 'PredictiveValues',
+           'predictive_values', 'choose_threshold', 'ThresholdRegret', 'threshold_regret']
 
 # %% ../nbs/evaluate.ipynb #errors
 class EvaluationError(CxrError): "Labels, probabilities or a request that no metric can be computed from"
@@ -207,25 +207,41 @@ def wilson(
         low, high = np.where(k == 0, 0., mid - half), np.where(k == n, 1., mid + half)
     return Interval(np.where(n > 0, low, np.nan)[()], np.where(n > 0, high, np.nan)[()])
 
-# %% ../nbs/evaluate.ipynb #precision
-def _points(n, at, level):
-    "Half the width of a Wilson interval in percentage points, as text"
-    half = wilson(at * n, n, level).half_width
-    return format_number(100 * half, 0 if half >= .01 else 1)
+# %% ../nbs/evaluate.ipynb #rates
+class Rates(NamedTuple):
+    "The rates on which the widths of intervals depend"
+    accuracy: float
+    sensitivity: float   # NaN without a positive image
+    specificity: float   # NaN without a negative one
 
+PLANNED = Rates(.95, .95, .95)   # as long as nothing was measured: near the rates that are published
+
+def _share_known(rate, n, level, of=''):
+    "A rate in words, and half the width of a Wilson interval in percentage points"
+    ends = wilson(rate * n, n, level)
+    taken = {0.: ends.high, 1.: ends.low}.get(rate, rate)   # a rate of 0 or 1 is taken as the other end of its interval
+    half = wilson(taken * n, n, level).half_width
+    bound = '' if taken == rate else f', taken as {format_percent(taken)}'
+    return f'({format_percent(rate)}{of}{bound})', format_number(100 * half, 0 if half >= .01 else 1)
+
+# %% ../nbs/evaluate.ipynb #precision
 def describe_precision(
-    n_pos: int,             # positive images (or patients, to be strict)
-    n_neg: int,             # negative ones
-    accuracy: float = .95,  # the precision depends on it a little; near the ones that are published
-    level: float = .95,     # of confidence
-    unit: str = 'image',    # what is counted
-) -> str:                   # a sentence for a report
+    n_pos: int,                   # positive images (or patients, to be strict)
+    n_neg: int,                   # negative ones
+    measured: Rates | None = None,   # of the network that is reported; None: `PLANNED`
+    level: float = .95,           # of confidence
+    unit: str = 'image',          # what is counted
+) -> str:                         # a sentence for a report
     "What so many images can say, in words: half the width of the Wilson interval, in percentage points"
-    n = n_pos + n_neg
+    n, rates = n_pos + n_neg, measured or PLANNED
     if n == 0: return f'{format_count(0, unit)}: nothing is known.'
-    text = f'{format_count(n, unit)}: accuracy is known to about +/- {_points(n, accuracy, level)} points'
-    for name, m in (('sensitivity', n_pos), ('specificity', n_neg)):
-        if m: text += f', {name} ({format_count(m)}) to +/- {_points(m, accuracy, level)}'
+    at, points = _share_known(rates.accuracy, n, level)
+    origin = 'assumed' if measured is None else 'as measured'
+    text = f'{format_count(n, unit)}, rates {origin}: accuracy {at} is known to about +/- {points} points'
+    for name, rate, m in (('sensitivity', rates.sensitivity, n_pos), ('specificity', rates.specificity, n_neg)):
+        if m == 0: continue
+        at, points = _share_known(rate, m, level, f' of {format_count(m)}')
+        text += f', {name} {at} to +/- {points}'
     text += f'; one {unit} is {format_number(100 / n, 2 if n > 100 else 1)} points'
     missing = [c for c, m in (('positive', n_pos), ('negative', n_neg)) if m == 0]
     return text + (f'; without a {missing[0]} {unit} there is no AUC.' if missing else '.')
@@ -754,6 +770,11 @@ class Evaluation:
         if name in self.estimates: return self.estimates[name]
         raise _unknown_metric(metric, self.estimates)
 
+    @property
+    def rates(self) -> Rates:
+        "Accuracy, sensitivity and specificity"
+        return Rates(*(self[m].value for m in Rates._fields))
+
     def table(self) -> pd.DataFrame:
         "One row per metric: metric, value, low, high, n, note"
         return pd.DataFrame([dict(metric=m, **e._asdict()) for m, e in self.estimates.items()])
@@ -820,8 +841,7 @@ def _describe(e):
              *_describe_confusion(e, width)]
     if len(e.classes) == 2 and e.n_images:
         neg, pos = (e.groups_per_class[c] for c in e.classes)
-        accuracy = float(np.clip(e['accuracy'].value, .05, .95))
-        lines += ['', describe_precision(pos, neg, accuracy, e.level, 'patient group' if e.grouped else 'image')]
+        lines += ['', describe_precision(pos, neg, e.rates, e.level, 'patient group' if e.grouped else 'image')]
     return '\n'.join(lines)
 
 # %% ../nbs/evaluate.ipynb #evaluate-checks

@@ -4,7 +4,7 @@
 
 # %% ../nbs/images.ipynb #imports
 from __future__ import annotations
-import dataclasses, io, json, logging, math, os, re, struct, sys, threading, warnings, zlib
+import dataclasses, io, json, logging, math, os, re, struct, sys, tempfile, threading, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .words import format_number
 __all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'VERSION', 'REDUCED_MEAN', 'REDUCED_P99', 'FLAT',
            'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
            'apply_rule', 'BlankImage', 'inside_frame', 'cut_frame', 'is_blank', 'refuse_blank', 'file_reason',
-           'LoadedImage', 'load_image', 'read_picture', 'FileFacts', 'file_facts']
+           'LoadedImage', 'load_image', 'read_picture', 'load_any', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
 def _why(error: BaseException) -> str:
@@ -783,6 +783,31 @@ def read_picture(
 ) -> LoadedImage:
     "What `load_image` gives and the share of colour, from one decode"
     return _load(path, rule, True)
+
+# %% ../nbs/images.ipynb #load-any
+@contextmanager
+def _as_file(x: Any) -> Iterator[Path]:
+    "Bytes, a file object or a PIL image as a file for a moment"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'image')
+        try:
+            if isinstance(x, Image.Image): x.save(file, format='PNG')
+            else: file.write_bytes(x if isinstance(x, (bytes, bytearray)) else x.read())
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            what = 'a path, bytes, a file object, a PIL image or an array (h, w)'
+            raise _image_error('that was passed', f'give {what}, not {type(x).__name__} ({error_text(e)})') from e
+        try: yield file
+        except ImageError as e:
+            raise _image_error('that was passed', e.why, type(e)) from None
+
+def load_any(
+    x: Any,             # a path, bytes, a file object, a PIL image, or an array (h, w) uint8 or uint16
+    rule: ImageRule,
+) -> np.ndarray:        # (size, size) uint8
+    "`load_image` for an image in whatever form it is at hand"
+    if isinstance(x, np.ndarray): return apply_rule(x, rule)
+    if isinstance(x, (str, os.PathLike)): return load_image(Path(x), rule)
+    with _as_file(x) as file: return load_image(file, rule)
 
 # %% ../nbs/images.ipynb #facts
 @dataclass(frozen=True)

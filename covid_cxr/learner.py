@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np, pandas as pd, torch
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import LRFinder, valley
 from fastai.data.core import DataLoaders
@@ -20,19 +21,22 @@ from fastai.optimizer import Adam, SGD
 from fastai.torch_core import params
 import fastai.callback.fp16, fastai.callback.progress    # they add to_fp16, no_bar and the progress bar to Learner
 from sklearn.metrics import roc_auc_score
-from .core import (BundleError, CxrError, RecipeError, RunError, TableError, atomic_path, check_choice,
-                            sha256_file, sha256_text)
+from .core import (BundleError, CxrError, RecipeError, RunError, TableError, WeightsError, atomic_path,
+                            check_choice, sha256_file, sha256_text)
 from .words import format_number
 from .images import ImageRule
-from .settings import (ARTICLE_STAGES, Arch, Imbalance, Keep, Monitor, Opt, Schedule, Stage, check_cost_matrix,
-                                epoch_lr, fit_epochs)
-from .model import broken_tensor, cxr_model
+from .model.settings import (ARTICLE_STAGES, EncoderSpec, HeadKind, Imbalance, Keep, Monitor, OnDoubt, Opt,
+                                Schedule, Stage, check_cost_matrix, epoch_lr, fit_epochs)
+from .model.backbones import MapEncoder, load_encoder
+from .model.weights import WeightsRecord, broken_tensor
+from .model.network import ConcatPool, MeanOfViews, join_head
 _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who train in a notebook
 
 # %% auto #0
-__all__ = ['fit_rounds', 'split_params', 'class_weights', 'auc_score', 'keep_random_state', 'CostMatrixLoss',
-           'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'cxr_learner', 'Fit', 'suggest_lr',
-           'fit_stages', 'predict_table', 'ARTICLE_STAGES', 'Stage', 'fit_epochs']
+__all__ = ['fit_rounds', 'FROZEN_CS', 'split_params', 'class_weights', 'auc_score', 'keep_random_state',
+           'CostMatrixLoss', 'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'weights_word',
+           'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages', 'embed_images', 'fit_frozen', 'predict_table',
+           'ARTICLE_STAGES', 'Stage', 'fit_epochs']
 
 # %% ../nbs/learner.ipynb #split-params
 def split_params(
@@ -40,6 +44,9 @@ def split_params(
 ) -> list[list]:                 # parameters of each part, first to last
     "Parameter groups for sliced rates: first half of the body, second half, head"
     body, head = list(model[0].children()), model[1]
+    if isinstance(model[0], MapEncoder):
+        every = params(model[0])                  # first layers first
+        return [every[:len(every) // 2], every[len(every) // 2:], params(head)]
     if len(body) < 6: return [params(model[0]), params(head)]
     cut = len(body) - 2
     return [sum((params(b) for b in body[:cut]), []), sum((params(b) for b in body[cut:]), []), params(head)]
@@ -63,7 +70,12 @@ def auc_score(
     if p.shape[1] == 2: return roc_auc_score(t, p[:, 1])
     return roc_auc_score(t, p, multi_class='ovr', labels=range(p.shape[1]))
 
+# %% ../nbs/learner.ipynb #metric-list
 def _softmax_auc(logits, targets): return auc_score(logits.float().softmax(1), targets)
+
+def _metrics(more):
+    "Accuracy and auc, and those that a person adds"
+    return [accuracy, AccumMetric(_softmax_auc, name='auc', flatten=False), *(m for m in L(more) if m is not accuracy)]
 
 # %% ../nbs/learner.ipynb #chance
 @contextlib.contextmanager
@@ -112,23 +124,30 @@ class CostMatrixLoss(CrossEntropyLossFlat):
 @dataclass(frozen=True)
 class LearnerInfo:
     "What `cxr_learner` built"
-    arch: Arch
-    weights: str                    # 'none', 'imagenet' or a path
+    arch: str                       # a name, the name of a folder, or of the class of a module
+    weights: str                    # as asked for: 'none', 'imagenet', a path, ...
     classes: list[str]              # in the order of the outputs
     rule: ImageRule                 # how a file is read
     imbalance: Imbalance
     opt: Opt
     momentum: float                 # of 'sgd'
     cost_matrix: list[list[float]]  # empty: none
+    spec: EncoderSpec               # how the encoder is built again
+    record: WeightsRecord           # which weights it started from
+    head: HeadKind = 'concat'
+    label_smoothing: float = 0.     # share of the target that is spread over all classes
+
+    @property
+    def pretrained(self) -> bool: return self.record.source not in ('none', 'module')
 
 class InfoCallback(Callback):
     "Carries the `LearnerInfo` of a Learner, and does nothing else"
-    def __init__(self, info: LearnerInfo): self.info = info
+    def __init__(self, info: LearnerInfo): self.built = info
 
 def learner_info(learn: Learner) -> LearnerInfo:
     "What a Learner was built from, or a refusal"
     for callback in learn.cbs:
-        if isinstance(callback, InfoCallback): return callback.info
+        if isinstance(callback, InfoCallback): return callback.built
     raise BundleError('this Learner was not made by cxr_learner, so how it reads images is not known; use cxr_learner.')
 
 # %% ../nbs/learner.ipynb #decision
@@ -170,13 +189,50 @@ def _loss(dls, info):
     if info.imbalance == 'weighted_loss':
         weights = class_weights(dls.train_ds.items['label'], info.classes)
         weight = torch.tensor(weights, dtype=torch.float32, device=dls.device)
-    return CostMatrixLoss(info.cost_matrix, weight=weight) if info.cost_matrix else CrossEntropyLossFlat(weight=weight)
+    if info.cost_matrix: return CostMatrixLoss(info.cost_matrix, weight=weight)
+    return CrossEntropyLossFlat(weight=weight, label_smoothing=info.label_smoothing)
+
+def _check_loss(info, loss_func):
+    "One loss, and numbers that it can use"
+    if not 0 <= info.label_smoothing < 1:
+        raise RecipeError(f'label_smoothing={info.label_smoothing}; give a share from 0 to below 1.')
+    if info.cost_matrix and info.label_smoothing:
+        raise RecipeError('label_smoothing and a cost_matrix cannot be used together; take one of them.')
+    if loss_func is not None and (info.cost_matrix or info.label_smoothing or info.imbalance == 'weighted_loss'):
+        raise RecipeError("a loss_func of your own replaces ours, so leave out cost_matrix, label_smoothing and "
+                          "imbalance='weighted_loss'.")
+
+# %% ../nbs/learner.ipynb #weights-word
+def weights_word(
+    weights: str | os.PathLike | None,   # as for `cxr_model`
+    pretrained: bool | None,             # fastai's short word: True is 'imagenet', False is 'none'
+) -> str | os.PathLike | None:           # what was meant
+    "One word out of two; words that disagree are an error"
+    if pretrained is None: return weights
+    word = 'imagenet' if pretrained else 'none'
+    if weights is not None and os.fspath(weights) != word:
+        raise WeightsError(f'pretrained={pretrained} means weights={word!r}, but weights={os.fspath(weights)!r} was '
+                           'given too; give one of them.')
+    return word
+
+# %% ../nbs/learner.ipynb #cxr-network
+def _network(arch, n_out, weights, size, seed, head, dropout, blocks, on_doubt):
+    "(network in channels-last layout, spec of its encoder, record of its weights), the same for every seed"
+    with keep_random_state():
+        torch.manual_seed(seed)
+        encoder = load_encoder(arch, weights, size, blocks, on_doubt)
+        model = join_head(encoder.body, encoder.spec, n_out, head, dropout, size)
+    return model.to(memory_format=torch.channels_last), encoder.spec, encoder.record
+
+def _asked_weights(arch, weights, record):
+    "The weights that were asked for, as text"
+    return os.fspath(weights) if weights is not None else record.source
 
 # %% ../nbs/learner.ipynb #cxr-learner
 def cxr_learner(
     dls: DataLoaders,                        # from `cxr_dls`
-    arch: Arch = 'resnet50',
-    weights: str | os.PathLike = 'imagenet', # 'imagenet', 'none' or a path
+    arch: str | os.PathLike | torch.nn.Module = 'resnet50',  # of timm or torchvision, a folder, or a module
+    weights: str | os.PathLike | None = None,  # 'imagenet', 'none', a path, ...; None: as fits the arch
     imbalance: Imbalance = 'none',           # 'oversample' is the business of the DataLoaders
     wd: float = .01,                         # weight decay
     path: str | os.PathLike = '.',           # where fastai may put files
@@ -185,21 +241,32 @@ def cxr_learner(
     opt: Opt = 'adam',
     momentum: float = .9,                    # of 'sgd' (its first moment for 'adam' is fastai's .9)
     cost_matrix: Sequence[Sequence[float]] = (),  # (k, k) row: true class, column: predicted class; empty: none
-) -> Learner:                                # metrics accuracy and auc; `learner_info` says what was built
-    "A fastai Learner that fine-tunes a grey-channel backbone on the classes of `dls`"
+    label_smoothing: float = 0.,             # share of the target that is spread over all classes
+    head: HeadKind = 'concat',
+    dropout: float = .5,                     # of the head
+    blocks: Sequence[int] = (),              # stages of the encoder whose maps are joined; empty: the last
+    on_doubt: OnDoubt = 'refuse',            # weights that do not look trained
+    pretrained: bool | None = None,          # fastai's short word for weights: True is 'imagenet', False is 'none'
+    metrics: Any = (),                       # more metrics, beside accuracy and auc
+    cbs: Any = (),                           # callbacks
+    loss_func: Any = None,                   # None: cross-entropy as above
+    opt_func: Callable | None = None,        # None: as `opt` says
+    splitter: Callable = split_params,       # parts of the network
+    **kwargs: Any,                           # for fastai's Learner, e.g. lr
+) -> Learner:                                # `learner_info` says what was built
+    "A fastai Learner that fine-tunes a grey-channel encoder on the classes of `dls`"
     check_choice('imbalance', imbalance, Imbalance, RecipeError)
     check_choice('opt', opt, Opt, RecipeError)
-    classes = list(dls.vocab)
-    info = LearnerInfo(arch, str(weights), classes, _rule_of(dls), imbalance, opt, momentum,
-                       check_cost_matrix(cost_matrix, len(classes)))
-    with keep_random_state():
-        torch.manual_seed(seed)
-        model = cxr_model(arch, len(classes), weights).to(memory_format=torch.channels_last)
-    opt_func = Adam if opt == 'adam' else partial(SGD, mom=momentum)
-    learn = Learner(dls, model, loss_func=_loss(dls, info), opt_func=opt_func, splitter=split_params, wd=wd,
-                    path=Path(path), cbs=InfoCallback(info),
-                    metrics=[accuracy, AccumMetric(_softmax_auc, name='auc', flatten=False)])
-    if str(weights) != 'none': learn.freeze()
+    classes, rule, weights = list(dls.vocab), _rule_of(dls), weights_word(weights, pretrained)
+    costs = check_cost_matrix(cost_matrix, len(classes))
+    model, spec, record = _network(arch, len(classes), weights, rule.size, seed, head, dropout, blocks, on_doubt)
+    info = LearnerInfo(spec.name, _asked_weights(arch, weights, record), classes, rule, imbalance, opt, momentum, costs,
+                       spec, record, head, label_smoothing)
+    _check_loss(info, loss_func)
+    if opt_func is None: opt_func = Adam if opt == 'adam' else partial(SGD, mom=momentum)
+    learn = Learner(dls, model, loss_func=loss_func or _loss(dls, info), opt_func=opt_func, splitter=splitter, wd=wd,
+                    path=Path(path), cbs=[InfoCallback(info), *L(cbs)], metrics=_metrics(metrics), **kwargs)
+    if info.pretrained: learn.freeze()
     if mixed_precision and torch.device(dls.device).type == 'cuda': learn.to_fp16()
     return learn
 
@@ -220,11 +287,15 @@ class _Plan:
     schedule: Schedule
     decay: float
     keep: Keep
+    average: float
+    lr_ratio: float
 
     def __post_init__(self):
         for name, kind in dict(monitor=Monitor, schedule=Schedule, keep=Keep).items():
             check_choice(name, getattr(self, name), kind, RecipeError)
         if not 0 < self.decay <= 1: raise RecipeError(f'decay={self.decay}; give a factor above 0 and at most 1.')
+        if not 0 <= self.average < 1: raise RecipeError(f'average={self.average}; give a share from 0 to below 1.')
+        if not self.lr_ratio >= 1: raise RecipeError(f'lr_ratio={self.lr_ratio}; give a number from 1.')
 
     @property
     def epochs(self): return sum(s.epochs for s in self.stages)
@@ -240,7 +311,7 @@ class _EpochKeeper(Callback):
         _seed_all(self.dls, plan.seed, state['stage'], self.epoch)
         self.total, self.count, self.begun = 0., 0, time.perf_counter()
         lr = epoch_lr(plan.schedule, state['lr'], self.epoch, plan.decay)
-        if lr is not None: self.opt.set_hypers(lr=slice(lr / 100, lr) if self.run_.sliced else lr)
+        if lr is not None: self.opt.set_hypers(lr=self.run_.rates(lr))
 
     def after_batch(self):
         if not self.training: return
@@ -291,8 +362,14 @@ class _StagesRun:
         self.learn, self.folder, self.plan, self.log = learn, Path(folder), plan, log
         self.sliced = False       # do the parts of the network learn at rates of their own?
         self.refusal = None       # fastai writes its own words around an error in a callback: keep the sentence
+        self.average = None       # of the weights over the steps, where it is asked for
+        self.cbs = L()            # of the person
         self.state = dict(key=sha256_text(key, plan, learner_info(learn), learn.dls.bs), stage=0, epoch=0, lr=None,
-                          history=[], lr_curves=[], best=None, best_epoch=0, bad=0, stopped=False)
+                          steps=0, history=[], lr_curves=[], best=None, best_epoch=0, bad=0, stopped=False)
+
+    def rates(self, lr):
+        "The rate of the head, or a slice of rates from the first layers to the head"
+        return slice(lr / self.plan.lr_ratio, lr) if self.sliced else lr
 
     def refuse(self, error):
         self.refusal = type(error)(str(error))       # a copy: fastai rewrites the words of the one that it passes on
@@ -306,6 +383,10 @@ class _StagesRun:
 
     @property
     def anew(self): return f'delete the folder {self.folder} to train from the start.'    # the cure of a damaged folder
+
+    def weights(self):
+        "The weights that are validated and kept"
+        return self.learn.model.state_dict() if self.average is None else self.average
 
     def history(self): return pd.DataFrame(self.state['history'])
 
@@ -325,10 +406,11 @@ class _StagesRun:
     def _keep_best(self, row):
         "Keep the weights when they are the best so far, and count the epochs since"
         s, sign = self.state, -1 if self.plan.monitor == 'valid_loss' else 1
-        score = sign * row[self.plan.monitor]
+        last = self.history()[self.plan.monitor].tail(3 if self.plan.keep == 'smooth' else 1)
+        score = sign * float(last.mean())
         if s['best'] is None or score > s['best']:
             s.update(best=score, best_epoch=row['epoch'], bad=0)
-            _save(self.learn.model.state_dict(), self.best)
+            _save(self.weights(), self.best)
             s['best_sha256'] = sha256_file(self.best)
         else: s['bad'] += 1
         s['stopped'] = 0 < self.plan.patience <= s['bad']
@@ -338,7 +420,8 @@ def _save_checkpoint(run):
     "Write last.pt"
     opt = run.learn.opt.state_dict()
     plain = dict(hypers=[dict(h) for h in opt['hypers']], state=[dict(s) for s in opt['state']])
-    _save(_plain_floats(dict(state=run.state, model=run.learn.model.state_dict(), opt=plain)), run.last)
+    more = {} if run.average is None else dict(average=run.average)
+    _save(_plain_floats(dict(state=run.state, model=run.learn.model.state_dict(), opt=plain, **more)), run.last)
 
 def _read_tensors(run, file):
     "What torch.save wrote; a damaged file is a sentence"
@@ -360,6 +443,7 @@ def _load_checkpoint(run):
                        f'use a new output folder, or {run.anew}')
     run.state = checkpoint['state']
     _fill(run, checkpoint['model'], run.last)
+    run.average = checkpoint.get('average')
     run.log(f"resuming after epoch {len(run.state['history'])}")
     return checkpoint['opt']
 
@@ -386,10 +470,13 @@ def _load_best(run):
     _fill(run, _read_tensors(run, run.best), run.best)
 
 # %% ../nbs/learner.ipynb #describe-epoch
+def _describe_losses(row):
+    shown = 'train_loss', 'valid_loss', 'accuracy', 'auc'
+    return ', '.join(f"{name.replace('_', ' ')} {format_number(row[name])}" for name in shown)
+
 def _describe_epoch(row, epochs):
     "One line on an epoch that was done, and how long the rest will take where a person would want to know"
-    numbers = ', '.join(f"{name.replace('_', ' ')} {format_number(row[name])}"
-                        for name in ('train_loss', 'valid_loss', 'accuracy', 'auc'))
+    numbers = _describe_losses(row)
     speed = format_number(row['images'] / row['seconds'], 1)
     text = f"stage {row['stage']} epoch {row['epoch']}: {numbers}, {speed} images/s"
     left = (epochs - row['epoch']) * row['seconds']
@@ -432,31 +519,71 @@ def _find_lr(run):
     return lr
 
 # %% ../nbs/learner.ipynb #fit-stage
-def _fresh_optimizer(learn, frozen):
-    "An optimizer without memory, for the head alone or for everything"
+def _fresh_optimizer(learn, parts):
+    "An optimizer without memory, for the last parts of the network; 0: for everything"
     learn.opt = None
-    if frozen: learn.freeze()
+    if parts: learn.freeze_to(-parts)
     else: learn.unfreeze()
 
 def _fit_stage(run, stage, opt):
     "One stage, from its first epoch or from the one after the checkpoint"
     learn, s = run.learn, run.state
-    pretrained = learner_info(learn).weights != 'none'
-    frozen = stage.frozen and pretrained
-    _fresh_optimizer(learn, frozen)
+    pretrained = learner_info(learn).pretrained
+    parts = (1 if stage.frozen else stage.parts) if pretrained else 0
+    _fresh_optimizer(learn, parts)
     if s['epoch'] >= stage.epochs: return
     if opt is not None: learn.opt.load_state_dict(opt)
     elif stage.lr == 'find':
         s['lr'] = _find_lr(run)
-        _fresh_optimizer(learn, frozen)                           # lr_find leaves its momentum behind
+        _fresh_optimizer(learn, parts)                            # lr_find leaves its momentum behind
     else: s['lr'] = float(stage.lr)
-    run.sliced = pretrained and not stage.frozen
-    lr = slice(s['lr'] / 100, s['lr']) if run.sliced else s['lr']
+    run.sliced = pretrained and parts != 1
     fit = learn.fit_one_cycle if run.plan.schedule == 'one_cycle' else learn.fit
-    try: fit(stage.epochs, lr, start_epoch=s['epoch'], cbs=_EpochKeeper(run, s['epoch']))
+    cbs = [_EpochKeeper(run, s['epoch']), *_stage_callbacks(run, stage), *run.cbs]
+    try: fit(stage.epochs, run.rates(s['lr']), start_epoch=s['epoch'], cbs=cbs)
     except Exception:
         if run.refusal is not None: raise run.refusal from None
         raise
+
+# %% ../nbs/learner.ipynb #average
+class _Averaging(Callback):
+    "Keeps an average of the weights over the steps, and validates that average"
+    order = 66                                   # behind the keeper
+    def __init__(self, run): self.run_ = run
+
+    def before_fit(self):
+        if self.run_.average is None: self.run_.average = self._copy()
+
+    def _copy(self): return {k: v.detach().clone() for k, v in self.learn.model.state_dict().items()}
+
+    def after_batch(self):
+        if not self.training: return
+        steps = self.run_.state['steps'] = self.run_.state['steps'] + 1
+        share = min(self.run_.plan.average, (1 + steps) / (10 + steps))     # short at first: a start is forgotten
+        for kept, v in zip(self.run_.average.values(), self.learn.model.state_dict().values()):
+            if kept.is_floating_point(): kept.lerp_(v.detach(), 1 - share)
+            else: kept.copy_(v)
+
+    def before_validate(self):
+        self.own = self._copy()
+        self.learn.model.load_state_dict(self.run_.average)
+
+    def after_validate(self): self.learn.model.load_state_dict(self.own)
+
+# %% ../nbs/learner.ipynb #smaller
+class _Smaller(Callback):
+    "Training images of a stage, reduced to a smaller side"
+    order = 20
+    def __init__(self, size): self.size = size
+
+    def before_batch(self):
+        x = self.learn.xb[0]
+        if not self.training or x.shape[-1] <= self.size: return
+        side = (self.size, self.size)
+        self.learn.xb = (torch.nn.functional.interpolate(x, side, mode='bilinear', antialias=True), *self.learn.xb[1:])
+
+def _stage_callbacks(run, stage):
+    return [*([_Averaging(run)] if run.plan.average else []), *([_Smaller(stage.size)] if stage.size else [])]
 
 # %% ../nbs/learner.ipynb #quiet
 @contextlib.contextmanager
@@ -485,11 +612,16 @@ def fit_stages(
     log: Callable[[str], object] = print,  # takes one line of text
     schedule: Schedule = 'one_cycle',      # how the rate moves within a stage
     decay: float = .9,                     # factor of 'exp_decay' after every epoch
-    keep: Keep = 'best',                   # the weights at the end: of the 'best' epoch, or of the 'last' one
+    keep: Keep = 'best',                   # the weights at the end: of which epoch
+    average: float = 0.,                   # average the weights over the steps, e.g. .995; 0: no
+    lr_ratio: float = 100.,                # rate of the head to that of the first layers, with pretrained weights
+    cbs: Any = (),                         # fastai callbacks for every stage
 ) -> Fit:                                  # history and learning-rate curves
     "Train in stages of lr_find + fit_one_cycle, resuming where a killed run stopped"
     done = tuple(s if isinstance(s, Stage) else Stage(**s) for s in stages)
-    run = _StagesRun(learn, folder, _Plan(done, seed, monitor, patience, num_it, schedule, decay, keep), key, log)
+    plan = _Plan(done, seed, monitor, patience, num_it, schedule, decay, keep, average, lr_ratio)
+    run = _StagesRun(learn, folder, plan, key, log)
+    run.cbs = L(cbs)
     run.folder.mkdir(parents=True, exist_ok=True)
     with keep_random_state(), _quiet(learn):
         opt = _load_checkpoint(run)
@@ -498,23 +630,111 @@ def fit_stages(
             if i > run.state['stage'] or opt is None: run.state.update(stage=i, epoch=0, lr=None)
             _fit_stage(run, done[i], opt)
             opt = None
-    if keep == 'best': _load_best(run)
+    if keep != 'last': _load_best(run)
+    elif run.average is not None: _fill(run, run.average, run.last)
     return Fit(run.history(), pd.DataFrame(run.state['lr_curves']))
 
 fit_rounds = fit_stages   # the name that early notebooks used
 
+# %% ../nbs/learner.ipynb #embed
+def embed_images(
+    learn: Learner,                        # from `cxr_learner`
+    paths: Sequence[str],                  # image files
+    folder: str | os.PathLike | None = None,   # keeps the features for the next call; None: computed anew
+    bs: int = 32,                          # images per batch
+) -> np.ndarray:                           # (n, 2c) float32: maximum and average of every map of the encoder
+    "Features of images by the encoder as it stands, without augmentation; computed once per encoder, rule and files"
+    info, body = learner_info(learn), learn.model[0]
+    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+    weights = sha256_text(*(v.sum().item() for v in body.state_dict().values()))
+    key = sha256_text(info.spec, info.record.sha256, weights, info.rule, files)
+    kept = None if folder is None else Path(folder) / f'{key[:32]}.npy'
+    if kept is not None and kept.is_file(): return np.load(kept)
+    dl = learn.dls.test_dl(list(map(str, paths)), bs=bs)
+    pool, out, was = ConcatPool(), [], body.training
+    with torch.no_grad():
+        body.eval()
+        for (x,) in dl: out.append(pool(body(torch.as_tensor(x))).flatten(1).float().cpu().numpy())
+        body.train(was)
+    found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(kept) as tmp, open(tmp, 'wb') as f: np.save(f, found)
+    return found
+
+# %% ../nbs/learner.ipynb #frozen-parts
+FROZEN_CS = (1e-4, 1e-3, 1e-2, .1, 1.)    # inverse strengths of the penalty that are tried
+
+def _put_into_head(head, mean, var, model):
+    "A logistic regression on standardised features as the weights of the linear head"
+    norm, last = head[2], head[-1]
+    weight = np.vstack([-model.coef_ / 2, model.coef_ / 2]) if len(model.coef_) == 1 else model.coef_
+    bias = np.r_[-model.intercept_ / 2, model.intercept_ / 2] if len(model.coef_) == 1 else model.intercept_
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.from_numpy(mean))
+        norm.running_var.copy_(torch.from_numpy(var))
+        last.weight.copy_(torch.from_numpy(weight))
+        last.bias.copy_(torch.from_numpy(bias))
+
+def _row_of(k, c, model, x, y, counts, seconds):
+    "One row of the history: a strength of the penalty that was tried"
+    probs = {s: model.predict_proba(x[s]) for s in x}
+    losses = {s: float(-np.log(p[np.arange(len(p)), y[s]].clip(1e-15)).mean()) for s, p in probs.items()}
+    right = float((probs['valid'].argmax(1) == y['valid']).mean())
+    auc = auc_score(torch.from_numpy(probs['valid']), torch.from_numpy(y['valid']))
+    return dict(stage=1, epoch=k, frozen=True, lr=c, train_loss=losses['train'], valid_loss=losses['valid'],
+                accuracy=right, auc=float(auc), images=counts, seconds=seconds)
+
+# %% ../nbs/learner.ipynb #fit-frozen
+def fit_frozen(
+    learn: Learner,                        # from `cxr_learner`, with head='linear'
+    folder: str | os.PathLike | None = None,   # keeps the features for the next call
+    cs: Sequence[float] = FROZEN_CS,       # inverse strengths of the penalty; the validation loss chooses
+    log: Callable[[str], object] = print,  # takes one line of text
+) -> Fit:                                  # one row of history per strength (its number stands under lr)
+    "Fit the head alone on features that are computed once: logistic regression, then put into the network"
+    from sklearn.linear_model import LogisticRegression
+    info, head = learner_info(learn), learn.model[1]
+    if info.head != 'linear' or info.spec.kind == 'own':
+        raise RecipeError("a frozen encoder is fitted with a linear head; give head='linear' and a pretrained encoder.")
+    began, items = time.perf_counter(), {'train': learn.dls.train_ds.items, 'valid': learn.dls.valid_ds.items}
+    x = {s: embed_images(learn, list(rows['path']), folder) for s, rows in items.items()}
+    y = {s: rows['label'].map(info.classes.index).to_numpy() for s, rows in items.items()}
+    mean, var = x['train'].mean(0), x['train'].var(0)
+    x = {s: (v - mean) / np.sqrt(var + head[2].eps) for s, v in x.items()}
+    log(f"embedded {len(x['train']) + len(x['valid'])} images in {time.perf_counter() - began:.0f} s")
+    weight, rows, models = 'balanced' if info.imbalance == 'weighted_loss' else None, [], []
+    for k, c in enumerate(cs, 1):
+        began = time.perf_counter()
+        models.append(LogisticRegression(C=c, class_weight=weight, max_iter=2000).fit(x['train'], y['train']))
+        rows.append(_row_of(k, c, models[-1], x, y, len(x['train']), time.perf_counter() - began))
+        log(f'penalty 1/{c:g}: ' + _describe_losses(rows[-1]))
+    history = pd.DataFrame(rows)[list(_COLUMNS)]
+    _put_into_head(head, mean, var, models[int(history['valid_loss'].argmin())])
+    return Fit(history, pd.DataFrame([]))
+
 # %% ../nbs/learner.ipynb #predict-table
+@contextlib.contextmanager
+def _views(learn, n):
+    "The Learner answers with the mean over n views of every image"
+    model = learn.model
+    try:
+        if n: learn.model = MeanOfViews(model, n)
+        yield
+    finally: learn.model = model
+
 def predict_table(
     learn: Learner,          # trained
     table: pd.DataFrame,     # rows to predict; used and excluded ones alike
     bs: int | None = None,   # images per batch; None: as in training
+    tta: int = 0,            # views of every image whose mean is the answer (see `model.TTA_VIEWS`); 0: as it is
 ) -> pd.DataFrame:           # path, image_id, source, patient, group, split, label, prob_<class> for every class
     "Class probabilities of every row of a table, keyed by path"
     rows = table.reset_index(drop=True)
     out = rows[['path', 'image_id', 'source', 'patient', 'group', 'split', 'label']].copy()
     if not len(rows): return out.assign(**{f'prob_{c}': [] for c in learn.dls.vocab})
     dl = learn.dls.test_dl(rows['path'].tolist(), bs=bs or learn.dls.bs)
-    with learn.no_bar(), learn.no_logging(): probs, _ = learn.get_preds(dl=dl)
+    with learn.no_bar(), learn.no_logging(), _views(learn, tta): probs, _ = learn.get_preds(dl=dl)
     if list(map(str, dl.items)) != rows['path'].tolist():
         raise RunError('the predictions came back in another order than the table; this must not happen.')
     for i, c in enumerate(learn.dls.vocab): out[f'prob_{c}'] = probs[:, i].double().numpy()

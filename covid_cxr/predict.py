@@ -91,6 +91,7 @@ class Predictor:
         self,
         folder: str | os.PathLike,   # a bundle, or the run directory that holds one
         device: str | None = None,   # 'cpu' (default) or 'cuda'
+        module: Any = None,          # a person's own encoder, where the bundle was made with one
     ):
         self.bundle = read_bundle(folder)
         self.classes, self.rule = self.bundle['classes'], ImageRule.from_dict(self.bundle['image'])
@@ -98,10 +99,18 @@ class Predictor:
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
         check = self.bundle['ood_check']
         self.ood_check = OODCheck.from_dict(check) if check is not None else None
-        self.model = load_model(self.bundle).to(self.device)
+        self.model = load_model(self.bundle, module).to(self.device)
+        self.network = self._with_views()            # what answers; `model` is what can be explained
         self.integrity = check_manifest(self.bundle['folder'])
         if self.integrity.status == 'altered':
             warnings.warn(describe_integrity(self.integrity, self.bundle['folder']), AlteredWarning, stacklevel=3)
+
+    def _with_views(self):
+        "The model; with test-time augmentation, its mean over the views"
+        views = self.bundle.get('tta', 0)
+        if not views: return self.model
+        from covid_cxr.model.network import MeanOfViews
+        return MeanOfViews(self.model, views).eval()
 
     def predict(
         self,
@@ -146,7 +155,7 @@ class Predictor:
         if not len(pixels): return np.zeros((0, len(self.classes)))
         x = torch.from_numpy(np.stack(pixels))[:, None].to(self.device).float() / 255      # (n, 1, size, size)
         with torch.inference_mode():
-            logits = self.model((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
+            logits = self.network((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
         return logits.float().softmax(1).double().cpu().numpy()
 
     def _picture(self, array):
@@ -179,9 +188,10 @@ class Predictor:
 def load_predictor(
     folder: str | os.PathLike,   # a bundle, or the run directory that holds one
     device: str | None = None,   # 'cpu' (default) or 'cuda'
+    module: Any = None,          # a person's own encoder (an nn.Module), where the bundle was made with one
 ) -> Predictor:
     "Open a bundle for prediction; nothing in it is executed"
-    return Predictor(folder, device)
+    return Predictor(folder, device, module)
 
 # %% ../nbs/predict.ipynb #to-csv
 def predictions_frame(predictions: Iterable[Prediction]) -> pd.DataFrame:

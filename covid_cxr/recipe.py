@@ -4,7 +4,7 @@
 
 # %% ../nbs/recipe.ipynb #imports
 from __future__ import annotations
-import dataclasses, importlib.resources, os, re, sys, typing, warnings
+import dataclasses, importlib.resources, os, re, sys, textwrap, types, typing, warnings
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -15,20 +15,25 @@ from .core import (LeakError, Reason, RecipeError, SourceError, canonical_findin
 from .images import How, ImageRule, Stretch, Suppress
 from .cache import ImageCache, OnBad, check_images
 from .sources import SOURCES, check_options, find_source, read_source, reader_options
-from .table import (Duplicates, as_task, check_split, drop_repeats, filter_ages, filter_views, fold_by_group,
-                             group_leaksafe, join_tables, label_for, split_by_group, split_by_source, split_by_time,
-                             split_official, split_published, split_random, use_fold)
+from .table import (TASKS, Duplicates, Task, as_task, check_split, drop_repeats, filter_ages, filter_views,
+                             finding_rules, fold_by_group, group_leaksafe, join_tables, label_for, split_by_group,
+                             split_by_source, split_by_time, split_official, split_published, split_random, use_fold)
 from .curate.licences import LicenceRule, filter_licences
-from .settings import Arch, Imbalance, Keep, Monitor, Opt, Schedule, Stage, check_cost_matrix, fit_epochs
+from .model.settings import (HeadKind, Imbalance, Keep, Monitor, OnDoubt, Opt, Schedule, Stage,
+                                      check_cost_matrix, fit_epochs)
 from .words import format_count
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
 __all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec',
-           'TrainingSpec', 'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe',
-           'list_recipes', 'load_recipe', 'dump_recipe', 'recipe_hash', 'override', 'with_epochs', 'parse_options',
-           'sample_patients', 'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
+           'TrainingSpec', 'TaskSpec', 'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name',
+           'parse_recipe', 'list_recipes', 'load_recipe', 'read_preface', 'dump_recipe', 'recipe_hash',
+           'describe_recipe', 'recipe_schema', 'override', 'with_epochs', 'parse_options', 'sample_patients',
+           'word_options', 'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
+
+# %% ../nbs/recipe.ipynb #later
+_LATER: dict[str, bool] = dict(later=True)   # metadata of a field that early recipes did not have
 
 # %% ../nbs/recipe.ipynb #fields-data
 Repeats = Literal['drop', 'keep']   # an image that is there twice is used once, or as often as it stands there
@@ -36,20 +41,20 @@ Repeats = Literal['drop', 'keep']   # an image that is there twice is used once,
 @dataclass(frozen=True)
 class SourceSpec:
     "One collection of a recipe: `[[data.sources]]`"
-    name: str                       # a name of `sources.SOURCES`
+    name: str                       # a name of `sources.SOURCES`; 'folder' or 'csv' for images of your own
     root: list[str] = field(default_factory=list)      # folders tried in turn below the data folder; empty: that folder
     metadata: str = ''              # another metadata file than the collection's own, below the data folder
     findings: list[str] = field(default_factory=list)  # keep images with any of these or their kinds; empty: all
     sample: int = 0                 # use about so many images, whole patients drawn by the seed; 0: all
     images: list[str] = field(default_factory=list)    # folders with the files of a collection that is only a table
     min_age: float = 0.             # years; younger people, and those of unknown age, are left out; 0: all
-    options: dict[str, Any] = field(default_factory=dict)  # of its reader, e.g. {patient = '(p\d+)_'} for 'folder'
+    options: dict[str, Any] = field(default_factory=dict)  # for its reader, e.g. {patient = '(p\d+)_'} for 'folder'
 
 @dataclass(frozen=True)
 class DataSpec:
     "Which images: `[data]`"
     sources: list[SourceSpec] = field(default_factory=list)  # one or more collections
-    views: list[str] = field(default_factory=list)     # e.g. ["PA"]; empty: all
+    views: list[str] = field(default_factory=list)     # views to keep, e.g. ["PA"]; empty: all
     licences: LicenceRule = 'all'   # all images, those with a stated licence, or those of commercial use
     duplicates: Duplicates = 'near' # images that join groups: nearly the same, exactly the same, or none
     repeats: Repeats = 'drop'       # an image that is there twice: use it once, or keep both (an article's protocol)
@@ -83,8 +88,12 @@ class SplitSpec:
 @dataclass(frozen=True)
 class ModelSpec:
     "The network: `[model]`"
-    arch: Arch = 'resnet50'         # of torchvision, or 'cnn3' and 'vgg_small' of the articles
-    weights: str = 'imagenet'       # 'imagenet', 'none' or a path
+    arch: str = 'resnet50'          # a name of timm or torchvision, 'cnn3', 'vgg_small', or a folder
+    weights: str = 'imagenet'       # 'imagenet', 'none', a path, a name in the folder of weights, or 'folder'
+    head: HeadKind = field(default='concat', metadata=_LATER)         # two layers with batch norm, or one linear layer
+    dropout: float = field(default=.5, metadata=_LATER)           # of the head
+    blocks: list[int] = field(default_factory=list, metadata=_LATER)   # of timm: stages that are joined
+    on_doubt: OnDoubt = field(default='refuse', metadata=_LATER)  # weights that do not look trained
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -92,10 +101,12 @@ class StageSpec:
     epochs: int = 1                 # 1 or more
     frozen: bool = False            # the head alone (only with pretrained weights)
     lr: float = 0.                  # highest rate of the cycle; 0: ask lr_find
+    parts: int = field(default=0, metadata=_LATER)   # train so many of the last parts (1: the head); 0: all
+    size: int = field(default=0, metadata=_LATER)    # side of the training images, pixels; 0: as in [image]
 
     def to_stage(self) -> Stage:
         "The same for `learner.fit_stages`"
-        return Stage(self.epochs, self.frozen, self.lr or 'find')
+        return Stage(self.epochs, self.frozen, self.lr or 'find', self.parts, self.size)
 
 # %% ../nbs/recipe.ipynb #fields-training
 @dataclass(frozen=True)
@@ -113,13 +124,44 @@ class TrainingSpec:
     schedule: Schedule = 'one_cycle'  # how the rate moves within a stage
     decay: float = .9               # 'exp_decay': factor of the rate after every epoch
     cost_matrix: list[list[float]] = field(default_factory=list)  # row: true class, column: predicted; empty: none
-    keep: Keep = 'best'             # the weights that are evaluated: of the best epoch, or of the last one
+    keep: Keep = 'best'             # the weights that are evaluated: of which epoch
     rotate: float = 10.             # augmentation: degrees
     zoom: float = 1.1               # augmentation: factor
     lighting: float = .2            # augmentation: share
     flip: bool = False              # augmentation: mirror left and right
     shift: float = 0.               # augmentation: share of the side
     num_workers: int = 0            # processes that read ahead
+    frozen_encoder: bool = field(default=False, metadata=_LATER)  # fit the head alone, on features computed once
+    average: float = field(default=0., metadata=_LATER)           # average of the weights over the steps, e.g. .995
+    lr_ratio: float = field(default=100., metadata=_LATER)        # rate of the head to that of the first layers
+    label_smoothing: float = field(default=0., metadata=_LATER)   # share of the target spread over all classes
+    mixup: float = field(default=0., metadata=_LATER)             # strength of mixup, e.g. .2; 0: off
+    cutmix: float = field(default=0., metadata=_LATER)            # strength of cutmix, e.g. 1; 0: off
+    zoom_out: float = field(default=1., metadata=_LATER)          # augmentation: smallest factor, e.g. .85
+    gamma: float = field(default=0., metadata=_LATER)             # augmentation: largest change of log gamma, e.g. .3
+    erase: float = field(default=0., metadata=_LATER)             # augmentation: share of images with a hidden box
+
+# %% ../nbs/recipe.ipynb #fields-task
+def _as_words(values, where):
+    "{text: class} out of a dictionary of a file"
+    for word, cls in values.items():
+        if not isinstance(cls, str):
+            raise RecipeError(f"{where}.{word} = {cls!r} must be the text of a class, e.g. {word} = 'TB'.")
+    return tuple(values.items())
+
+@dataclass(frozen=True)
+class TaskSpec:
+    "A question of your own: the section `[task]`, in place of a word; with no words, each class is its own word"
+    name: str                       # how it is written in summaries and reports, e.g. "TB_vs_healthy"
+    classes: list[str]              # two or more, the negative one first, the positive one last
+    words: dict[str, Any] = field(default_factory=dict)     # {word of your folders or label column = class}
+    findings: dict[str, Any] = field(default_factory=dict)  # {finding of a public collection, or "*" = class}
+
+    def to_task(self) -> Task:
+        "The same for `table.label_for`"
+        own = self.words if self.words or self.findings else {c: c for c in self.classes}
+        rules = finding_rules(dict(_as_words(self.findings, 'task.findings')))
+        return Task(self.name, tuple(self.classes), rules, _as_words(own, 'task.words'))
 
 # %% ../nbs/recipe.ipynb #fields-recipe
 @dataclass(frozen=True)
@@ -127,13 +169,15 @@ class EvaluationSpec:
     "The evaluation: `[evaluation]`"
     goal: str = 'youden'            # how the threshold is chosen on the validation split, e.g. 'sensitivity>=0.95'
     n_boot: int = 2000              # bootstrap resamples of patients
+    calibrate: bool = field(default=True, metadata=_LATER)   # fit a temperature on the validation split
+    tta: int = field(default=0, metadata=_LATER)             # views of every image whose mean is the answer, up to 9
 
 @dataclass(frozen=True)
 class Recipe:
     "A whole run"
-    name: str                       # of the recipe
+    name: str                       # name of the recipe
     title: str = ''                 # one line for tables and reports
-    task: str = 'covid_vs_other'    # one of `table.TASKS`
+    task: str | TaskSpec = 'covid_vs_other'  # a word of `table.TASKS`, or a question of your own as a section [task]
     seed: int = 42                  # every choice of chance in the run
     data: DataSpec = field(default_factory=DataSpec)
     image: ImageSpec = field(default_factory=ImageSpec)
@@ -142,21 +186,35 @@ class Recipe:
     training: TrainingSpec = field(default_factory=TrainingSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
 
+    @property
+    def question(self) -> Task:
+        "The task with its name, its classes and what leads to them"
+        return self.task.to_task() if isinstance(self.task, TaskSpec) else as_task(self.task)
+
 # %% ../nbs/recipe.ipynb #fields-list
 _KINDS = {str: 'text', int: 'whole number', float: 'number', bool: 'true or false'}
 
 def _dot(where, key): return f'{where}.{key}' if where else key
 
+def _section_of(kind):
+    "The dataclass of a field that takes a word or a section; None for any other field"
+    either = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+    return next((k for k in either if dataclasses.is_dataclass(k)), None)
+
 def _inner(kind):
     "What a list holds; any other type is itself"
     return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
+# %% ../nbs/recipe.ipynb #fields-walk
 def _walk(cls, where='') -> Iterator[tuple]:
     "(dotted name, type, field, its dataclass) of every single value of a section"
     kinds = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name, kind = _dot(where, f.name), kinds[f.name]
         if dataclasses.is_dataclass(_inner(kind)): yield from _walk(_inner(kind), name)
+        elif _section_of(kind):
+            yield name, str, f, cls
+            yield from _walk(_section_of(kind), name)
         else: yield name, kind, f, cls
 
 # %% ../nbs/recipe.ipynb #field-words
@@ -224,7 +282,13 @@ def _check_training(t, n_classes):
     "Numbers of the schedule and the augmentation, and the cost matrix"
     wanted = dict(momentum=(0 <= t.momentum < 1, 'from 0 to below 1'),
                   decay=(0 < t.decay <= 1, 'above 0 and at most 1'),
-                  shift=(0 <= t.shift < .5, 'a share of the side from 0 to below 0.5'))
+                  shift=(0 <= t.shift < .5, 'a share of the side from 0 to below 0.5'),
+                  average=(0 <= t.average < 1, 'a share from 0 to below 1'),
+                  lr_ratio=(1 <= t.lr_ratio <= 1e6, 'from 1 to 1,000,000'),
+                  label_smoothing=(0 <= t.label_smoothing < 1, 'a share from 0 to below 1'),
+                  mixup=(0 <= t.mixup <= 10, 'from 0 to 10'), cutmix=(0 <= t.cutmix <= 10, 'from 0 to 10'),
+                  zoom_out=(.2 < t.zoom_out <= 1, 'above 0.2 and at most 1'), gamma=(0 <= t.gamma < 3, 'from 0 to 3'),
+                  erase=(0 <= t.erase <= 1, 'a share from 0 to 1'))
     for name, (ok, want) in wanted.items():
         if not ok: raise RecipeError(f'training.{name} = {getattr(t, name)}; it must be {want}.')
     check_cost_matrix(t.cost_matrix, n_classes)
@@ -233,18 +297,22 @@ def _check_training(t, n_classes):
         if s.epochs < 1 or not 0 <= s.lr < 10:
             raise RecipeError(f'training.stages[{i}] has epochs={s.epochs}, lr={s.lr}; '
                               'epochs must be 1 or more, lr between 0 (ask lr_find) and 10.')
+        s.to_stage()                             # refuses the rest
 
 _SMALLEST = {'seed': 0, 'training.bs': 2, 'training.num_it': 40, 'evaluation.n_boot': 100}
 
 # %% ../nbs/recipe.ipynb #check-recipe
 def check_recipe(recipe: Recipe) -> Recipe:
     "Refuse values that no run could use; returns the recipe"
-    task = as_task(recipe.task)
+    task = recipe.question
     _check_words(recipe)
     _check_sources(recipe)
     ImageRule(**dataclasses.asdict(recipe.image))
     _check_split(recipe.split, [s.options.get('source', s.name) for s in recipe.data.sources])
     _check_training(recipe.training, len(task.classes))
+    if recipe.training.frozen_encoder and (recipe.model.head != 'linear' or recipe.model.weights == 'none'):
+        raise RecipeError("training.frozen_encoder needs model.head = 'linear' and weights other than 'none'.")
+    if not 0 <= recipe.evaluation.tta <= 9: raise RecipeError(f'evaluation.tta = {recipe.evaluation.tta}; give 0 to 9.')
     for name, smallest in _SMALLEST.items():
         value = attrgetter(name)(recipe)
         if value < smallest: raise RecipeError(f'{name} = {value}; it must be {smallest} or more.')
@@ -318,6 +386,7 @@ def _check_finite(v, where):
 
 def _value(kind, v, where):
     "One value as its field's type; a whole number may stand for a fraction, one text for a list of one"
+    if _section_of(kind): kind = _section_of(kind) if isinstance(v, dict) else str
     if dataclasses.is_dataclass(kind): return _build(kind, v, where)
     if typing.get_origin(kind) is Literal: kind = str                    # its words are checked by `check_recipe`
     if typing.get_origin(kind) is list:
@@ -350,35 +419,52 @@ def list_recipes() -> pd.DataFrame: # columns name, title, task
     "The recipes that come with the library: the demo, then article by article"
     every = [parse_recipe(p.read_text(encoding='utf-8'), name) for name, p in _shipped().items()]
     rows = sorted(every, key=lambda r: (r.name != 'demo', r.title, r.name))
-    return pd.DataFrame([dict(name=r.name, title=r.title, task=r.task) for r in rows])
+    return pd.DataFrame([dict(name=r.name, title=r.title, task=r.question.name) for r in rows])
+
+# %% ../nbs/recipe.ipynb #load-recipe
+def _find_recipe(name):
+    "A shipped recipe or a file, to be read"
+    shipped, path = _shipped(), Path(str(name))
+    if str(name) in shipped: return shipped[str(name)]
+    if path.is_file(): return path
+    raise RecipeError(f"no recipe '{name}'{nearest(name, shipped)} "
+                      f"(shipped: {', '.join(sorted(shipped))}; or give the path of a TOML file)")
 
 def load_recipe(
     name: str | os.PathLike,  # of a shipped recipe, or the path of a TOML file
 ) -> Recipe:
     "A recipe by name or by path"
-    shipped, path = _shipped(), Path(str(name))
-    if str(name) in shipped: return parse_recipe(shipped[str(name)].read_text(encoding='utf-8'), str(name))
-    if path.is_file(): return parse_recipe(path.read_text(encoding='utf-8'), str(path))
-    raise RecipeError(f"no recipe '{name}'{nearest(name, shipped)} "
-                      f"(shipped: {', '.join(sorted(shipped))}; or give the path of a TOML file)")
+    return parse_recipe(_find_recipe(name).read_text(encoding='utf-8'), str(name))
+
+def read_preface(
+    name: str | os.PathLike,  # of a shipped recipe, or the path of a TOML file
+) -> list[str]:               # each begins with '#'
+    "The comment lines that a recipe file begins with: where it comes from"
+    lines = _find_recipe(name).read_text(encoding='utf-8').splitlines()
+    first = next((i for i, line in enumerate(lines) if not line.startswith('#')), len(lines))
+    return lines[:first]
 
 # %% ../nbs/recipe.ipynb #dump
-def _lines(obj, where: str, spelling: Mapping[str, str]) -> Iterator[str]:
-    "The lines of one section: its values, then its lists of sections, then its sections"
+def _at_default(f, v): return v == (f.default_factory() if f.default is dataclasses.MISSING else f.default)
+
+def _lines(obj, where: str, spelling: Mapping[str, str], early: bool = False,
+           blank: bool = False) -> Iterator[str]:
+    "The lines of one section, values first; `early`: as old recipes had it; `blank`: empty names with values as well"
     def is_table(v): return isinstance(v, list) and bool(v) and dataclasses.is_dataclass(v[0])
-    named = [(_dot(where, f.name), getattr(obj, f.name)) for f in dataclasses.fields(obj)]
-    named = [(spelling.get(name, name), v) for name, v in named]
+    fields = ((f, getattr(obj, f.name)) for f in dataclasses.fields(obj))
+    shown = [(f.name, v) for f, v in fields if not (early and 'later' in f.metadata and _at_default(f, v))]
+    named = [(spelling.get(_dot(where, name), _dot(where, name)), v) for name, v in shown]
     for name, v in named:
-        if is_table(v) or dataclasses.is_dataclass(v) or v == {}: continue      # no options: as before there were any
+        if is_table(v) or dataclasses.is_dataclass(v) or (v == {} and not blank): continue   # as before there were any
         yield f'{name.rpartition(".")[2]} = {_toml(v)}'
     for name, v in named:
         for item in v if is_table(v) else ():
             yield f'\n[[{name}]]'
-            yield from _lines(item, name, spelling)
+            yield from _lines(item, name, spelling, early, blank)
     for name, v in named:
         if dataclasses.is_dataclass(v):
             yield f'\n[{name}]'
-            yield from _lines(v, name, spelling)
+            yield from _lines(v, name, spelling, early, blank)
 
 # %% ../nbs/recipe.ipynb #dump-recipe
 def dump_recipe(recipe: Recipe) -> str:
@@ -386,9 +472,69 @@ def dump_recipe(recipe: Recipe) -> str:
     return '\n'.join(_lines(recipe, '', {})) + '\n'
 
 def recipe_hash(recipe: Recipe) -> str:
-    "A fingerprint of everything in a recipe, 64 hex digits"
+    "A fingerprint of everything in a recipe, 64 hex digits; a field that came later counts when it is not at default"
     early = {new: old for old, new in _OLD_NAMES.items()}
-    return sha256_text('\n'.join(_lines(recipe, '', early)) + '\n')
+    return sha256_text('\n'.join(_lines(recipe, '', early, early=True)) + '\n')
+
+# %% ../nbs/recipe.ipynb #describe-recipe
+def _comment(text): return textwrap.wrap(text, 110, initial_indent='# ', subsequent_indent='# ', break_on_hyphens=False)
+
+def _field_comments() -> dict[str, list[str]]:
+    "Dotted name of every field -> its meaning and its words, as comment lines"
+    out = {}
+    for f in recipe_fields().itertuples():
+        known = f' One of: {f.value}.' if ', ' in f.value else ''
+        default = '' if f.default == '(needed)' else f' Default: {f.default}'
+        out[f.field] = _comment(f'{f.meaning[:1].upper()}{f.meaning[1:]}.{known}{default}')
+    return out
+
+def describe_recipe(
+    recipe: Recipe,
+    preface: Iterable[str] = (),   # comment lines to begin with; none: its title
+) -> str:                          # TOML
+    "A recipe with the meaning of every field above it; `parse_recipe` reads it back to the same recipe"
+    comments, section, before = _field_comments(), '', '['
+    out = [*([*preface] or _comment(recipe.title or recipe.name)), '']
+    for line in '\n'.join(_lines(recipe, '', {}, blank=True)).splitlines():
+        if line.startswith('['): section = line.strip('[]')
+        name = _dot(section, line.partition(' = ')[0])
+        told = comments.pop(name, [])                      # the second source or stage needs no second explanation
+        out += [*([''] if told and not before.startswith('[') else []), *told, line]
+        before = line
+    return '\n'.join(out) + '\n'
+
+# %% ../nbs/recipe.ipynb #recipe-schema
+_JSON_TYPES = {str: 'string', int: 'integer', float: 'number', bool: 'boolean'}
+
+def _schema_of(kind) -> dict[str, Any]:
+    "The JSON schema of one type"
+    if _section_of(kind): return dict(anyOf=[dict(type='string'), _schema_of(_section_of(kind))])
+    if dataclasses.is_dataclass(kind): return _section_schema(kind)
+    if typing.get_origin(kind) is Literal: return dict(enum=list(choices(kind)))
+    if typing.get_origin(kind) is dict: return dict(type='object')
+    if typing.get_origin(kind) is not list: return dict(type=_JSON_TYPES[kind])
+    several = dict(type='array', items=_schema_of(_inner(kind)))
+    return dict(anyOf=[dict(type='string'), several]) if _inner(kind) is str else several
+
+def _section_schema(cls) -> dict[str, Any]:
+    "The JSON schema of one section"
+    from fastcore.docments import docments
+    kinds, meanings, fields = typing.get_type_hints(cls), docments(cls), {}
+    for f in dataclasses.fields(cls):
+        fields[f.name] = _schema_of(kinds[f.name])
+        if meanings.get(f.name): fields[f.name]['description'] = meanings[f.name]
+        if isinstance(f.default, (str, int, float)): fields[f.name]['default'] = f.default
+    missing = dataclasses.MISSING
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+    return dict(type='object', description=cls.__doc__, properties=fields, required=needed, additionalProperties=False)
+
+def recipe_schema() -> dict[str, Any]:   # ready for JSON
+    "A JSON schema (draft 7) of a recipe"
+    schema = _section_schema(Recipe)
+    schema['properties']['task']['anyOf'][0]['enum'] = list(TASKS)
+    source = schema['properties']['data']['properties']['sources']['items']['properties']
+    source['name']['examples'] = list(SOURCES)                     # a person may register more
+    return {'$schema': 'http://json-schema.org/draft-07/schema#', 'title': 'covid_cxr recipe', **schema}
 
 # %% ../nbs/recipe.ipynb #set-field
 def _literal(text):
@@ -404,7 +550,7 @@ def _set(obj, keys, value, whole):
     old, kind = getattr(obj, key), kinds[key]
     if len(keys) == 1: new = _new_value(kind, value, whole)
     elif isinstance(old, list): new = _set_item(old, keys[1:], value, whole)
-    elif dataclasses.is_dataclass(kind): new = _set(old, keys[1:], value, whole)
+    elif dataclasses.is_dataclass(old): new = _set(old, keys[1:], value, whole)
     elif isinstance(old, dict): new = _options(_set_option(old, keys[1:], value), whole)
     else: raise RecipeError(f"'{whole}' goes too deep: {key} is a single value.")
     return dataclasses.replace(obj, **{key: new})
@@ -448,7 +594,7 @@ def with_epochs(
 ) -> Recipe:     # its stages cut, or the last one stretched
     "The same recipe with another number of epochs"
     stages = fit_epochs([s.to_stage() for s in recipe.training.stages], n)
-    rows = [dict(epochs=s.epochs, frozen=s.frozen, lr=0. if s.lr == 'find' else s.lr) for s in stages]
+    rows = [dict(dataclasses.asdict(s), lr=0. if s.lr == 'find' else s.lr) for s in stages]
     return override(recipe, {'training.stages': rows})
 
 # %% ../nbs/recipe.ipynb #parse-options
@@ -498,6 +644,14 @@ def _filter_findings(table, findings):
     known = {text: keeps(text) for text in every.dropna().unique()}
     other = [not known.get(text, True) for text in every]
     return exclude(table, other, [Reason('task', 'finding not wanted', str(f)) for f in every])
+
+# %% ../nbs/recipe.ipynb #read-source
+def word_options(
+    task: Task,
+    source: str,        # name of a source
+) -> dict[str, Any]:    # for its reader
+    "A task with words of its own reads your own images with their words as they stand"
+    return dict(any_words=True) if task.words and 'any_words' in reader_options(source) else {}
 
 def read_one_source(
     spec: SourceSpec,
@@ -582,10 +736,11 @@ def build_table(
     d, rule = recipe.data, ImageRule(**dataclasses.asdict(recipe.image))
     cache_file = Path(cache_dir) / 'fingerprints.npz' if cache_dir else None
     cache = ImageCache(Path(cache_dir) / 'images', rule) if cache_dir else None
-    t = join_tables([read_one_source(spec, data, recipe.seed) for spec in d.sources])
+    read = [(spec, word_options(recipe.question, spec.name)) for spec in d.sources]
+    t = join_tables([read_one_source(spec, data, recipe.seed, **words) for spec, words in read])
     if d.views: t = filter_views(t, d.views)
     t = filter_licences(t, d.licences)
-    t = label_for(t, recipe.task)
+    t = label_for(t, recipe.question)
     t = check_images(t, rule, cache, on_bad=d.on_bad)
     t = group_leaksafe(t, duplicates=d.duplicates, cache_file=cache_file)
     if d.duplicates != 'none' and d.repeats == 'drop': t = drop_repeats(t, cache_file=cache_file)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd
-from .core import (COLUMNS, IMAGE_SUFFIXES, SPLITS, CxrError, SourceError, canonical_findings,
-                            canonical_views, check_choice, exclude, list_words, nearest, new_table, require_columns)
+from .core import (COLUMNS, IMAGE_SUFFIXES, NUMERIC, SPLITS, CxrError, SourceError, VocabularyError,
+                            canonical_findings, canonical_views, check_choice, exclude, list_words, nearest, new_table,
+                            require_columns)
 from .reading import (NOT_XRAY_CT, NOT_XRAY_VOLUME, Files, ImagePlace, ages_in_years, find_root, finish_table,
-                               identifiers, list_files, list_folders, parse_numbers, place_files, place_from_index,
-                               published_findings, read_metadata, refuse_unknown, resolve_file, sexes, stated,
-                               telling_file, tidy_name, unique_ids, unlisted_files, walk_images, whole_numbers)
+                               identifiers, list_files, list_folders, locate_files, parse_numbers, place_files,
+                               place_from_index, published_findings, read_metadata, refuse_unknown, resolve_file,
+                               sexes, stated, telling_file, tidy_name, unique_ids, unlisted_files, walk_images,
+                               whole_numbers)
 from .words import format_count
 
 # %% auto #0
@@ -586,7 +588,15 @@ def read_covid_radiography(
 _TRANSLATE = ("correct the file, or pass findings={'word': 'canonical finding'} "
               '(in a recipe: options.findings of the source; see covid_cxr.core.FINDINGS)')
 
-def _own_findings(words: Iterable, findings: Mapping[str, str | None] | None) -> pd.Series:
+def _keep_words(column: pd.Series, also: Mapping[str, str]) -> pd.Series:
+    "The canonical finding of every known word; any other word stays as it stands"
+    canonical_findings([], also)                    # a translation into something unknown is an error here too
+    def one(word):
+        try: return canonical_findings([word], also)[0]
+        except VocabularyError: return ' '.join(str(word).split())
+    return column.map({w: one(w) for w in column.dropna().unique()}).astype(object)
+
+def _own_findings(words: Iterable, findings: Mapping[str, str | None] | None, any_words: bool) -> pd.Series:
     "Findings of a person's own words; a translation into something that is not canonical is an error as well"
     if not isinstance(findings or {}, Mapping):
         raise SourceError(f"findings={findings!r} must name your words: {{'word': 'finding'}}.")
@@ -594,20 +604,23 @@ def _own_findings(words: Iterable, findings: Mapping[str, str | None] | None) ->
     known = dict(zip(whole_numbers(list(given)), given.values()))          # a code 1 may stand as 1.0 in a table
     column = whole_numbers(words)
     column[column.isin([k for k, v in known.items() if not v])] = np.nan
-    return canonical_findings(column, {k: v for k, v in known.items() if v}, _TRANSLATE)
+    also = {k: v for k, v in known.items() if v}
+    return _keep_words(column, also) if any_words else canonical_findings(column, also, _TRANSLATE)
 
+# %% ../nbs/sources.ipynb #patient-pattern
 def _search_all(pattern: str, names: Sequence[str], where: Path) -> list[str]:
     "First group of a pattern in every name; a name without it is an error"
-    what = f'the patient pattern {pattern!r}'
+    what = f"the patient pattern '{pattern}'"
     try: search = re.compile(pattern)
-    except (re.error, TypeError) as e: raise SourceError(f'{what} is no regular expression: {e}.') from e
+    except (re.error, TypeError) as e:
+        raise SourceError(f"{what} is no regular expression: {e}; write e.g. '(p[0-9]+)_'.") from e
     if not search.groups:
         raise SourceError(f"{what} has no group; put what names the patient into brackets: '(p\\d+)_'.")
     hits = {n: search.search(n) for n in names}
     bad = [n for n, h in hits.items() if h is None or h[1] is None]
     if bad:
         raise SourceError(f'{what} is not in {len(bad)} of {len(names)} paths below {where}, e.g. {bad[0]}; '
-                          'correct the pattern.')
+                          "correct the pattern (several forms are joined with |, as in '(p[0-9]+|IM-[0-9]+)').")
     return [h[1] for h in hits.values() if h is not None]
 
 def _pattern_groups(pattern: str | None, names: Sequence[str], where: Path) -> pd.Series | list:
@@ -637,6 +650,9 @@ def read_folder(
     view: str | None = None,      # one view for all; None: not recorded
     licence: str | None = None,   # one licence for all
     source: str = 'folder',       # name of your collection in the table
+    any_words: bool = False,      # a folder name that is no known finding stays as it is, for a task that knows it
+    metadata: str | Path | None = None,         # your table with more about these images (.csv or .csv.gz)
+    columns: Mapping[str, str] | None = None,   # {column of the contract: column of that table}, 'path' is needed
 ) -> pd.DataFrame:                # one row per image, in the order of the paths
     "A folder per class, with its folder names as findings"
     root, pass_it = Path(os.path.abspath(root)), 'give the folder that holds one folder per class.'
@@ -646,9 +662,10 @@ def read_folder(
     splits, classes, names = zip(*_folder_images(root, found))
     t = new_table(dict(
         path=[place.path for place in found], image_id=list(names),
-        patient=_pattern_groups(patient, names, root), finding=_own_findings(classes, findings),
+        patient=_pattern_groups(patient, names, root), finding=_own_findings(classes, findings, any_words),
         view=canonical_views([view] * len(names)), modality='X-ray', licence=licence,
         finding_raw=classes, official_split=splits), source)
+    if metadata is not None: t = _add_metadata(t, root, resolve_file(metadata, root), columns or {})
     return finish_table(t, root)
 
 # %% ../nbs/sources.ipynb #read-csv
@@ -682,7 +699,8 @@ def _own_numbers(words: pd.Series, read: Callable[[pd.Series], np.ndarray], what
 
 # %% ../nbs/sources.ipynb #read-csv-table
 def _csv_table(m: pd.DataFrame, columns: Mapping[str, str], constants: Mapping[str, Any],
-               findings: Mapping[str, str | None] | None, keep: Sequence[str], source: str) -> pd.DataFrame:
+               findings: Mapping[str, str | None] | None, keep: Sequence[str], source: str,
+               any_words: bool) -> pd.DataFrame:
     "The columns of the table out of those of a person's own"
     given = lambda c: _column(m, tidy_name(columns[c])) if c in columns else _column(m, '', constants.get(c, np.nan))
     own = {c: given(c) for c in _CSV_COLUMNS}
@@ -691,9 +709,10 @@ def _csv_table(m: pd.DataFrame, columns: Mapping[str, str], constants: Mapping[s
     days = _own_numbers(own['offset_days'], parse_numbers, 'offset_days')
     return new_table(dict(
         image_id=unique_ids(own['path']), patient=identifiers(own['patient']),
-        finding=_own_findings(own['finding'], findings), view=view, modality=_modalities(own['modality'], view),
-        age_years=age, sex=sexes(own['sex']), offset_days=days,
-        licence=stated(own['licence']), url=stated(own['url']), finding_raw=own['finding'],
+        finding=_own_findings(own['finding'], findings, any_words), view=view,
+        modality=_modalities(own['modality'], view), age_years=age, sex=sexes(own['sex']), offset_days=days,
+        licence=stated(own['licence']), url=stated(own['url']),
+        finding_raw=whole_numbers(own['finding']) if any_words else own['finding'],
         official_split=_official_splits(own['official_split']), **{k: m[tidy_name(k)] for k in keep}), source)
 
 def read_csv(
@@ -706,6 +725,7 @@ def read_csv(
     keep: Iterable[str] = (),     # further columns of your table to carry along
     source: str = 'csv',          # name of your collection in the table
     files: Files = 'require',
+    any_words: bool = False,      # a word that is no known finding stays as it is, for a task that knows it
 ) -> pd.DataFrame:                # one row per row of your table
     "Any table of your own"
     constants, keep = constants or {}, [keep] if isinstance(keep, str) else list(keep)
@@ -714,9 +734,45 @@ def read_csv(
     if columns is None: columns = {c: c for c in _CSV_COLUMNS if c in read_metadata(file)}
     _check_csv_args(columns, constants, keep)
     m = read_metadata(file, [tidy_name(c) for c in (*columns.values(), *keep)])
-    with telling_file(file): t = _csv_table(m, columns, constants, findings, keep, source)
+    with telling_file(file): t = _csv_table(m, columns, constants, findings, keep, source, any_words)
     t = exclude(t, t['modality'] == 'CT', NOT_XRAY_CT)
     return finish_table(place_files(t, list(m[tidy_name(columns['path'])]), [root] * len(m), files), root)
+
+# %% ../nbs/sources.ipynb #folder-metadata
+def _check_metadata_columns(file: Path, columns: Mapping[str, str], t: pd.DataFrame) -> None:
+    "Refuse a table that says nothing more, or what the folders or a pattern have said already"
+    if not set(columns) - {'path'}:
+        raise SourceError(f"columns names nothing to take from {file}; name one more column, e.g. {{'patient': 'id'}}.")
+    both = [c for c in columns if c != 'path' and c in t and t[c].notna().any()]
+    if both: raise SourceError(f'{both[0]} is said by the folders or an option and by {file} too; it has one origin.')
+
+def _rows_of_images(t: pd.DataFrame, said: pd.DataFrame, root: Path, file: Path) -> pd.Series:
+    "(n,) the row of a table that names each image, by its path below the root or by a file name that is there once"
+    below = [os.path.relpath(p, root) for p in t['path']]
+    alone = pd.Series([os.path.basename(p) for p in below])
+    index = {n: p for n, p, k in zip(alone, below, alone.map(alone.value_counts())) if k == 1}
+    index.update(zip(below, below))
+    named = [os.path.relpath(p, root) if isinstance(p, str) else np.nan for p in said['path']]
+    hits = pd.Series(locate_files(named, index), dtype=object)
+    twice = hits[hits.duplicated() & hits.notna()]
+    if len(twice): raise SourceError(f'{file} has several rows of one image, e.g. {twice.iloc[0]}; keep one of them.')
+    if hits.isna().all():
+        raise SourceError(f'no row of {file} names an image below {root}; it says e.g. {named[0]}, where the images '
+                          f'are e.g. {below[0]}.')
+    return pd.Series(below).map(dict(zip(hits.dropna(), hits.dropna().index)))
+
+def _add_metadata(t: pd.DataFrame, root: Path, file: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    "Patients, views and more from a table; an image that it does not name keeps what is not known"
+    if 'finding' in columns: raise SourceError("columns names 'finding', which the folders say; use the source csv.")
+    said = read_csv(file, root, columns, files='ignore', source=t['source'].iloc[0])
+    _check_metadata_columns(file, columns, t)
+    row = _rows_of_images(t, said, root, file)
+    known = row.notna().to_numpy()
+    for c in set(columns) - {'path'}:
+        values = t[c].to_numpy(object).copy()
+        values[known] = said[c].to_numpy(object)[row[known].astype(int)]
+        t[c] = pd.Series(values, dtype=float if c in NUMERIC else object)
+    return t
 
 # %% ../nbs/sources.ipynb #source-class
 @dataclass(frozen=True)
@@ -853,11 +909,11 @@ def _coronahack_below(root: str | Path, csv: str | Path | None = None, roots: An
 def _csv_below(root: str | Path, csv: str | Path = '', columns: Mapping[str, str] | None = None,
                metadata: str | Path = '', findings: Mapping[str, str | None] | None = None,
                constants: Mapping[str, Any] | None = None, keep: Iterable[str] = (), source: str = 'csv',
-               files: Files = 'require') -> pd.DataFrame:
+               files: Files = 'require', any_words: bool = False) -> pd.DataFrame:
     "A table of a person's own, given relative to the folder of the images or as a recipe's `metadata`"
     if not (csv or metadata):
         raise SourceError("source 'csv' needs your table; name it with metadata in a recipe, with csv in Python.")
-    return read_csv(csv or metadata, root, columns, findings, constants, keep, source, files)
+    return read_csv(csv or metadata, root, columns, findings, constants, keep, source, files, any_words)
 
 # %% ../nbs/sources.ipynb #sources-nih
 _WANG = 'Wang et al. 2017, https://doi.org/10.1109/CVPR.2017.369'

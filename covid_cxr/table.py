@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Iterable, Literal, Mapping, NamedTuple, Sequence, TypeAlias
 import numpy as np, pandas as pd
 from .core import (COLUMNS, FINDINGS, SPLITS, LeakError, Reason, Step, TableError, View, VocabularyError,
-                            canonical_finding, check_choice, choices, exclude, is_finding, nearest, new_table,
-                            require_columns, used)
+                            canonical_finding, check_choice, choices, exclude, fold_word, is_finding, nearest,
+                            new_table, require_columns, used)
 from .reading import FILE_MISSING, absolute_paths, check_identifiers
 from .words import format_count, join_words
 
 # %% auto #0
 __all__ = ['Unrecorded', 'keep_views', 'NOT_RECORDED', 'AGE_BANDS', 'TASKS', 'Duplicates', 'Pairs', 'Crossing',
-           'ACCOUNT_NOTES', 'join_tables', 'filter_views', 'age_bands', 'filter_ages', 'Task', 'as_task', 'Label',
-           'label_of_findings', 'describe_unused', 'label_for', 'Links', 'link_equal_values', 'connected_groups',
-           'group_leaksafe', 'count_unknown_patients', 'split_by_group', 'crossing_groups', 'check_split',
-           'split_random', 'split_official', 'split_published', 'fold_by_group', 'use_fold', 'split_by_source',
-           'split_by_time', 'drop_repeats', 'flow', 'describe_account_note', 'Reconciliation', 'reconcile']
+           'ACCOUNT_NOTES', 'join_tables', 'filter_views', 'age_bands', 'filter_ages', 'Task', 'finding_rules',
+           'as_task', 'Label', 'label_of_findings', 'describe_unused', 'label_for', 'Links', 'link_equal_values',
+           'connected_groups', 'group_leaksafe', 'count_unknown_patients', 'split_by_group', 'crossing_groups',
+           'check_split', 'split_random', 'split_official', 'split_published', 'fold_by_group', 'use_fold',
+           'split_by_source', 'split_by_time', 'drop_repeats', 'flow', 'describe_account_note', 'Reconciliation',
+           'reconcile']
 
 # %% ../nbs/table.ipynb #join-helpers
 _REISSUES = {'coronahack': ('kaggle_pneumonia', 'covid_chestxray')}   # a source made of images of other sources
@@ -119,24 +120,39 @@ class Task:
     name: str                            # as in `TASKS`
     classes: tuple[str, ...]             # ('normal', 'pneumonia'): negative first, positive last
     rules: tuple[tuple[str, str], ...]   # ((finding or '*', class), ...): the first match decides
+    words: tuple[tuple[str, str], ...] = ()   # ((word of your own collection, class), ...): asked before the rules
 
     def __post_init__(self) -> None:
         who = f"task '{self.name}'"
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise VocabularyError(f'{who} has the classes {self.classes}; it needs two or more different ones.')
         for i, (finding, cls) in enumerate(self.rules): self._check_rule(finding, cls, [f for f, _ in self.rules[:i]])
-        idle = [c for c in self.classes if c not in {c for _, c in self.rules}]
+        for i, (word, cls) in enumerate(self.words): self._check_word(word, cls, [w for w, _ in self.words[:i]])
+        idle = [c for c in self.classes if c not in {c for _, c in (*self.rules, *self.words)}]
         if idle: raise VocabularyError(f"{who}: no finding leads to the class '{idle[0]}'; add a rule for it.")
 
     def _check_rule(self, finding, cls, earlier):
         if finding != '*' and finding not in FINDINGS:
             raise VocabularyError(f"task '{self.name}': unknown finding '{finding}'{nearest(finding, FINDINGS)}")
-        if cls not in self.classes:
-            raise VocabularyError(f"task '{self.name}': unknown class '{cls}'{nearest(cls, self.classes)}")
+        self._check_class(cls)
         hidden_by = [f for f in earlier if f == '*' or is_finding(finding, f)]
         if hidden_by:
             raise VocabularyError(f"task '{self.name}': '{finding}' can never match behind '{hidden_by[0]}'; "
                                   'put the more specific rule first.')
+
+    def _check_class(self, cls):
+        if cls not in self.classes:
+            raise VocabularyError(f"task '{self.name}': unknown class '{cls}'{nearest(cls, self.classes)}")
+
+    def _check_word(self, word, cls, earlier):
+        self._check_class(cls)
+        twice = [w for w in earlier if fold_word(w) == fold_word(word)]
+        if twice: raise VocabularyError(f"task '{self.name}' names the word '{word}' twice; keep one of the two.")
+
+    def class_of_word(self, word: object) -> str | None:
+        "Class of a word as the source writes it, whatever its case and spaces, or None when `words` does not name it"
+        if not isinstance(word, str): return None
+        return next((c for w, c in self.words if fold_word(w) == fold_word(word)), None)
 
     def class_of(self, finding: object) -> str | None:
         "Class of one canonical finding, or None when it is outside the task or not stated"
@@ -162,13 +178,20 @@ TASKS = {t.name: t for t in (
 )}
 
 # %% ../nbs/table.ipynb #as-task
-def _task_of_dict(wanted):
-    rules = [(f if f == '*' else canonical_finding(f), c) for f, c in wanted.items()]
-    blank = [f for f, (finding, _) in zip(wanted, rules) if not isinstance(finding, str)]
+def finding_rules(
+    wanted: Mapping[str, str],        # {finding as a person writes it, or '*': class}
+) -> tuple[tuple[str, str], ...]:     # for a `Task`
+    "Rules with canonical findings, the most specific first"
+    found = {f: f if f == '*' else canonical_finding(f) for f in wanted}
+    rules = [(finding, wanted[f]) for f, finding in found.items() if isinstance(finding, str)]
+    blank = [f for f, finding in found.items() if not isinstance(finding, str)]
     if blank: raise VocabularyError(f"'{blank[0]}' states no finding and leads to no class; leave it out of the task.")
-    specific_first = sorted(rules, key=lambda r: -1 if r[0] == '*' else r[0].count('/'), reverse=True)
+    return tuple(sorted(rules, key=lambda r: -1 if r[0] == '*' else r[0].count('/'), reverse=True))
+
+def _task_of_dict(wanted):
+    rules = finding_rules(wanted)
     negative_first = sorted(dict.fromkeys(wanted.values()), key=lambda c: (_NORMAL, c) not in rules)
-    return Task('custom', tuple(negative_first), tuple(specific_first))
+    return Task('custom', tuple(negative_first), rules)
 
 def as_task(
     task: str | Task | Mapping[str, str], # name in `TASKS`, a `Task`, or {finding: class}
@@ -229,6 +252,17 @@ def _findings_of(table):
     if 'findings' not in table: return table['finding']
     return table['findings'].where(table['findings'].notna(), table['finding'])
 
+def _labels_of_words(table, task):
+    "(n,) the label of every row by the source's own word, or else by its findings"
+    findings = _findings_of(table)
+    words = table['finding_raw'].where(table['finding_raw'].notna(), findings) if 'finding_raw' in table else findings
+    known = {w: task.class_of_word(w) for w in words.dropna().unique()}
+    def one(word, text):
+        if known.get(word): return Label(known[word], None)
+        if task.rules or not isinstance(text, str): return label_of_findings(text, task)
+        return Label(None, Reason('task', 'word outside the task', str(word)))
+    return [one(w, f) for w, f in zip(words, findings)]
+
 def _check_every_class(table, task):
     "Refuse a table without an image of some class, with what became of the images that have such a finding"
     missing = [c for c in task.classes if c not in set(used(table)['label'])]
@@ -244,6 +278,12 @@ def _check_every_class(table, task):
                      'add a source or change the task.')
 
 # %% ../nbs/table.ipynb #label-for
+def _labels_of_findings(table, task):
+    "(n,) the label of every row by its findings"
+    findings = _findings_of(table)
+    known = {f: label_of_findings(f, task) for f in findings.dropna().unique()}
+    return [known[f] if isinstance(f, str) else label_of_findings(f, task) for f in findings]
+
 def label_for(
     table: pd.DataFrame,
     task: str | Task | Mapping[str, str], # name in `TASKS`, a `Task`, or {finding: class}
@@ -251,13 +291,13 @@ def label_for(
 ) -> pd.DataFrame:                        # `label` filled in; rows that the task cannot use are excluded
     "Turn findings into the classes of a task; an unstated finding is excluded, never negative"
     require_columns(table, ['finding', 'label', 'excluded'], 'label_for')
-    task, findings = as_task(task), _findings_of(table)
-    known = {f: label_of_findings(f, task) for f in findings.dropna().unique()}
-    labels = [known[f] if isinstance(f, str) else label_of_findings(f, task) for f in findings]
+    task = as_task(task)
+    labels = _labels_of_words(table, task) if task.words else _labels_of_findings(table, task)
     table = table.copy()
     table['label'] = pd.Series([np.nan if l.name is None else l.name for l in labels], index=table.index, dtype=object)
     table = exclude(table, [l.name is None for l in labels], [l.reason for l in labels])
     if every_class: _check_every_class(table, task)
+    table.attrs['classes'] = list(task.classes)        # their order travels with the table, to `data.cxr_dls`
     return table
 
 # %% ../nbs/table.ipynb #links
@@ -439,7 +479,8 @@ def _assign_rows(rows, shares, seed, who):
             images = sizes[:, lacks[0]]
             has = f'{format_count(int(images.sum()), "image")} in {format_count(int((images > 0).sum()), "group")}'
             raise TableError(f"{who}: the {name} split would get no image of the class '{classes[lacks[0]]}' "
-                             f'(it has {has}); add images, or ask for fewer splits.')
+                             f'(it has {has}); add images of other patients, or ask for fewer splits '
+                             '(none for the test: --set split.test_pct=0).')
     return dict(zip(rows['image_id'], np.array(list(shares), object)[split[g]]))
 
 # %% ../nbs/table.ipynb #split-by-group
@@ -509,7 +550,8 @@ def check_split(
     if crossing and not allow_leak:
         listed = join_words([f"'{g}' ({where})" for g, where in crossing.items()], most=3)
         raise LeakError(f'{len(crossing)} groups stand in more than one split: {listed}; split by groups '
-                        '(split.kind = "group"), or allow the leak (split.allow_leak) and numbers that are too good.')
+                        '(--set split.kind=group), or allow the leak (--set split.allow_leak=true) '
+                        'and numbers that are too good.')
     return list(crossing)
 
 # %% ../nbs/table.ipynb #split-random
@@ -535,8 +577,8 @@ def _hold_out(table, rows, test, what, valid_pct, seed, crossing, who):
     if cut.any() and crossing == 'raise':
         groups = sorted(rows['group'][cut].unique())
         raise LeakError(f"{who}: {len(groups)} groups stand in {what} and outside it: {join_words(groups, most=3)}; "
-                        f"split by groups (split.kind = 'group'), or, in Python, exclude {cut.sum()} images outside it "
-                        "(crossing='exclude').")
+                        f"split by groups (--set split.kind=group), or, in Python, exclude {cut.sum()} images "
+                        "outside it (crossing='exclude').")
     table = exclude(table, table['image_id'].isin(rows['image_id'][cut]), Reason('split', f'group also in {what}'))
     rest = rows[~in_test & ~cut]
     if not len(rest): raise TableError(f'{who}: no image is left to train on, every group reaches into {what}.')

@@ -1,27 +1,31 @@
 """The checks checked: every phantom with a known fault by every check that should, or should not, find it, and one case that fails
 each check beside one that passes. A check that misses its planted fault, or finds one on a clean phantom, breaks the build;
 `benchmarks/audit_matrix.py` is the same at full size."""
-import dataclasses, json
+import dataclasses, json, shutil
 from collections import Counter
 from types import SimpleNamespace
 import numpy as np, pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from conftest import ROOT
 from covid_cxr.audit import checks_numbers
-from covid_cxr.audit.baselines import Baseline, SmallCNN, fit_baselines, gain_over_best
+from covid_cxr.audit.baselines import Baseline, SmallCNN, fit_baselines, fit_small_cnn, gain_over_best
 from covid_cxr.audit.case import (CHECKS, RULES, Audit, AuditError, Case, Headline, NotAsked, NotRun, Verdict, VerdictWord, gain_outcome,
                                   measure_headline, phantom_case, read_audit, run_check, worst)
 from covid_cxr.audit.checks_model import within_source_auc
+from covid_cxr.audit.explain import randomise_weights
 from covid_cxr.audit.perturb import recompress
-from covid_cxr.audit.run import audit_case, checks_table, rules_table
+from covid_cxr.audit.regions import blacken, lung_box
+from covid_cxr.audit.run import audit_case, case_of_run, checks_table, rules_table
 from covid_cxr.audit.sentences import describe_audit, describe_headline, describe_not_run, describe_rule, describe_verdict
-from covid_cxr.core import RunError, choices, new_table, write_json
+from covid_cxr.bundle import DESCRIPTION, MANIFEST, WEIGHTS, writing_files
+from covid_cxr.core import RunError, choices, new_table, sha256_file, write_json
 from covid_cxr.evaluate import Estimate, evaluate
 from covid_cxr.ood import fit_ood_check
-from covid_cxr.phantom import FAMILY, make_phantom
+from covid_cxr.phantom import FAMILY, make_phantom, phantom_family
 from covid_cxr.runs.folder import RunFolder
 from covid_cxr.runs.test_log import log_test_evaluation
 
@@ -134,8 +138,9 @@ def bright_case(where, zero, seed):
         for p in (*body.parameters(), *head.parameters()): p.fill_(1.)
     x = np.random.default_rng(0).integers(0, 60, (40, 32, 32)).astype(np.uint8)
     x[:, where, where] = 240
-    t = pd.DataFrame(dict(label=np.where(np.arange(40) % 2, 'ill', 'well'), group=np.arange(40), split='test'))
-    return Case(t, x, np.full(40, .5), ('well', 'ill'), images=x, network=SmallCNN(torch.nn.Sequential(body, head), zero, 60., (32, 32)),
+    ill = np.arange(40) % 2
+    t = pd.DataFrame(dict(label=np.where(ill, 'ill', 'well'), group=np.arange(40), split='test'))
+    return Case(t, x, .2 + .6 * ill, ('well', 'ill'), images=x, network=SmallCNN(torch.nn.Sequential(body, head), zero, 60., (32, 32)),
                 n_boot=300, seed=seed)
 
 
@@ -156,6 +161,97 @@ def halves(case):
     "A case whose patients are dealt to two sources; half the size, so that trainings are short"
     names = case.table['group'].map({g: 'AB'[k % 2] for k, g in enumerate(case.table['group'].unique())})
     return dataclasses.replace(case, table=case.table.assign(source=names), small=case.small[:, ::2, ::2])
+
+
+# ---- phantoms: a network that was trained on planted images, asked about others
+
+def uncalibrated(case):
+    "The probabilities of the network as it was trained"
+    return dataclasses.replace(case, probs=case.network.score(case.small))
+
+
+def jpeg_in_one_class():
+    "Nothing but the traces of a JPEG of quality 30 in one class, and a network that was trained on them"
+    parts = {split: phantom_family('P0', 50, (1, 2), size=48, seed=seed) for seed, split in enumerate(('train', 'test'), 1)}
+    table = pd.concat([t.assign(split=s, group=t['patient'] + s) for s, (_, t, _) in parts.items()], ignore_index=True)
+    x, ill, test = np.concatenate([p[0] for p in parts.values()]), (table['label'] == 1).to_numpy(), (table['split'] == 'test').to_numpy()
+    x[ill] = recompress(x[ill], 30)
+    net = fit_small_cnn(x[~test], ill[~test], epochs=6, bs=8)
+    table = table.assign(label=np.where(ill, 'ill', 'well'))
+    return Case(table, x, net.score(x), ('well', 'ill'), images=x[test], score=net.score, n_boot=300)
+
+
+def women_without_lesions(lesion, nothing):
+    "The network of the lesion; the women are called ill by chance, and nothing is seen in their images"
+    table = pd.concat([lesion.table.assign(sex='M'), nothing.table.assign(sex='F')], ignore_index=True)
+    small = np.concatenate([lesion.small, nothing.small])
+    return Case(table, small, lesion.score(small), lesion.classes, n_boot=300)
+
+
+def by_sex(case):
+    "Sex is dealt to patients by chance"
+    sex = np.where(pd.factorize(case.table['group'])[0] % 4 < 2, 'F', 'M')
+    return dataclasses.replace(case, table=case.table.assign(sex=sex))
+
+
+def elsewhere(case, name, broken):
+    "An external test of a case's network on further patients; `broken`: their images do not have the shortcut"
+    images, t, _ = phantom_family(name, 80, (1, 2), size=case.small.shape[1], seed=77, broken=broken)
+    found = evaluate(t['label'].to_numpy(), case.score(images), t['patient'].to_numpy(), case.threshold, n_boot=300)
+    test = SimpleNamespace(name=name, n_images=len(t), n_groups=t['patient'].nunique(), one_class=False, estimates=found.estimates,
+                           false_positive_rate=None)
+    return dataclasses.replace(case, external_tests=(test,))
+
+
+def lungs_alone(case):
+    "A network that sees nothing but the lung box"
+    x = blacken(case.small, ~lung_box(*case.small.shape[1:]))
+    net = fit_small_cnn(x[case.train], case.y_all[case.train])
+    return dataclasses.replace(case, small=x, images=x[case.evaluated], probs=net.score(x), score=net.score, network=net)
+
+
+def weights_lost(case):
+    "The weights of the trained network replaced by random ones: no training makes a map that ignores what was learned"
+    net = case.network
+    lost = SmallCNN(randomise_weights(net.net, case.seed), net.mean, net.std, net.size)
+    return dataclasses.replace(case, network=lost)
+
+
+MADE_OF = {   # check -> what becomes of the audited phantoms: a case that it must find something in, the verdict, one that it must pass
+    'check_acquisition': (lambda of: jpeg_in_one_class(), 'WARN', lambda of: of['P1']),
+    'check_calibration': (lambda of: uncalibrated(of['P1']), 'WARN', lambda of: of['P1']),
+    'check_subgroups': (lambda of: women_without_lesions(of['P1'], of['P0']), 'FAIL', lambda of: by_sex(of['P1'])),
+    'check_external': (lambda of: elsewhere(of['P2'], 'P2', True), 'FAIL', lambda of: elsewhere(of['P1'], 'P1', False)),
+    'check_maps': (lambda of: weights_lost(of['P1']), 'WARN', lambda of: lungs_alone(of['P1'])),
+}
+
+
+@pytest.mark.parametrize('name', MADE_OF)
+def test_check_on_what_becomes_of_phantoms(audited, name):
+    bad, verdict, good = MADE_OF[name]
+    of = {phantom: case for phantom, (case, *_) in audited.items()}
+    assert (answers(name, bad(of)), answers(name, good(of))) == (verdict, 'PASS')
+
+
+def foreign_weights(run, out):
+    "A copy of a run with other weights and the hash that belongs to them: the files are in order, the model is not that of the run"
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns('cache', 'checkpoints'))
+    bundle = out / 'bundle'
+    weights = {k: v.flip(0).contiguous() if v.ndim == 4 else v for k, v in load_file(bundle / WEIGHTS).items()}
+    names = [WEIGHTS, DESCRIPTION]
+    with writing_files(out, [f'bundle/{name}' for name in (*names, MANIFEST)]), writing_files(bundle, names):
+        save_file(weights, bundle / WEIGHTS)
+        b = json.loads((bundle / DESCRIPTION).read_text())
+        write_json(bundle / DESCRIPTION, {**b, 'weights': {**b['weights'], 'sha256': sha256_file(bundle / WEIGHTS)}})
+    return out
+
+
+def test_check_stored_numbers(phantom_run, tmp_path):
+    "A run as training left it, and the same one with other weights; a NaN never gets here, because no bundle with one is read"
+    whole, foreign = (case_of_run(run, tmp_path / 'cache', copies=False, n_boot=100)
+                      for run in (phantom_run, foreign_weights(phantom_run, tmp_path / 'run')))
+    assert (answers('check_stored_numbers', foreign), answers('check_stored_numbers', whole)) == ('FAIL', 'PASS')
+    assert [v.verdict for v in run_check(CHECKS['check_stored_numbers'], foreign)] == ['FAIL', 'PASS']     # the numbers fit
 
 
 def women_guessed():
@@ -190,6 +286,7 @@ def answers(name, case):
     assert check.lacks(dataclasses.replace(case, quick=False, baselines=case.baselines)) is None
     verdicts = run_check(check, case)
     assert {v.check for v in verdicts} == {check.code} and {v.rule for v in verdicts} <= {*check.rules, 'possible'}
+    for v in verdicts: assert describe_verdict(v) and json.dumps(v.facts) is not None      # can be told, and kept as plain JSON
     return worst(verdicts, check.code)
 
 
@@ -255,12 +352,13 @@ def test_check_predictive_values():
 
 
 def test_check_history(tmp_path):
-    "The number of evaluations is that of the log; one training is UNDERPOWERED, sibling runs or not"
+    "The number of evaluations is that of the log; how many trainings there were is not known, sibling runs or not"
     run = tmp_path / 'run'
     for folder in (run, tmp_path / 'run-seed1'): write_json(folder / 'run.json', dict(status='training'))
     for what in ('train', 'audit', 'compare'): log_test_evaluation(run, what, metrics=dict(auc=.9))
     seen, spread = run_check(CHECKS['check_history'], dataclasses.replace(small_case(), folder=RunFolder.open(run, finished=False)))
-    assert (seen.value, seen.verdict, spread.value, spread.verdict) == (3, 'INFO', 1, 'UNDERPOWERED')
+    assert (seen.value, seen.verdict, spread.value, spread.verdict) == (3, 'INFO', 1, 'INFO')
+    assert 'whether others were made' in describe_verdict(spread)
 
 
 def test_check_ood(audited):
@@ -272,7 +370,7 @@ def test_check_ood(audited):
 
 def test_every_check_of_the_registry_is_tested_here():
     alone = {n.removeprefix('test_') for n in globals() if n.startswith('test_check_')}
-    told = {*HAND_MADE, *ON_PHANTOMS, *alone, *(n.removesuffix('_is_no_cure_on_p4b') for n in alone)}
+    told = {*HAND_MADE, *ON_PHANTOMS, *MADE_OF, *alone, *(n.removesuffix('_is_no_cure_on_p4b') for n in alone)}
     told |= {'check_splits', 'check_label_noise', 'check_one_class_sources'}                        # tests/test_faults.py
     assert set(CHECKS) <= told
 
@@ -388,7 +486,7 @@ def test_an_audit_without_the_count_of_a_leaking_run_claims_nothing(tmp_path):
     case.baselines = with_baseline('edge', 'image_without_lungs', .01).baselines
     old = an_audit(case, [], []).to_dict()
     assert old['headline']['reads_lungs']
-    for key in ('leaking_groups', 'chosen_on'): del old['headline'][key]
+    for key in ('leaking_groups', 'chosen_on', 'metadata_chosen_on'): del old['headline'][key]
     write_json(tmp_path / 'audit.json', old)
     assert read_audit(tmp_path).headline.reads_lungs and read_audit(tmp_path).headline.leaking_groups is None
     write_json(tmp_path / 'run.json', dict(status='finished', leaking_groups=7))
@@ -559,7 +657,7 @@ def test_an_audit_is_the_same_after_json_and_fits_the_screen(audited):
 
 # ---- audits that were written by version 1
 
-KEPT = sorted(p.parent for p in (ROOT / 'benchmarks/results').glob('*/audit.json'))
+KEPT = sorted(p.parent for p in (ROOT / 'tests/audits_version_1').glob('*/audit.json'))
 
 
 @pytest.mark.parametrize('run', KEPT, ids=lambda p: p.name)
@@ -595,6 +693,13 @@ def test_a_damaged_or_unknown_audit_is_refused(tmp_path):
     with pytest.raises(RunError, match='damaged'): read_audit(tmp_path)
     write_json(tmp_path / 'audit.json', dict(format='covid_cxr audit', version=2, headline={}))
     with pytest.raises(RunError, match='damaged'): read_audit(tmp_path)
+
+
+def test_images_of_unknown_patients_are_counted_in_groups():
+    case = without_patients()
+    said = [describe_verdict(v) for name in ('check_precision', 'check_splits') for v in run_check(CHECKS[name], case)]
+    assert 'over groups' in said[0] and not any('patients' in text for text in said), said
+    assert any('of the patients' in describe_verdict(v).lower() for v in run_check(CHECKS['check_splits'], small_case()))
 
 
 def test_a_headline_without_baselines_claims_nothing():

@@ -43,7 +43,9 @@ def _edit(folder, reseal=False, **changes):
     ('mean', (float('nan'), 1e9, '0', None, True)), ('std', (0, -1, float('nan'), float('inf'))),
     ('threshold', (-.1, 1.1, float('nan'), None)),
     ('temperature', (0, float('inf'), -1, 1e-9)), ('classes', (['a'], ['a', 'a'], ['a', ''], ['a', 3], ['a', 'b\x1b[31m'], 'ab', {})),
-    ('image', ({}, {'size': 2 * LARGEST_IMAGE}, {'size': 64, 'how': 'x'}, {'size': '64'})), ('arch', ('alexnet', None, [])),
+    ('image', ({}, {'size': 2 * LARGEST_IMAGE}, {'size': 64, 'how': 'x'}, {'size': '64'})),
+    ('arch', (101 * 'x', '', None, [])), ('encoder', ([], dict(kind='timm'), dict(kind='x', name='y'))),
+    ('tta', (-1, 10, True, 1.5)), ('head', ('deep', None)),
     ('weights', ({}, {'sha256': 'x'}, {'sha256': '0' * 64, 'file': '../w'})), ('synthetic', (0, 'no')), ('not_for', ('', 'x' * 2000, None)),
     ('ood_check', ({}, {'version': 1}, []))])
 def test_every_field_is_bounded_for_reader_and_writer(bundle, copied, field, values):

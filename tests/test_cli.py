@@ -8,10 +8,9 @@ from covid_cxr.core import Split, choices
 from covid_cxr.predict import OnBadFile, OODMode
 from covid_cxr.recipe import load_recipe
 from covid_cxr.runs.external import Search
-from covid_cxr.settings import Arch
 from covid_cxr.sources import SOURCES
 
-VERBS = 'demo train inspect download predict evaluate external audit report compare reproduce export recipes'.split()
+VERBS = 'demo train inspect download predict evaluate external audit report compare reproduce export recipes recipe'.split()
 NEEDED = dict(train='R', inspect='R --data D', predict='RUN a.png', evaluate='RUN', external='RUN nih', audit='RUN', report='RUN',
               compare='A B', reproduce='--data D', export='RUN --out X')
 
@@ -29,7 +28,7 @@ def test_every_help_example_parses_and_names_what_there_is(command):
     args = make_parser().parse_args(words[1:])
     assert args.do is command.do
     if command.name in ('external', 'download'): assert args.source in SOURCES
-    if command.name == 'train': load_recipe(args.recipe)
+    if command.name in ('train', 'recipe'): load_recipe(args.recipe)
     if command.name == 'inspect' and args.what not in SOURCES: load_recipe(args.what)
 
 
@@ -47,7 +46,7 @@ def _choices(command, flag):
 
 @pytest.mark.parametrize('command, flag, kind', [
     ('evaluate', '--split', Split), ('predict', '--ood', OODMode), ('predict', '--on-bad', OnBadFile), ('external', '--on-bad', OnBad),
-    ('external', '--duplicates', Search), ('train', '--arch', Arch), ('demo', '--arch', Arch), ('reproduce', '--arch', Arch)])
+    ('external', '--duplicates', Search)])
 def test_choices_come_from_the_types(command, flag, kind): assert tuple(_choices(command, flag)) == choices(kind)
 
 
@@ -98,7 +97,7 @@ def test_help_is_free_of_torch_and_pandas(line):
 
 
 def test_a_choice_that_is_none_is_refused_by_name(capsys):
-    lines = 'predict RUN a.png --ood of', 'evaluate RUN --split tets', 'train R --arch resnet19', 'reproduce --data D --only covid-2021'
+    lines = 'predict RUN a.png --ood of', 'evaluate RUN --split tets', 'reproduce --data D --only covid-2021'
     for line in lines:
         with pytest.raises(SystemExit) as e: make_parser().parse_args(line.split())
         assert e.value.code == 2 and 'invalid choice' in capsys.readouterr().err

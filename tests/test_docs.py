@@ -13,9 +13,9 @@ def _prose():
 
 
 def commands():
-    "(file, command) of every indented or quoted covid-cxr command with arguments"
+    "(file, command) of every indented, shown or quoted covid-cxr command with arguments, without the file that takes what it prints"
     for name, text in _prose():
-        for line in re.findall(r'^ {4}(covid-cxr .*)$', text, re.M): yield name, line.split('#')[0].strip()
+        for line in re.findall(r'^(?: {4}|\$ )(covid-cxr .*)$', text, re.M): yield name, line.split('#')[0].strip()
         for line in re.findall(r'`(covid-cxr [a-z]+ [^`]+)`', text): yield name, line
 
 
@@ -23,7 +23,7 @@ def commands():
 @pytest.mark.parametrize('name,command', [c for c in commands() if '...' not in c[1]], ids=lambda v: v[:60])
 def test_a_documented_command_is_understood(name, command):
     from covid_cxr.cli import make_parser
-    make_parser().parse_args(shlex.split(command)[1:])
+    make_parser().parse_args(shlex.split(command.partition(' > ')[0])[1:])
 
 
 def test_there_are_documented_commands(): assert len(list(commands())) > 15

@@ -9,11 +9,11 @@ from conftest import ROOT, examples
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import coverage as cover
 from covid_cxr.core import CxrError, choices, write_json
-from covid_cxr.evaluate import (GOALS, METRICS, Evaluation, EvaluationError, Needs, OperatingPoint, Scope, UndefinedMetric, UnmetGoal,
-                                Estimate, auc_and_ap, auc_covariance, bounded_interval, check_scores, choose_threshold, compute_metrics,
-                                describe_precision, estimate_metrics, evaluate, group_resamples, mean_interval, patient_wilson,
-                                percentile_interval, predictive_values, rank_sums, ratio_interval, resample_spread, threshold_regret,
-                                wilson)
+from covid_cxr.evaluate import (GOALS, METRICS, Estimate, Evaluation, EvaluationError, Needs, OperatingPoint, Rates, Scope,
+                                UndefinedMetric, UnmetGoal, auc_and_ap, auc_covariance, bounded_interval, check_scores,
+                                choose_threshold, compute_metrics, describe_precision, estimate_metrics, evaluate, group_resamples,
+                                mean_interval, patient_wilson, percentile_interval, predictive_values, rank_sums, ratio_interval,
+                                resample_spread, threshold_regret, wilson)
 from covid_cxr.stats.bootstrap import design_effect, patient_mean, patient_ratio
 from covid_cxr.stats.calibration import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit,
                                          predictive_values_at)
@@ -393,8 +393,25 @@ def test_the_interval_of_a_mean_knows_about_patients():
 
 
 def test_words_about_65_images():
-    assert describe_precision(9, 56).startswith('65 images: accuracy is known to about +/- 6 points')
+    assert describe_precision(9, 56).startswith('65 images, rates assumed: accuracy (95 %) is known to about +/- 6 points')
     assert [round(float(v), 3) for v in wilson(593, 624)] == [.930, .965]
+
+
+@pytest.mark.parametrize('sensitivity, said', [
+    (.5, 'sensitivity (50 % of 49) to +/- 13'), (.673, 'sensitivity (67 % of 49) to +/- 13'), (.95, 'sensitivity (95 % of 49) to +/- 7'),
+    (1., 'sensitivity (100 % of 49, taken as 93 %) to +/- 8'), (0., 'sensitivity (0 % of 49, taken as 7 %) to +/- 8')])
+def test_precision_follows_the_measured_rates(sensitivity, said):
+    text = describe_precision(49, 160, Rates(.9, sensitivity, .96), unit='group')
+    assert text.startswith('209 groups, rates as measured: accuracy (90 %)') and said in text, text
+    taken = {0.: wilson(0, 49).high, 1.: wilson(49, 49).low}.get(sensitivity, sensitivity)
+    assert f'+/- {100 * wilson(49 * taken, 49).half_width:.0f}, specificity (96 % of 160)' in text
+
+
+def test_an_evaluation_says_its_own_precision():
+    y, p = np.repeat([0, 1], 40), np.r_[np.full(36, .1), np.full(4, .9), np.full(27, .9), np.full(13, .1)]
+    e = evaluate(y, p, threshold=.5, n_boot=0)
+    assert e.rates == Rates(e['accuracy'].value, .675, .9)
+    assert f'rates as measured: accuracy ({100 * e.rates.accuracy:.0f} %)' in str(e) and '(68 % of 40) to +/- 14' in str(e), str(e)
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------------------

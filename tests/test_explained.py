@@ -106,6 +106,12 @@ def test_the_trained_suppression_hangs_together(kept):
         assert (healthy['prob_pneumonia'] >= threshold).sum() == n, name
 
 
+def test_the_difference_at_one_sensitivity_is_that_of_the_kept_predictions(kept):
+    from renew_intervals import renew_matched
+    d = kept['trained']['at_sensitivity']
+    assert d['resamples'] == 2000 and d == pytest.approx(renew_matched(kept, RESULTS), abs=1e-9)
+
+
 def test_the_file_names_no_machine(kept):
     text = (RESULTS / 'explain_errors.json').read_text()
     assert not re.search(r'/(home|work|tmp|root|Users)/', text) and set(kept['versions']) >= {'torch', 'numpy'}
@@ -125,7 +131,7 @@ def test_the_page_prints_the_file(kept, page):
     for regions in (regions for network in kept['test'].values() for regions in network['fills'].values()):
         for w in (w for r in regions.values() for w in (r, *r['shams'])):
             for metric in ('auc', 'false_positive_rate'): assert three(w['against_whole'][metric]) in page
-    for r in t['pairs']: assert three(r) in page, r['metric']
+    for r in (*t['pairs'], t['at_sensitivity']): assert three(r) in page, r.get('metric', 'at one sensitivity')
 
 
 # ---- the functions that measure, on scorers whose answer is known

@@ -297,7 +297,8 @@ def test_a_run_on_phantoms_is_found_from_any_folder(phantom_run, tmp_path, monke
     paths = RunFolder.open(phantom_run).table['path'].dropna()
     assert all(map(os.path.isabs, paths))
     monkeypatch.chdir(tmp_path)
-    p = here('demo', '--out', 'demo', *SMALL, '--size', 32, '--arch', 'cnn3', '--set', 'training.stages=[{epochs = 1, lr = 0.001}]')
+    short = ['--size', 32, '--arch', 'cnn3', '--set', 'training.stages=[{epochs = 1, lr = 0.001}]']
+    p = here('demo', '--no-audit', '--out', 'demo', *SMALL, *short)
     monkeypatch.undo()
     assert p.returncode == 0, p.stderr[-2000:]
     found = RunFolder.open(tmp_path / 'demo')

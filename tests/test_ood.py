@@ -137,7 +137,7 @@ def test_a_bundle_in_the_early_words_is_read(phantom_run, tmp_path, name):
     early = dict(
         format='covid_cxr bundle', version=1, not_for=now['not_for'], synthetic=True, arch=now['arch'], classes=now['classes'],
         image=dict(size=64, how='pad', stretch='none', version=now['image']['version']), mean=.449, std=.226,
-        threshold=now['threshold'], temperature=1., operating_point={}, weights=now['weights'],
+        threshold=now['threshold'], temperature=now['temperature'], operating_point={}, weights=now['weights'],
         provenance=dict(recipe='demo', part='test', input_gate=dict(part='test', images=20, declined=1, keep=.95)),
         versions={}, **{name: now['ood_check']})
     shutil.copytree(phantom_run / 'bundle', tmp_path / 'early')

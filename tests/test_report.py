@@ -10,7 +10,7 @@ from covid_cxr.audit.run import audit_run
 from covid_cxr.audit.sentences import describe_count, describe_headline, describe_not_run, describe_rule, describe_value, describe_verdict
 from covid_cxr.bundle import AlteredWarning
 from covid_cxr.core import RunError, sha256_file, write_json, write_text
-from covid_cxr.evaluate import evaluate
+from covid_cxr.evaluate import evaluate, wilson
 from covid_cxr.phantom import write_phantom_trees
 from covid_cxr.recipe import dump_recipe, load_recipe, override
 from covid_cxr.report.checklist import ITEMS, checklist_items
@@ -163,6 +163,19 @@ def test_every_number_of_the_head_is_the_runs_own(finished):
         assert row.endswith(' ')
         if v['low'] is not None:
             assert any(f"[{format_number(v['low'])}, {format_number(v['high'])}]" in r for r in page.rows['metrics']), m
+
+
+def test_precision_is_that_of_the_measured_rates(finished):
+    run, page = finished
+    e = json.loads((run / 'evaluation.json').read_text())['test']
+    neg, pos = (e['groups_per_class'][c] for c in e['classes'])
+    text, known = page.said('precision'), {'recall': ('sensitivity', pos), 'specificity': ('specificity', neg)}
+    assert f'{pos + neg} patient groups, rates as measured: accuracy ({100 * e["estimates"]["accuracy"]["value"]:.0f} %)' in text
+    for metric, (name, n) in known.items():
+        rate = e['estimates'][metric]['value']
+        assert 0 < rate < 1
+        half = 100 * wilson(rate * n, n).half_width
+        assert f'{name} ({100 * rate:.0f} % of {n}) to +/- {half:.0f}' in text, text
 
 
 def test_flow_table_one_and_errors_are_counts_of_the_table(finished):
@@ -334,6 +347,11 @@ def test_where_patients_are_not_recorded_nothing_says_that_they_are_kept_apart(c
     not_recorded = f'The patient of {len(data.rows)} of {len(data.rows)} images is not recorded'
     assert said.count(not_recorded) >= 3 and f'{data.result.n_images} images in {data.result.n_groups} groups (' in said
     assert not_recorded in next(i.text for i in checklist_items(data) if i.number == 20)
+    of_patients = ('interval that patients', 'so many patients', 'images and patients', 'patients have several', 'Patient groups')
+    for words in of_patients: assert words not in said, words
+    of_groups = ('interval that groups, not images, allow', 'a group counts as a patient', 'What so many groups can say')
+    for words in of_groups: assert words in said, words
+    assert any(r.startswith('patients, where recorded') for r in Page(copy / 'report.html').rows['people'])
 
 
 def test_children_joined_with_adults_are_said_in_red(copy):

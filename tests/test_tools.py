@@ -157,6 +157,14 @@ def test_a_signature_keeps_the_quotes_of_a_default():
     assert docs._signature('f', f) == 'f(how: Literal["pad", "crop"] = \'pad\', log: Callable | None = print) -> int | None'
 
 
+def test_printed_sentences_wrap_and_columns_stay_below_each_other():
+    page = docs.Page('table', 'table', {}, ROOT)
+    sentence, columns = 'A long sentence. ' * 20, 'metric      value\nauc         0.812'
+    assert docs._output(dict(text=sentence), page, '0').startswith('```{code-block} text\n:class: words\n\nA long')
+    assert docs._output(dict(text=columns), page, '0') == f'```text\n{columns}\n```\n'
+    assert '.words pre { white-space: pre-wrap' in docs.CSS
+
+
 def test_a_link_that_leads_nowhere_stops_the_docs(house):
     shutil.copytree(ROOT / 'nbs/figures', house / 'nbs/figures')
     edit(house / 'nbs/sidebar.yml', 'a.ipynb, {section: w, contents: [w/b.ipynb]}', '{section: Words, contents: [glossary.ipynb]}')

@@ -131,6 +131,12 @@ def _figure(data, kind, page, number):
     return f'![](/figures/{file.name})\n'
 
 
+def _wrapped(text):
+    "Printed sentences wrap at the edge of the window; columns that stand below each other scroll instead"
+    aligned = re.search(r'\S {2,}\S', text)
+    return text if aligned else text.replace('```text\n', '```{code-block} text\n:class: words\n\n', 1)
+
+
 def _output(o, page, number):
     data = o.get('data', {})
     for mime, kind in (('image/png', 'png'), ('image/jpeg', 'jpg')):
@@ -138,7 +144,7 @@ def _output(o, page, number):
     if 'text/markdown' not in data and 'text/html' in data:
         inside = re.sub(r'\n\s*\n', '\n', ''.join(data['text/html']))
         return f'<div class="output">\n{inside}\n</div>\n'
-    return printed(o)
+    return _wrapped(printed(o))
 
 
 FIGURES = 'https://raw.githubusercontent.com/covid-cxr/covid_cxr/main/nbs/figures/'     # as the README needs them
@@ -203,9 +209,22 @@ CSS = '''
 .output table { border-collapse: collapse; border: 0; }
 .output th, .output td { border: 0; border-bottom: 1px solid var(--color-background-border); padding: .25rem .6rem; text-align: right; }
 .output { overflow-x: auto; margin: .5rem 0 1rem; font-size: .85rem; }
-.output table, .table-wrapper table { font-size: .85rem; font-variant-numeric: tabular-nums; }
+.output table { font-size: .85rem; font-variant-numeric: tabular-nums; }
 .table-wrapper { overflow-x: auto; }
+.table-wrapper table.docutils { margin-left: 0; }
+.table-wrapper table { font-size: .78rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.table-wrapper table.docutils th, .table-wrapper table.docutils td { padding: .2rem .4rem; }
+.words pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 img { background: #fff; }
+/* the column takes the room that the window has: prose stays narrow, tables and printed lines do not */
+@media (min-width: 63em) {
+  .sidebar-drawer { flex: none; width: 15em; }
+  .main { min-width: 0; }
+  .content { flex: 1 1 46em; width: auto; min-width: 0; max-width: 70em; padding: 0 2em; box-sizing: border-box; margin-left: 0; }
+  .content p, .content li, .content blockquote { max-width: 46em; }
+  .table-wrapper p, .output p { max-width: none; }
+  .highlight-text pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+}
 '''
 
 

@@ -72,7 +72,7 @@ def _names(keys: list[str], pretrain: bool, beside: bool) -> list[str]:
 # %% ../../nbs/articles/reproduce.ipynb #plan-runs
 def _starting_weights(runs: str | Path, recipe: Recipe, quick: bool) -> dict[str, str]:
     "Arm of the ablation -> weights; ImageNet only where its file is at hand"
-    from covid_cxr.model import imagenet_file
+    from covid_cxr.model.backbones import imagenet_file
     arms = {'in-domain': str(Path(runs) / PRETRAIN / _PRETRAINED)}
     if not quick and imagenet_file(recipe.model.arch).path.is_file(): arms['imagenet'] = 'imagenet'
     return arms

@@ -25,13 +25,13 @@ from ..words import as_number, format_count, format_estimate, format_number, for
 if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
-__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'TableName',
-           'TITLES', 'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text', 'baselines_text',
-           'conditions', 'article_metrics', 'score_external', 'reproduce_table', 'runs_table', 'made_with',
-           'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table', 'published_test_table',
-           'aims_table', 'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines', 'make_tables',
-           'write_tables', 'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results',
-           'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
+__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'AUDITED',
+           'TableName', 'TITLES', 'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text',
+           'baselines_text', 'conditions', 'article_metrics', 'score_external', 'reproduce_table', 'runs_table',
+           'made_with', 'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table',
+           'published_test_table', 'aims_table', 'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines',
+           'make_tables', 'write_tables', 'read_tables', 'select_rows', 'reported_table', 'article_results',
+           'main_results', 'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
 
 # %% ../../nbs/articles/tables.ipynb #as-text
 ABSENT = 'not measured'
@@ -497,6 +497,7 @@ def leak_table(
     return pd.DataFrame(rows, columns=_LEAKS)
 
 # %% ../../nbs/articles/tables.ipynb #audits-table
+AUDITED = 'audited'   # folder beside the results: runs that were trained for their audit, which stand for no recipe
 _QUICK = f'quick: {NO_NETWORK}'
 
 def _estimate_text(e: Estimate, signed: bool = False) -> str:
@@ -517,7 +518,8 @@ def audits_table(
 ) -> pd.DataFrame:           # a row per kept audit: on what it was made, and its first numbers as text
     "The AUC of every audited run beside its best lung-free baseline and its metadata"
     from covid_cxr.audit.case import read_audit
-    every = [r for runs in find_results(results_dir, every=True).values() for r in runs]
+    folders = [d for d in (Path(results_dir), Path(results_dir) / AUDITED) if d.is_dir()]
+    every = [r for d in folders for runs in find_results(d, every=True).values() for r in runs]
     return pd.DataFrame([_audit_row(r, a) for r in every if (a := read_audit(r)) is not None])
 
 # %% ../../nbs/articles/tables.ipynb #auc-table

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Literal, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd, torch
 from numpy.typing import ArrayLike
 from torch import nn
@@ -22,9 +22,9 @@ from .regions import LUNG_MARGIN, blacken, check_image_stack, corners, dilate_ma
 
 # %% auto #0
 __all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'ChosenOn', 'small_cnn', 'SmallCNN', 'fit_small_cnn',
-           'estimate_auc', 'group_folds', 'held_out_scores', 'split_scores', 'file_features', 'metadata_columns',
-           'metadata_features', 'intensity_numbers', 'body_outline', 'Baseline', 'fit_baselines', 'best_baseline',
-           'BestGain', 'gain_over_best', 'external_baselines']
+           'estimate_auc', 'calibrate_scores', 'group_folds', 'held_out_scores', 'split_scores', 'file_features',
+           'metadata_columns', 'metadata_features', 'intensity_numbers', 'body_outline', 'Baseline', 'fit_baselines',
+           'best_baseline', 'BestGain', 'gain_over_best', 'external_baselines']
 
 # %% ../../nbs/audit/baselines.ipynb #net
 class _Pools(nn.Module):
@@ -130,6 +130,18 @@ def estimate_auc(
 ) -> Estimate:
     "AUC with its interval over patients, and nothing else"
     with allow_undefined(): return evaluate(y, scores, groups, n_boot=n_boot, seed=seed)['auc']
+
+# %% ../../nbs/audit/baselines.ipynb #calibrate
+def calibrate_scores(
+    net: SmallCNN,
+    images: ArrayLike,   # (n, h, w) uint8, of further patients
+    y: ArrayLike,        # (n,) 0 or 1
+) -> Callable[[np.ndarray], np.ndarray]:    # (n, h, w) uint8 -> (n,) probability of class 1
+    "The network's probabilities on the scale that these images ask for: one slope and one offset of its log-odds"
+    from sklearn.linear_model import LogisticRegression
+    line = LogisticRegression(C=1e4).fit(net.logit(np.asarray(images))[:, None], y)
+    slope, offset = max(float(line.coef_[0, 0]), .05), float(line.intercept_[0])       # .05: the order stays
+    return lambda x: 1 / (1 + np.exp(-np.clip(slope * net.logit(x) + offset, -50, 50)))
 
 # %% ../../nbs/audit/baselines.ipynb #folds
 def group_folds(

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, Mapping, NamedTuple, Sequence, TypeVar
 import numpy as np, pandas as pd
-from .baselines import Baseline, BestGain, ChosenOn, fit_small_cnn, gain_over_best
+from .baselines import Baseline, BestGain, ChosenOn, calibrate_scores, fit_small_cnn, gain_over_best
 from ..core import CxrError, RunError, check_choice, choices, require_columns, to_plain
 from ..curate.patient_ids import MIN_PAIRS
 from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate
@@ -21,9 +21,9 @@ from ..words import as_number, join_words
 if TYPE_CHECKING: from covid_cxr.runs.external import ExternalTest
 
 # %% auto #0
-__all__ = ['VerdictWord', 'Cost', 'NotAsked', 'RULES', 'Need', 'ThresholdOrigin', 'GainOutcome', 'CHECKS',
-           'AUDIT_FORMAT', 'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict', 'worst', 'pass_if_precise', 'Case',
-           'is_better_than_chance', 'sample_groups', 'given', 'phantom_case', 'gain_outcome', 'Headline',
+__all__ = ['VerdictWord', 'Cost', 'NotAsked', 'RULES', 'Need', 'ThresholdOrigin', 'CALIBRATED_ON', 'GainOutcome',
+           'CHECKS', 'AUDIT_FORMAT', 'AUDIT_VERSION', 'AuditError', 'Rule', 'Verdict', 'worst', 'pass_if_precise',
+           'Case', 'is_better_than_chance', 'sample_groups', 'given', 'phantom_case', 'gain_outcome', 'Headline',
            'measure_headline', 'Check', 'register', 'run_check', 'NotRun', 'Audit', 'read_audit']
 
 # %% ../../nbs/audit/case.ipynb #words
@@ -44,6 +44,7 @@ class Rule:
     id: str
     text: str                                                    # {name} where a threshold belongs
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    false_alarms: float = 0.     # at most this share of collections with nothing wrong gets a FAIL or a WARN by it
 
     @property
     def words(self) -> str:
@@ -69,13 +70,13 @@ _RULES_DATA = (
     Rule('patient_id_signal',
          'images of one patient must be more alike than by chance: z of {z} or more over at least {pairs} pairs is a '
          'PASS; less over at least {enough} pairs, or no patient id, is a WARN; else UNDERPOWERED',
-         dict(z=3, pairs=10, enough=MIN_PAIRS)),
+         dict(z=3, pairs=10, enough=MIN_PAIRS), .01),
     Rule('copies_across', 'more than {most} confirmed across the split is a FAIL', dict(most=0)),
     Rule('copies_within',
          'more than {most} is a WARN; near copies of one patient are further images of the patient and do not count',
          dict(most=0)),
     Rule('metadata_auc', 'a lower bound of the AUC above {fail} is a FAIL, above {warn} a WARN',
-         dict(fail=.70, warn=.55)),
+         dict(fail=.70, warn=.55), .025),
     Rule('metadata_column', _REPORTED),
 )
 
@@ -87,52 +88,58 @@ _RULES_SPLITS = (
     Rule('split_sizes', _REPORTED),
     Rule('class_shares',
          'shares of patients that surely differ by more than {warn} between two splits are a WARN; PASS only when they '
-         'surely differ by less than {within}; intervals are corrected for the number of comparisons',
-         dict(warn=.05, within=.25)),
+         'surely differ by less than {within}; intervals are corrected for the number of comparisons, to an error '
+         'of {p} in all',
+         dict(warn=.05, within=.25, p=.025), .025),
     Rule('split_column',
          'a value whose share of patients surely differs by more than {warn} between two splits is a WARN; PASS only '
-         'when every one surely differs by less than {within}; intervals are corrected for the number of comparisons',
-         dict(warn=.05, within=.35)),
+         'when every one surely differs by less than {within}; intervals are corrected for the number of comparisons '
+         'in all columns, to an error of {p} in all',
+         dict(warn=.05, within=.35, p=.025), .025),
     Rule('valid_auc',
          'an AUC of the validation split that surely differs by more than {warn} from that of the evaluated split is a '
          'WARN; PASS only when it surely differs by less than {within}',
-         dict(warn=.02, within=.15)),
+         dict(warn=.02, within=.15), .05),
     Rule('label_noise',
          'images that are contradicted as surely as the typical image of the other class is confirmed: an estimated '
          'share surely above {warn} is a WARN, one surely below {within} a PASS; the medians of the classes must lie '
          '{apart} standard deviations apart, else UNDERPOWERED',
-         dict(warn=.03, within=.12, apart=1.75)),
+         dict(warn=.03, within=.12, apart=1.75), .025),
     Rule('one_class_source',
          'a source whose images are all of one class, by chance with a probability below {p} (over all sources), is a '
          'WARN; fewer patients cannot tell',
-         dict(p=.001)),
+         dict(p=.001), .005),
 )
 
 # %% ../../nbs/audit/case.ipynb #rules-pictures
 _RULES_IMAGES = (
     Rule('image_without_lungs',
          "an AUC above chance (p < {p}, Holm) is a WARN, and a FAIL when it is {share} or more of the model's own gain",
-         dict(p=.05, share=.25)),
+         dict(p=.05, share=.25), .05),
     Rule('lungs_only', _REPORTED),
     Rule('lungs_hidden',
-         'with the lungs hidden, a lower bound of the AUC above {fail} is a FAIL, an AUC above {warn} a WARN',
-         dict(fail=.55, warn=.60)),
+         'with the lungs hidden, a lower bound of the AUC above {fail} is a FAIL, an AUC above {warn} a WARN when it '
+         'is surely above {sure}, else UNDERPOWERED',
+         dict(fail=.55, warn=.60, sure=.5), .025),
     Rule('rest_hidden',
-         'with all but the lungs hidden, a fall of the AUC surely above {fail} is a FAIL, one above {warn} a WARN',
-         dict(fail=.03, warn=.06)),
+         'with all but the lungs hidden, a fall of the AUC surely above {fail} is a FAIL, one above {warn} a WARN when '
+         'it is surely above {sure}, else UNDERPOWERED',
+         dict(fail=.03, warn=.06, sure=0), .025),
     Rule('other_hiding', _REPORTED),
     Rule('marker_pasted',
-         'a pasted marker that closes {share} or more of the gap between the classes is a WARN, and a FAIL when surely '
-         'more than {sure}; an interval of {width} or wider is UNDERPOWERED',
-         dict(share=.25, sure=.1, width=1)),
+         'a pasted marker that closes {share} or more of the gap between the classes, and surely some of it, is a '
+         'WARN, and a FAIL when surely more than {sure}; else an interval of {width} or wider is UNDERPOWERED',
+         dict(share=.25, sure=.1, width=1), .05),
     Rule('marker_equal',
-         'an AUC that falls by more than {fall} (interval above 0) when the marker is equal for all is a FAIL',
-         dict(fall=.02)),
+         'an AUC that falls by more than {fall} (interval above 0) when the corners are erased on all, with whatever '
+         'marker stands there, is a FAIL; a marker pasted on all may disturb a model that never saw one',
+         dict(fall=.02), .025),
     Rule('other_edit', _REPORTED),
     Rule('file_change',
          'a change of the file that moves one class by surely more than {shift} logits more than the other, and lowers '
-         'the AUC by more than {fall} (interval above 0), is a WARN',
-         dict(shift=.25, fall=.02)),
+         'the AUC by more than {fall} (interval above 0), is a WARN when surely more than {outside} of that is added '
+         'by the change outside the lung box: a lesion is blurred too, but it is inside',
+         dict(shift=.25, fall=.02, outside=.1), .05),
     Rule('look_change', _REPORTED),
 )
 
@@ -141,29 +148,29 @@ _RULES_MODEL = (
     Rule('within_source',
          'an AUC within sources surely above {chance} is a PASS, else one surely below {high} is a FAIL; a '
          'source needs {groups} patients of each class',
-         dict(chance=.5, high=.75, groups=5)),
+         dict(chance=.5, high=.75, groups=5), .025),
     Rule('source_signal',
          'features that name the source with a lower bound of the AUC above {warn} are a WARN: the model knows the '
          'source, and may not use it; {groups} patients of each source are needed',
-         dict(warn=.7, groups=8)),
+         dict(warn=.7, groups=8), .025),
     Rule('source_left_out',
          'an AUC surely above {chance} on a source that was left out is a PASS, else one surely below {high} is a '
          'FAIL; {groups} patients of each class are needed',
-         dict(chance=.5, high=.75, groups=8)),
-    Rule('ood_declined', 'a lower bound above {warn} of the evaluated images is a WARN', dict(warn=.10)),
+         dict(chance=.5, high=.75, groups=8), .025),
+    Rule('ood_declined', 'a lower bound above {warn} of the evaluated images is a WARN', dict(warn=.10), .025),
     Rule('ood_passed', 'more than {warn} passing where {keep} of the evaluated images do is a WARN',
-         dict(warn=.05, keep=.95)),
+         dict(warn=.05, keep=.95), .05),
     Rule('external_auc',
          "an interval that ends more than {below} below the run's own AUC is a WARN, and a FAIL when it holds "
          '{chance}; one wider than {width}, or one that holds both, is UNDERPOWERED',
-         dict(chance=.5, below=.05, width=.4)),
-    Rule('external_rate', "an interval wholly on the bad side of the run's own is a FAIL"),
+         dict(chance=.5, below=.05, width=.4), .05),
+    Rule('external_rate', "an interval wholly on the bad side of the run's own is a FAIL", false_alarms=.025),
     Rule('map_in_lung_box',
-         'must surely lie above {ratio} and above the map of random weights, else it is a WARN when below, or '
-         'UNDERPOWERED',
+         'on images of the class that it explains, a map surely above {ratio} and above that of random weights is a '
+         'PASS, else UNDERPOWERED: a network that sees lungs alone may draw its map elsewhere',
          dict(ratio=1)),
     Rule('map_of_random_weights', 'above {correlation} the map shows the picture and not the model: WARN',
-         dict(correlation=.5)),
+         dict(correlation=.5), .025),
 )
 
 # %% ../../nbs/audit/case.ipynb #rules-numbers
@@ -171,32 +178,34 @@ _RULES_NUMBERS = (
     Rule('shuffled_labels',
          'a mean AUC more than {distance} and more than {errors} standard errors from {chance} is a leak in the '
          'pipeline: FAIL; a standard error of {error} or more is UNDERPOWERED',
-         dict(distance=.03, errors=3, chance=.5, error=.02)),
+         dict(distance=.03, errors=3, chance=.5, error=.02), .005),
     Rule('true_labels', _REPORTED),
     Rule('design_effect', _REPORTED),
     Rule('auc_gain',
          'an interval above {gain} is a PASS for a model better than chance, unless patients stand in both splits; one '
          'that ends below {margin} is a FAIL; else UNDERPOWERED. The best of several baselines is chosen on the '
          'validation split; without one, the interval is corrected for the choice',
-         dict(gain=0, margin=.1)),
+         dict(gain=0, margin=.1), .05),
     Rule('frozen_threshold',
          'a threshold that was not chosen beforehand is a FAIL; one chosen on the evaluated images is NOT APPLICABLE'),
     Rule('threshold_regret',
          'surely more than {warn} for a model better than chance is a WARN: the threshold does not fit these images',
-         dict(warn=.05)),
-    Rule('calibration_slope', 'an interval without {slope} is a WARN, one wider than {width} is UNDERPOWERED',
-         dict(slope=1, width=2)),
+         dict(warn=.05), .05),
+    Rule('calibration_slope',
+         'an interval without {slope} is a WARN when hardly a perfect model on these patients would show such a slope '
+         '(p < {p}, Holm over slope and error); else one wider than {width} is UNDERPOWERED',
+         dict(slope=1, width=2, p=.05), .025),
     Rule('calibration_error',
-         'beyond what a perfect model shows on as many patients is a WARN; fewer than {groups} patients are '
-         'UNDERPOWERED',
-         dict(groups=100)),
+         'beyond what a perfect model shows on these patients (p < {p}, Holm over slope and error) is a WARN; else '
+         'fewer than {groups} patients are UNDERPOWERED',
+         dict(groups=100, p=.05), .025),
     Rule('predictive_values', _REPORTED),
     Rule('worst_subgroup',
          'an AUC below that of the rest (corrected p < {p}) is a FAIL; fewer than {images} images of a class are not '
          'estimable, fewer than {subgroups} comparable subgroups UNDERPOWERED',
-         dict(p=.05, images=20, subgroups=2)),
+         dict(p=.05, images=20, subgroups=2), .05),
     Rule('test_evaluations', _REPORTED),
-    Rule('trainings', 'fewer than {seeds} trainings cannot show the spread: UNDERPOWERED', dict(seeds=5)),
+    Rule('trainings', 'reported without a verdict: a run records its own training alone, and no others that were made'),
     Rule('same_probabilities', 'above {difference} is a FAIL', dict(difference=.001)),
     Rule('same_numbers',
          'one that differs by more than {difference}, or no confusion matrix behind the printed numbers, is a FAIL',
@@ -320,6 +329,8 @@ class Case:
     def one_class(self) -> bool: return len(set(self.y)) < 2                                          # no AUC
     @cached_property
     def leaking_groups(self) -> int: return len(set(self.groups[_known_groups(self)]))                # also in train
+    @cached_property
+    def unknown_patients(self) -> int: return _unknown_patients(self)                                 # images of such
     @property
     def threshold_origin(self) -> ThresholdOrigin: return _threshold_origin(self)
     @cached_property
@@ -344,6 +355,7 @@ class Case:
         "A verdict on this case"
         e = value if isinstance(value, Estimate) else Estimate(value)
         number, low, high = float(e.value), float(e.low), float(e.high)
+        if self.unknown_patients: facts['unknown_patients'] = self.unknown_patients
         return Verdict(check, name, rule, statistic, number, low, high, n or self.count(), verdict, facts)
 
     def not_applicable(
@@ -387,6 +399,10 @@ def _check_lengths(n, rows, **arrays):
             raise AuditError(f'{name} has {len(v)} elements for {n} {rows}; give one per row, in their order.')
 
 # %% ../../nbs/audit/case.ipynb #known-groups
+def _unknown_patients(case):
+    "Images whose patient is not recorded, where the table has a column for it: what is counted are groups then"
+    return int(case.table['patient'].isna().sum()) if 'patient' in case.table else 0
+
 def _known_groups(case):
     "(m,) bool: evaluated images whose group or patient is in the training split"
     known, train = np.zeros(len(case.rows), bool), case.table[case.train]
@@ -433,6 +449,8 @@ def given(
     return value
 
 # %% ../../nbs/audit/case.ipynb #phantom-case
+CALIBRATED_ON = 300     # further patients, for probabilities that can be believed
+
 def phantom_case(
     name: PhantomName,      # 'P0' nothing planted, 'P1' a lesion, 'P2' a marker, ...
     patients: int = 90,     # of each split; half of them ill
@@ -441,15 +459,17 @@ def phantom_case(
     n_boot: int = 400,
     epochs: int = 8,        # of the small network
 ) -> Case:
-    "Training and test patients of one phantom, and a small network trained on them"
+    "Training and test patients of one phantom, and a small network trained on them and calibrated on others"
     images, table, masks = _phantom_images(name, patients, size, seed)
     table = table.assign(group=table['patient'], label=np.where(table['label'] == 1, 'ill', 'well'))
     table = table if FAMILY[name].has_site else table.drop(columns='site')
     test = (table['split'] == 'test').to_numpy()
     net = fit_small_cnn(images[~test], (table['label'] == 'ill')[~test], seed=seed, epochs=epochs)
-    return Case(table, images, net.score(images), ('well', 'ill'), operating_point=dict(goal='fixed=0.5'),
-                images=images[test], score=net.score, features=net.features, masks=masks, image_masks=masks[test],
-                n_boot=n_boot, seed=seed)
+    others, known, _ = phantom_family(name, CALIBRATED_ON, (1, 1), size=size, seed=10 * seed + 7)
+    score = calibrate_scores(net, others, known['label'])
+    return Case(table, images, score(images), ('well', 'ill'), operating_point=dict(goal='fixed=0.5'),
+                images=images[test], score=score, features=net.features, network=net, masks=masks,
+                image_masks=masks[test], n_boot=n_boot, seed=seed)
 
 def _phantom_images(name, patients, size, seed):
     "Images, table with a split, and lung masks; P5 is split by image, the others by patient"
@@ -486,6 +506,7 @@ class Headline:
     better_than_chance: bool
     leaking_groups: int | None = None      # evaluated groups that are in train, too; None: not counted
     chosen_on: ChosenOn | None = None      # where the best baseline was chosen; None: not recorded, or no choice
+    metadata_chosen_on: ChosenOn | None = None     # the same of the metadata baseline
 
     @property
     def gain_outcome(self) -> GainOutcome: return self._outcome(self.auc_gain)
@@ -514,9 +535,9 @@ def measure_headline(
 ) -> Headline:
     "The gain over the best lung-free baseline and over the metadata baseline"
     lungs, metadata = (_gain_over(case, kind) for kind in ('image_without_lungs', 'metadata'))
-    chosen_on = lungs.chosen_on if lungs and lungs.chosen_from > 1 else None
+    chosen = [g.chosen_on if g and g.chosen_from > 1 else None for g in (lungs, metadata)]
     (best, gain), (recorded, over) = ((g.best, g.gain) if g else (None, Estimate()) for g in (lungs, metadata))
-    h = Headline(case.auc, best, gain, recorded, over, False, case.better_than_chance, case.leaking_groups, chosen_on)
+    h = Headline(case.auc, best, gain, recorded, over, False, case.better_than_chance, case.leaking_groups, *chosen)
     return dataclasses.replace(h, reads_lungs=h.gain_outcome == 'better')
 
 def _gain_over(case, kind) -> BestGain | None:
@@ -534,6 +555,11 @@ class Check:
     rules: tuple[str, ...]                   # keys of `RULES`
     run: Callable[[Case], list[Verdict]]
     quick: bool = True                       # also part of a quick audit
+
+    @property
+    def false_alarms(self) -> float:
+        "At most this share of collections with nothing wrong gets a FAIL or a WARN"
+        return round(sum(RULES[r].false_alarms for r in self.rules), 3)
 
     def lacks(self, case: Case) -> str | None:
         "Why this check does not run on this case: a `Need`, or 'time' in a quick audit; None: it runs"

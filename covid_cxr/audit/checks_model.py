@@ -87,7 +87,7 @@ def hiding_verdict(
     "Does the model read something else than lungs?"
     t = RULES[rule].thresholds
     if e.low > t['fail']: return 'FAIL'
-    if e.value > t['warn']: return 'WARN'
+    if e.value > t['warn']: return 'WARN' if e.low > t['sure'] else 'UNDERPOWERED'
     return pass_if_precise(e.low, e.high)
 
 def _nothing_to_explain(case, check, name):
@@ -141,11 +141,12 @@ def pasted_marker_verdict(
 ) -> VerdictWord:
     "Does a pasted marker make the healthy look ill?"
     t = RULES['marker_pasted'].thresholds
-    if closed.value >= t['share']: return 'FAIL' if closed.low > t['sure'] else 'WARN'
-    return 'PASS' if closed.high - closed.low < t['width'] else 'UNDERPOWERED'
+    if closed.value >= t['share'] and closed.low > 0: return 'FAIL' if closed.low > t['sure'] else 'WARN'
+    precise = closed.value < t['share'] and closed.high - closed.low < t['width']
+    return 'PASS' if precise else 'UNDERPOWERED'
 
 def equal_marker_verdict(
-    fall: Estimate,     # of the AUC when the marker is equal for all
+    fall: Estimate,     # of the AUC when the corners are erased on all
 ) -> VerdictWord:
     "Does the AUC need the marker?"
     if fall.value > RULES['marker_equal'].thresholds['fall'] and fall.low > 0: return 'FAIL'
@@ -160,7 +161,7 @@ def check_markers(case: Case) -> list[Verdict]:
     "A7: letters, corners, bars"
     if not case.better_than_chance: return [_nothing_to_explain(case, 'A7', 'marker pasted')]
     found = _ask(measure_markers, case, case.sample, **(_QUICK if case.quick else {}))
-    others = [_edit_answer(case, found, e) for e in found.edits if e.equalises != 'marker']
+    others = [_edit_answer(case, found, e) for e in found.edits if e is not found.erased]
     return [_pasted_answer(case, found), _equal_answer(case, found), *others]
 
 # %% ../../nbs/audit/checks_model.ipynb #markers-helpers
@@ -172,10 +173,10 @@ def _pasted_answer(case, found: MarkerEffect):
                        closed_by_blob=found.sham.closed.value)
 
 def _equal_answer(case, found: MarkerEffect):
-    worst = found.worst
-    return case.answer('A7', 'marker_equal', f'marker made equal for all: {worst.edit}', 'fall of the AUC',
-                       worst.fall, equal_marker_verdict(worst.fall), case.count(case.sample),
-                       auc_before=found.auc.value, auc=worst.auc.value)
+    e = found.erased
+    return case.answer('A7', 'marker_equal', f'marker made equal for all: {e.edit}', 'fall of the AUC', e.fall,
+                       equal_marker_verdict(e.fall), case.count(case.sample), auc_before=found.auc.value,
+                       auc=e.auc.value)
 
 def _edit_answer(case, found: MarkerEffect, edit):
     return case.answer('A7', 'other_edit', edit.edit, 'fall of the AUC', edit.fall, 'INFO', case.count(case.sample),
@@ -312,11 +313,14 @@ def _left_out_answer(case, source):
 def file_change_verdict(
     difference: Estimate,   # logits: shift of the ill minus shift of the healthy
     fall: Estimate,         # of the AUC
+    outside: Estimate,      # the part of the difference that the change outside the lung box adds
 ) -> VerdictWord:
     "Does saving a file another way move one class more than the other, and lower the AUC?"
     t = RULES['file_change'].thresholds
-    moved = difference.low > t['shift'] or difference.high < -t['shift']
-    if moved and fall.value > t['fall'] and fall.low > 0: return 'WARN'
+    side = math.copysign(1, difference.value)
+    moved = min(side * difference.low, side * difference.high) > t['shift']
+    everywhere = min(side * outside.low, side * outside.high) > t['outside'] * abs(difference.value)
+    if moved and everywhere and fall.value > t['fall'] and fall.low > 0: return 'WARN'
     return pass_if_precise(fall.low, fall.high)
 
 @register('A9', 'way to the file', needs=['images and model'],
@@ -328,11 +332,12 @@ def check_acquisition(case: Case) -> list[Verdict]:
     return [_acquisition_answer(case, e) for e in found]
 
 def _acquisition_answer(case, e):
-    if e.kind == 'file': rule, verdict = 'file_change', file_change_verdict(e.difference, e.fall)
+    if e.kind == 'file': rule, verdict = 'file_change', file_change_verdict(e.difference, e.fall, e.outside)
     else: rule, verdict = 'look_change', 'INFO'
     return case.answer('A9', rule, e.change, 'logits, ill minus healthy', e.difference, verdict,
-                       case.count(case.sample), shift_of_healthy=e.shift_0, shift_of_ill=e.shift_1, auc=e.auc.value,
-                       flips=e.flips)
+                       case.count(case.sample), shift_of_healthy=e.shift_0.value, shift_of_ill=e.shift_1.value,
+                       auc=e.auc.value,
+                       flips=e.flips, outside=e.outside.value)
 
 # %% ../../nbs/audit/checks_model.ipynb #ood
 OOD_IMAGES, OOD_MADE = 60, 20      # evaluated images that are turned and inverted; made images of each kind
@@ -414,9 +419,9 @@ class MapEffect(NamedTuple):
 def measure_maps(
     case: Case,      # with a network
 ) -> MapEffect:
-    "Grad-CAM of a sample of the evaluated images, beside that of random weights"
+    "Grad-CAM of a sample of the evaluated images of the last class, beside that of random weights"
     images = given(case.images, 'images and model')
-    at = np.random.default_rng(case.seed).permutation(len(images))[:MAPS]
+    at = np.random.default_rng(case.seed).permutation(np.flatnonzero(case.y == 1))[:MAPS]
     net, x = network_input(given(case.network, 'network'), images[at])
     maps, random_maps = grad_cam(net, x), grad_cam(randomise_weights(net, case.seed), x)
     box = lung_box(*images.shape[1:])
@@ -430,10 +435,8 @@ def map_in_box_verdict(
     own: Estimate, random: Estimate,   # density of the maps in the lung box, over that in the picture
 ) -> VerdictWord:
     "Do the maps lie in the lungs, more than random weights would put them there?"
-    if math.isnan(own.low): return 'UNDERPOWERED'
-    bar = np.nanmax([RULES['map_in_lung_box'].thresholds['ratio'], random.value])
-    if own.low > bar: return 'PASS'
-    return 'WARN' if own.value <= bar else 'UNDERPOWERED'
+    bars = [RULES['map_in_lung_box'].thresholds['ratio'], random.value]
+    return 'PASS' if own.low > np.nanmax(bars) else 'UNDERPOWERED'
 
 def map_likeness_verdict(
     likeness: float,     # mean rank correlation with the maps of random weights, a number
@@ -441,10 +444,11 @@ def map_likeness_verdict(
     "Do the maps depend on the weights?"
     return 'WARN' if likeness > RULES['map_of_random_weights'].thresholds['correlation'] else 'PASS'
 
-@register('A21', 'maps of Grad-CAM', needs=['network'], rules=['map_in_lung_box', 'map_of_random_weights'],
-          cost='minutes')
+@register('A21', 'maps of Grad-CAM', needs=['network'],
+          rules=['better_than_chance', 'map_in_lung_box', 'map_of_random_weights'], cost='minutes')
 def check_maps(case: Case) -> list[Verdict]:
     "A21: where Grad-CAM lies, beside a network whose weights are random"
+    if not case.better_than_chance: return [_nothing_to_explain(case, 'A21', 'Grad-CAM')]
     found = measure_maps(case)
     n = dict(images=found.images)
     if math.isnan(found.in_box.value): return [case.not_applicable('A21', 'map_in_lung_box', 'Grad-CAM', 'empty maps')]
@@ -459,4 +463,5 @@ def _likeness_answer(case, found, n):
     name = 'map against the map of random weights'
     if math.isnan(found.likeness): return case.not_applicable('A21', 'map_of_random_weights', name, 'empty maps')
     verdict = map_likeness_verdict(found.likeness)
-    return case.answer('A21', 'map_of_random_weights', name, 'rank correlation', found.likeness, verdict, n)
+    return case.answer('A21', 'map_of_random_weights', name, 'rank correlation', found.likeness, verdict, n,
+                       likeness=found.likeness)

@@ -56,12 +56,13 @@ def compare_shares(
     case: Case,
     hit: ArrayLike,            # (n,) bool, of every row of the table
     comparisons: int = 1,      # how many such shares are compared
+    error: float = .05,        # chance that any of the intervals misses
 ) -> list[SplitGap]:           # one per pair of splits; empty where there is one split
     "A share of the patients, compared between the splits"
     names = compared_splits(case)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     if not pairs: return []
-    shares = _patient_shares(case, hit, 1 - .05 / (comparisons * len(pairs)))
+    shares = _patient_shares(case, hit, 1 - error / (comparisons * len(pairs)))
     return [SplitGap(a, b, independent_difference(shares[a], shares[b])) for a, b in pairs]
 
 # %% ../../nbs/audit/checks_splits.ipynb #gap-verdict
@@ -95,16 +96,21 @@ def _column(table, name):
     words = values.astype(object).where(values.notna(), 'not recorded').astype(str)
     return words if words.nunique() > 1 else None
 
-def _column_answer(case, name):
+def _column_answer(case, name, values, comparisons):
     "The value of one column that differs most between two splits"
-    values = _column(case.table, name)
-    if values is None: return None
-    words = sorted(values.unique())
-    gaps = {g: w for w in words for g in compare_shares(case, values == w, len(words))}
+    error = RULES['split_column'].thresholds['p']
+    gaps = {g: w for w in sorted(values.unique()) for g in compare_shares(case, values == w, comparisons, error)}
     worst, verdict = gravest_gap(gaps, 'split_column')
     hit = values == gaps[worst]
     told = dict(column=name, group=gaps[worst])
     return _gap_answer(case, 'split_column', f'{name} in the splits', worst, verdict, hit, **told)
+
+def _column_answers(case):
+    "An answer per column that says something; the comparisons of all of them are corrected together"
+    found = {name: _column(case.table, name) for name in SPLIT_COLUMNS}
+    known = {name: values for name, values in found.items() if values is not None}
+    comparisons = sum(values.nunique() for values in known.values())
+    return [_column_answer(case, name, values, comparisons) for name, values in known.items()]
 
 # %% ../../nbs/audit/checks_splits.ipynb #splits-answers
 def _gap_answer(case, rule, name, worst, verdict, hit, **facts):
@@ -140,12 +146,12 @@ def _valid_auc_answer(case):
 def check_splits(case: Case) -> list[Verdict]:
     "A22: are the splits of one population, and does the AUC of one hold on another?"
     ill, out = case.table['label'] == case.positive, [_sizes_answer(case)]
-    gaps, name, positive = compare_shares(case, ill), 'class shares in the splits', case.positive
+    gaps = compare_shares(case, ill, error=RULES['class_shares'].thresholds['p'])
+    name, positive = 'class shares in the splits', case.positive
     if not gaps: return [*out, case.not_applicable('A22', 'class_shares', name, 'one split')]
     worst, verdict = gravest_gap(gaps, 'class_shares')
     out.append(_gap_answer(case, 'class_shares', name, worst, verdict, ill, positive=positive))
-    columns = [_column_answer(case, name) for name in SPLIT_COLUMNS]
-    return [*out, _valid_auc_answer(case), *(v for v in columns if v is not None)]
+    return [*out, _valid_auc_answer(case), *_column_answers(case)]
 
 # %% ../../nbs/audit/checks_splits.ipynb #noise
 _SURE = 1e-7      # probabilities nearer to 0 or 1 are not told apart

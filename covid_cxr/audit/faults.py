@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any, Iterable, Literal, NamedTuple
 import numpy as np, pandas as pd
 from PIL import Image
-from .baselines import fit_small_cnn
+from .baselines import calibrate_scores, fit_small_cnn
 from .case import Case, Verdict
 from ..core import check_choice
 from ..duplicates import find_near
-from ..evaluate import allow_undefined, choose_threshold
+from ..evaluate import choose_threshold
 from ..images import fit_to, read_grey
+from ..ood import fit_ood_check
 from ..phantom import make_phantom
-from ..stats.calibration import apply_temperature, fit_temperature
 
 # %% auto #0
 __all__ = ['FaultName', 'PLANTED', 'FAULT_CLASSES', 'FAULT_SPLITS', 'PLANTED_COPIES', 'WRONG_LABELS', 'MODEL_SIZE',
-           'naming_verdicts', 'fault_patients', 'fault_image', 'turned_copy', 'write_fault_files', 'fault_case']
+           'naming_verdicts', 'fault_patients', 'fault_image', 'turned_copy', 'write_fault_files', 'model_pixels',
+           'further_images', 'fault_case']
 
 # %% ../../nbs/audit/faults.ipynb #answers
 FaultName = Literal['clean', 'nothing', 'corner by gamma', 'extra row', 'split by name', 'label noise',
@@ -161,11 +162,26 @@ def write_fault_files(
 # %% ../../nbs/audit/faults.ipynb #case
 MODEL_SIZE = 48      # pixels of what the network sees
 
-def _calibrated(net, images, y):
-    "The network's probabilities at the temperature that validation images ask for, within reason"
-    with allow_undefined(): t = min(max(fit_temperature(net.logit(images), y), .5), 5.)
-    return lambda x: apply_temperature(net.score(x), t)
+_CALIBRATION = 3000  # their population: not that of the collection
 
+def model_pixels(
+    image: np.ndarray,    # (h, w) uint8
+) -> np.ndarray:          # (MODEL_SIZE, MODEL_SIZE) uint8
+    "An image as the network sees it"
+    return fit_to(image, MODEL_SIZE, 'squash')
+
+def further_images(
+    fault: FaultName,
+    n: int,                        # patients, half of them ill
+    population: int,               # whose images they are
+    **options: Any,                # `size` and `lesion` of `fault_image`
+) -> tuple[np.ndarray, np.ndarray]:    # (n, MODEL_SIZE, MODEL_SIZE) uint8; (n,) bool: who is ill
+    "One image each of further patients, as the network sees them"
+    ill = np.arange(n) % 2 == 1
+    images = [fault_image(fault, bool(i), population, k, 0, **options) for k, i in enumerate(ill)]
+    return np.stack([model_pixels(x) for x in images]), ill
+
+# %% ../../nbs/audit/faults.ipynb #fault-case
 def fault_case(
     fault: FaultName,
     folder: str | Path,         # for the image files
@@ -174,16 +190,19 @@ def fault_case(
     n_boot: int = 400,
     epochs: int = 12,           # of the small network
     copies: bool = True,        # search for near copies
+    calibrated_on: int = 600,   # further patients, for probabilities that can be believed
     **options: Any,             # `size` and `lesion` of `write_fault_files`
 ) -> Case:                      # for a quick audit
     "A collection with one planted fault, and a small network trained on it"
     t = write_fault_files(fault, folder, patients, seed=seed, **options)
-    small = np.stack([fit_to(read_grey(p), MODEL_SIZE, 'squash') for p in t['path']])
+    small = np.stack([model_pixels(read_grey(p)) for p in t['path']])
     y = (t['label'] == 'ill').to_numpy().astype(int)
     train, valid, test = ((t['split'] == s).to_numpy() for s in FAULT_SPLITS)
     net = fit_small_cnn(small[train], y[train], seed=seed, epochs=epochs)
-    score = _calibrated(net, small[valid], y[valid])
-    p = score(small)
+    score = calibrate_scores(net, *further_images(fault, calibrated_on, _CALIBRATION + seed, **options))
+    p, prints = score(small), Path(folder) / 'fingerprints.npz'
     point = choose_threshold(y[valid], p[valid])
     return Case(t, small, p, FAULT_CLASSES, point.threshold, point.to_dict(), images=small[test], score=score,
-                features=net.features, pairs=find_near(t) if copies else None, n_boot=n_boot, seed=seed, quick=True)
+                features=net.features, network=net, pairs=find_near(t, prints) if copies else None,
+                fingerprints=prints if copies else None, ood=fit_ood_check(small[train], t['group'][train]),
+                n_boot=n_boot, seed=seed, quick=True)

@@ -20,7 +20,7 @@ from .regions import (Fill, border_ring, check_image_stack, check_region, corner
                                      inpaint, lung_box)
 
 # %% auto #0
-__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ChangeKind', 'to_logit', 'AucFall',
+__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ERASED', 'ChangeKind', 'to_logit', 'AucFall',
            'OcclusionEffect', 'measure_occlusion', 'marker_at', 'paste_marker', 'paste_blob', 'swap_corners',
            'add_bars', 'remove_bars', 'crop_edges', 'GapEffect', 'PasteEffect', 'EditEffect', 'MarkerEffect',
            'measure_markers', 'recompress', 'clahe', 'Change', 'acquisition_changes', 'AcquisitionEffect',
@@ -277,6 +277,7 @@ def _gap_effect(q, after):
 
 # %% ../../nbs/audit/perturb.ipynb #marker-effects
 Equalised = Literal['marker', 'edge', 'bars', 'nothing']
+ERASED = 'corners erased on all'
 
 @dataclass(frozen=True, kw_only=True)
 class PasteEffect(GapEffect, AucFall):
@@ -312,6 +313,10 @@ class MarkerEffect:
     def worst(self) -> EditEffect:
         "The edit that makes a marker equal for all and after which the AUC falls most"
         return max((e for e in self.edits if e.equalises == 'marker'), key=lambda e: e.fall.value)
+    @property
+    def erased(self) -> EditEffect:
+        "The corners erased on all"
+        return next(e for e in self.edits if e.edit == ERASED)
 
 # %% ../../nbs/audit/perturb.ipynb #marker-parts
 def _strongest(pastes):
@@ -327,7 +332,7 @@ def _paste_effect(q, kind, place, size):
 def _edited(images, y, seed):
     "(what was done, what it made equal for all, images) of every edit"
     h, w = images.shape[1:]
-    yield 'corners erased on all', 'marker', inpaint(images, corners(h, w))
+    yield ERASED, 'marker', inpaint(images, corners(h, w))
     yield 'corners swapped between the classes', 'nothing', swap_corners(images, y, seed=seed)
     yield 'edge erased on all', 'edge', inpaint(images, border_ring(h, w))
     yield 'black bars added to all', 'bars', add_bars(images)
@@ -468,17 +473,23 @@ class AcquisitionEffect(AucFall):
     shift_0: Estimate       # mean shift of the logit, class 0
     shift_1: Estimate       # the same, class 1
     difference: Estimate    # shift_1 minus shift_0
+    outside: Estimate       # what the change outside the lung box adds to that inside it; NaN for a look
     flips: float            # share of the predictions that change
 
-def _shifts(q, after):
+def _shifts(q, shift):
     "Mean shift of each class and their difference, over patients"
-    shift = q.shift(after)
     weights = np.concatenate([np.ones((1, len(q.y))), q.weights])     # first the images as they are, then the resamples
     with np.errstate(invalid='ignore'):                               # a resample without one of the classes
         zero, one = ((weights[:, k] @ shift[k]) / weights[:, k].sum(1) for k in (q.y == 0, q.y == 1))
     estimate = lambda draws: Estimate(float(draws[0]), *percentile_interval(draws[1:])[:2], len(q.y))
     return dict(shift_0=estimate(zero), shift_1=estimate(one), difference=estimate(one - zero))
 
+def _outside(q, changed, after):
+    "Difference of the shifts that the change outside the lung box adds to the change inside it"
+    inside = np.where(lung_box(*q.images.shape[1:]), changed, q.images)
+    return _shifts(q, to_logit(after) - to_logit(q.ask(inside)))['difference']
+
+# %% ../../nbs/audit/perturb.ipynb #measure-acquisition
 def measure_acquisition(
     score: Callable[[np.ndarray], np.ndarray],      # (n, h, w) uint8 -> (n,) probability of the last class
     images: ArrayLike,                              # (n, h, w) uint8
@@ -493,8 +504,10 @@ def measure_acquisition(
     q = _question(score, images, y, groups, n_boot, seed)
     out = []
     for name, change in (acquisition_changes() if changes is None else changes).items():
-        after = q.ask(change.apply(q.images))
+        changed = change.apply(q.images)
+        after = q.ask(changed)
+        outside = _outside(q, changed, after) if change.kind == 'file' else Estimate()
         flips = float(((after >= threshold) != (q.before >= threshold)).mean())
-        out.append(AcquisitionEffect(change=name, kind=change.kind, flips=flips,
-                                     **_shifts(q, after), **q.fall(after)))
+        out.append(AcquisitionEffect(change=name, kind=change.kind, outside=outside, flips=flips,
+                                     **_shifts(q, q.shift(after)), **q.fall(after)))
     return out

@@ -24,8 +24,8 @@ from ..runs.folder import RunFolder
 from ..runs.test_log import log_test_evaluation
 
 # %% auto #0
-__all__ = ['SMALL', 'PASSES', 'QUICK', 'checks_table', 'rules_table', 'CaseAudit', 'audit_case', 'last_features',
-           'case_of_run', 'write_baselines', 'save_baselines', 'affordable_images', 'audit_run']
+__all__ = ['SMALL', 'PASSES', 'QUICK', 'checks_table', 'stated_rates', 'rules_table', 'CaseAudit', 'audit_case',
+           'last_features', 'case_of_run', 'write_baselines', 'save_baselines', 'affordable_images', 'audit_run']
 
 # %% ../../nbs/audit/run.ipynb #order
 def _number(code): return int(code[1:])
@@ -35,19 +35,26 @@ def _in_order():
     return sorted(CHECKS.values(), key=lambda c: _number(c.code))
 
 # %% ../../nbs/audit/run.ipynb #tables
-def checks_table() -> pd.DataFrame:   # code, title, needs, cost, quick, rules; in the order of an audit
+def checks_table() -> pd.DataFrame:   # code, title, needs, cost, quick, rules, false_alarms; in the order of an audit
     "Every check of the registry"
     return pd.DataFrame([dict(code=c.code, title=c.title, needs=', '.join(c.needs), cost=c.cost, quick=c.quick,
-                              rules=', '.join(c.rules)) for c in _in_order()])
+                              rules=', '.join(c.rules), false_alarms=c.false_alarms) for c in _in_order()])
 
-def rules_table() -> pd.DataFrame:    # checks, rule, text, thresholds; in the order of an audit
+def stated_rates() -> dict[str, float]:   # code -> share
+    "At most this share of collections with nothing wrong gets a FAIL or a WARN by a check: the sum over its rules"
+    rules: dict[str, set[str]] = {}
+    for c in _in_order(): rules[c.code] = rules.get(c.code, set()) | {*c.rules}
+    return {code: round(sum(RULES[r].false_alarms for r in used), 3) for code, used in rules.items()}
+
+def rules_table() -> pd.DataFrame:    # checks, rule, text, thresholds, false_alarms; in the order of an audit
     "Every rule with its thresholds, and the checks that follow it; '' for a rule of all checks"
     followed: dict[str, list[str]] = {r: [] for r in RULES}
     for check in _in_order():
         for r in check.rules: followed[r] = [*followed[r], *([check.code] if check.code not in followed[r] else [])]
     order = sorted(RULES, key=lambda r: _number(followed[r][0]) if len(followed[r]) == 1 else 0)
     return pd.DataFrame([dict(checks=', '.join(followed[r]), rule=r, text=RULES[r].words,
-                              thresholds=dict(RULES[r].thresholds)) for r in order])
+                              thresholds=dict(RULES[r].thresholds), false_alarms=RULES[r].false_alarms)
+                         for r in order])
 
 # %% ../../nbs/audit/run.ipynb #audit-case
 def _fit_baselines(case, retrain):

@@ -53,6 +53,17 @@ def _some(names, total):
     rest = total - len(names)
     return join_words([*names, f'{rest:,} more'] if rest > 0 else names)
 
+# %% ../../nbs/audit/sentences.ipynb #say-people
+def _patients(v):
+    "What is counted: groups, where the patient of some images is not recorded"
+    return 'groups' if v.facts.get('unknown_patients') else 'patients'
+
+def _alike(v, differ):
+    "What follows from a comparison of the splits"
+    if v.verdict == 'PASS': return ''
+    unsure = f'; too few {_patients(v)} to say whether the splits are alike'
+    return unsure if v.verdict == 'UNDERPOWERED' else differ
+
 # %% ../../nbs/audit/sentences.ipynb #say-general
 _NOT_ASKED: dict[NotAsked, str] = {      # why there was nothing to ask
     'not recorded': 'nothing is recorded that could be asked about',
@@ -140,8 +151,6 @@ def _by_split(shares):
     "'50 % in train, 25 % in valid and 13 % in test'"
     return join_words([f'{format_percent(share)} in {split}' for split, share in shares.items()])
 
-_ALIKE = dict(PASS='', UNDERPOWERED='; too few patients to say whether the splits are alike')
-
 @_about('split_sizes')
 def _sizes(v):
     told = [f'{split} {format_count(n, "image")} of {format_count(v.facts["groups"][split], "group")}'
@@ -154,7 +163,7 @@ def _shares(v):
     what = f.get('positive', f'{f.get("column")} {f.get("group")}')
     two = f'{f["first"]} and {f["second"]}'
     differ = f': {two} are not of one population, and a number of one does not hold for the other'
-    return f'of the patients, {_by_split(f["shares"])} are {what}{_ALIKE.get(v.verdict, differ)}'
+    return f'of the {_patients(v)}, {_by_split(f["shares"])} are {what}{_alike(v, differ)}'
 
 # %% ../../nbs/audit/sentences.ipynb #say-labels
 @_about('valid_auc')
@@ -162,7 +171,7 @@ def _valid(v):
     valid, evaluated = _said(v, 'valid', 'evaluated')
     differ = ': the splits are not alike, or one of the two numbers is lucky'
     return (f'the AUC is {valid} on the validation split and {evaluated} on the {v.facts["split"]} split'
-            f'{_ALIKE.get(v.verdict, differ)}')
+            f'{_alike(v, differ)}')
 
 @_about('label_noise')
 def _noise(v):
@@ -181,7 +190,7 @@ def _one_class(v):
     by, split, sources = v.facts['by'], v.facts['split'], v.facts['sources']
     if v.verdict == 'PASS': return f'every {by} has images of both classes in {split}'
     small = format_count(v.facts['small'], by)
-    if not sources: return f'{small} with one class in {split}, each with too few patients to tell'
+    if not sources: return f'{small} with one class in {split}, each with too few {_patients(v)} to tell'
     told = _some([f'all {s["images"]:,} images of {s["source"]} are {s["label"]}' for s in sources[:3]], len(sources))
     return f'in {split} {told}: the model may tell the {by} and not the disease'
 
@@ -189,7 +198,8 @@ def _one_class(v):
 @_about('metadata_auc', 'metadata_column')
 def _metadata(v):
     seen = _some(v.facts['seen'][:5], len(v.facts['seen']))
-    if v.facts['found'] == 'UNDERPOWERED': return f'too few patients to say whether the classes are told by {seen}'
+    unsure = f'too few {_patients(v)} to say whether the classes are told by {seen}'
+    if v.facts['found'] == 'UNDERPOWERED': return unsure
     told = 'are told' if v.facts['found'] in ('FAIL', 'WARN') else 'are not told'
     return f'without a picture, the classes {told} by {seen}'
 
@@ -197,7 +207,7 @@ def _metadata(v):
 @_about('image_without_lungs')
 def _without_lungs(v):
     if not v.facts['above_chance']:
-        return 'nothing was found outside the lungs' if v.verdict == 'PASS' else 'too few patients to tell'
+        return 'nothing was found outside the lungs' if v.verdict == 'PASS' else f'too few {_patients(v)} to tell'
     share, found = as_number(v.facts['share_of_gain']), 'the picture tells its class outside the lungs'
     return found if math.isnan(share) else f'{found}: {format_percent(share)} of what the model gains over chance'
 
@@ -238,15 +248,14 @@ def _edit(v):
     return f'AUC {after} instead of {before}'
 
 # %% ../../nbs/audit/sentences.ipynb #say-sources
-_HOLDS = dict(PASS='it holds within', UNDERPOWERED='too few patients to tell')
-
 @_about('within_source')
 def _within_source(v):
     by, least = v.facts['by'], RULES['within_source'].thresholds['groups']
     if not v.facts['sources']:
-        return f'no {by} has {least} patients of each class, so the model may read the disease or the {by}'
+        return f'no {by} has {least} {_patients(v)} of each class, so the model may read the disease or the {by}'
     within, over_all = format_number(v.value, 2), format_number(v.facts['auc'], 2)
-    found = _HOLDS.get(v.verdict, f'the model tells the {by} rather than the disease')
+    holds = dict(PASS='it holds within', UNDERPOWERED=f'too few {_patients(v)} to tell')
+    found = holds.get(v.verdict, f'the model tells the {by} rather than the disease')
     return f'within one {by} the AUC is {within}, over all {over_all}: {found}'
 
 @_about('source_signal')
@@ -285,7 +294,7 @@ def _true(v):
 def _design(v):
     patients, images = _said(v, 'width_patients', 'width_images', digits=3)
     n, = _said(v, 'effective_n', digits=0)
-    return (f'the interval of the AUC is {patients} wide over patients, and {images} if images were patients; '
+    return (f'the interval of the AUC is {patients} wide over {_patients(v)}, and {images} if every image stood alone; '
             f'the images count as {n} independent ones')
 
 # %% ../../nbs/audit/sentences.ipynb #say-gain
@@ -296,7 +305,7 @@ def _gain(v):
     high = format_number(v.high, 2, signed=True)
     if v.verdict == 'PASS': return f'the model is better than {baseline}'
     if v.verdict == 'FAIL': return f'the model is not better than {baseline}: it gains {high} at most'
-    return f'it is not known whether the model is better than {baseline}; more patients are needed'
+    return f'it is not known whether the model is better than {baseline}; more {_patients(v)} are needed'
 
 # %% ../../nbs/audit/sentences.ipynb #say-threshold
 @_about('frozen_threshold')
@@ -322,7 +331,8 @@ _SLOPES = {'too confident': 'the model is too confident', 'not confident enough'
 def _slope(v):
     offset = v.facts['offset_verdict']
     level = f'; its probabilities are {offset} on the whole' if offset in ('too low', 'too high') else ''
-    return _SLOPES[v.facts['slope_verdict']] + level
+    wide = v.verdict == 'UNDERPOWERED' and v.facts['slope_verdict'] == 'compatible with 1'
+    return _SLOPES[v.facts['slope_verdict']] + ('; its interval is too wide to say more' if wide else level)
 
 @_about('calibration_error')
 def _error(v):
@@ -353,8 +363,8 @@ def _evaluations(v):
 @_about('trainings')
 def _trainings(v):
     n = format_count(v.facts['trainings'], 'training')
-    return (f'{n} behind these numbers: what another seed would have given is not known; '
-            'train with another --seed and compare the runs')
+    return (f'the run records {n}, its own: whether others were made, and what another seed would have given, is not '
+            'known; train with another --seed and compare the runs')
 
 @_about('ood_declined')
 def _declined(v):
@@ -399,7 +409,7 @@ def _map(v):
     random, own = as_number(v.facts['random']), format_number(v.value, 2)
     beside = 'that of random weights is empty'
     if not math.isnan(random): beside = f'that of random weights {format_number(random, 2)} times'
-    favour = '; it is not shown to favour the lungs more than chance does' if v.verdict == 'WARN' else ''
+    favour = '' if v.verdict == 'PASS' else '; it is not shown to favour the lungs more than chance does'
     return f'the map lies {own} times as densely in the lung box as in the picture, {beside}{favour}'
 
 @_about('map_of_random_weights')
@@ -434,8 +444,11 @@ def _no_better_than_chance(auc):
     return f'Whether the model is better than chance is not known: AUC {value}, lower bound {low}.'
 
 # %% ../../nbs/audit/sentences.ipynb #describe-gain
-_CHOSEN_HERE = ' The best of several was chosen on these images, and the interval is corrected for that.'
+_CHOSEN_HERE = ' The best of several{kind} was chosen on these images, and the interval is corrected for that.'
 
+def _choice(chosen_on, kind=''): return _CHOSEN_HERE.format(kind=kind) if chosen_on == 'evaluated images' else ''
+
+# %% ../../nbs/audit/sentences.ipynb #describe-gain-parts
 def _between(gain):
     "Where the gain lies"
     if math.isnan(gain.low): return 'the gain over it has no interval'
@@ -454,15 +467,16 @@ def _gained(h):
     else:
         said = (f'Whether the model reads lungs is not known: {name} alone reaches AUC {auc}, '
                 f'and {_between(h.auc_gain)}.')
-    return said + (_CHOSEN_HERE if h.chosen_on == 'evaluated images' else '')
+    return said + _choice(h.chosen_on)
 
 def _over_metadata(h):
     "What the metadata alone explain; '' where the model is better than they are"
     if h.metadata_baseline is None or h.metadata_outcome == 'better': return ''
-    if h.metadata_outcome == 'not known':
-        return f'Whether it is better than metadata alone is not known: {_between(h.auc_gain_over_metadata)}.'
-    high = format_number(h.auc_gain_over_metadata.high, 2, signed=True)
-    return f'Metadata alone explains this number: the gain over it is {high} at most.'
+    said = f'Whether it is better than metadata alone is not known: {_between(h.auc_gain_over_metadata)}.'
+    if h.metadata_outcome == 'not better':
+        high = format_number(h.auc_gain_over_metadata.high, 2, signed=True)
+        said = f'Metadata alone explains this number: the gain over it is {high} at most.'
+    return said + _choice(h.metadata_chosen_on, ' metadata baselines')
 
 # %% ../../nbs/audit/sentences.ipynb #describe-not-run
 _MISSING: dict[str, str] = {

@@ -15,7 +15,7 @@ from ..recipe import SplitKind
 from .context import RunData, missing_table, summarise_run
 from ..runs.sentences import describe_external_test
 from ..sources import SOURCES
-from ..table import NOT_RECORDED, as_task, flow
+from ..table import NOT_RECORDED, flow
 from ..words import format_count, format_estimate, format_number, format_percent, join_words, sentence
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -54,21 +54,24 @@ def _title(run):
 def _abstract(run): return ' '.join(summarise_run(run))
 
 def _background(run):
-    question = f"class '{run.positive}' or not (task {run.recipe.task})"
+    question = f"class '{run.positive}' or not (task {run.recipe.question.name})"
     return f"{run.bundle['not_for']} The question asked of each image: {question}."
 
 # %% ../../nbs/report/checklist.ipynb #words-design
 def _aims(run):
     point = run.operating_point
     goal = f' Operating point: {point.goal}, chosen on the validation split.' if point else ''
-    aim = f"the AUC for '{run.recipe.task}' on patients not used for training, and how much of it needs the lungs"
+    who = 'images' if run.unknown_patients else 'patients'
+    task = run.recipe.question.name
+    aim = f"the AUC for '{task}' on {who} not used for training, and how much of it needs the lungs"
     recipe = run.state['recipe_hash'][:12]
     return (f'To estimate {aim}. Primary metric: AUC.{goal} '
             f'Split, goal and seed stand in the recipe with hash {recipe}, written before training.')
 
 def _design(run):
     if run.synthetic: return 'Synthetic phantoms; no patient was studied.'
-    return 'Retrospective: images from published collections, a convenience sample; no patient was recruited.'
+    whose = "the author's own images" if run.recipe.question.words else 'images from published collections'
+    return f'Retrospective: {whose}, a convenience sample; no patient was recruited.'
 
 def _goal(run):
     return ('Exploratory: model development, and a measurement of shortcuts in the collections. '
@@ -140,8 +143,11 @@ def _pcr_sentence(run):
     return f' A positive RT-PCR is recorded for {positive} of {len(pcr)} images of class covid.' if len(pcr) else ''
 
 def _reference(run):
-    rules = '; '.join(f"{'any other finding' if k == '*' else k} -> {v}" for k, v in as_task(run.recipe.task).rules)
-    return f'The finding as the collection states it, mapped by {rules}.{_pcr_sentence(run)}'
+    task = run.recipe.question
+    words = [f"the word '{word}' -> {cls}" for word, cls in task.words]
+    rules = '; '.join(words + [f"{'any other finding' if k == '*' else k} -> {v}" for k, v in task.rules])
+    what = 'The class as the folder or the table words it' if words else 'The finding as the collection states it'
+    return f'{what}, mapped by {rules}.{_pcr_sentence(run)}'
 
 def _annotators(run):
     return ('Labels are those of the collections. Who made them, and from what, is not recorded per image; '
@@ -202,9 +208,12 @@ def _software(run):
     return f"{versions}; device {run.state.get('device', 'not recorded')}."
 
 def _initial(run):
-    weights = run.bundle['weights']
+    weights, record = run.bundle['weights'], run.bundle.get('started_from', {})
     known = {'none': 'random weights', 'imagenet': 'weights trained on ImageNet'}
     start = known.get(weights['started_from'], f"weights from {Path(str(weights['started_from'])).name}")
+    if record.get('file'):
+        start += (f": {record['tensors']} tensors of {record['file']} (SHA-256 {record['sha256'][:12]}), matched by "
+                  f"{record['matched_by']}")
     return f"Started from {start}. SHA-256 of the final weights: {weights['sha256']}."
 
 # %% ../../nbs/report/checklist.ipynb #words-training

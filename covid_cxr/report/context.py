@@ -58,6 +58,9 @@ class RunData(RunFolder):
     def unit(self) -> str: # what is counted beside images
         return 'group' if self.unknown_patients else 'patient group'
     @property
+    def people(self) -> str: # whose images they are; not patients, where their patient is not recorded
+        return 'groups' if self.unknown_patients else 'patients'
+    @property
     def crossing(self) -> str: # '' when no group stands in two splits
         n = self.leaking_groups
         stand = 'stands' if n == 1 else 'stand'
@@ -346,7 +349,8 @@ def table_one(
     inside = {s: (rows['split'] == s).to_numpy() for s in splits}
     last = (rows['label'] == classes[-1]).to_numpy()
     cells = {(s, c): inside[s] & (rows['label'] == c).to_numpy() for s in splits for c in classes}
-    text = {'patients': [format_count(rows['patient'][m].nunique()) for m in cells.values()],
+    patients = 'patients, where recorded' if rows['patient'].isna().any() else 'patients'
+    text = {patients: [format_count(rows['patient'][m].nunique()) for m in cells.values()],
             'leak-safe groups': [format_count(rows['group'][m].nunique()) for m in cells.values()],
             'images': [format_count(m.sum()) for m in cells.values()]}
     difference = {}
@@ -525,7 +529,8 @@ def _gain_warning(run, outcome: GainOutcome, gain: Estimate, baseline: Baseline 
     if baseline is None or outcome == 'better': return None
     kind, head = heads.none if outcome == 'not better' else heads.not_known
     gained = format_estimate(*gain[:3], signed=True)
-    return RunWarning(kind, f"{head}: AUC {run.result['auc']}; {baseline.name}, which {saw}, {baseline.auc} "
+    auc = run.result.estimates.get('auc', run.audit.headline.model_auc)  # the last class against the rest
+    return RunWarning(kind, f"{head}: AUC {auc}; {baseline.name}, which {saw}, {baseline.auc} "
                             f'(difference {gained}).')
 
 def _audited_gain_warnings(run):
@@ -634,7 +639,7 @@ def precision_summary(
     if not run.two_classes:
         return PrecisionSummary(pd.DataFrame(), ['With more than two classes there is no single table of precision.'])
     neg, pos = (run.result.groups_per_class[c] for c in run.classes)
-    half_widths = sentence(describe_precision(pos, neg, unit=run.unit))
+    half_widths = sentence(describe_precision(pos, neg, run.result.rates, run.result.level, run.unit))
     return PrecisionSummary(precision_table(pos, neg), [half_widths, _difference_sentence(pos + neg)])
 
 # %% ../../nbs/report/context.ipynb #short

@@ -114,7 +114,7 @@ def characteristics_table(
             cells += [text.loc[name, (s, c)] for c in run.classes]
             cells.append(_difference_cell(difference.loc[name, s]) if name in difference.index else '')
         return cells
-    caption = ('Table 1: images and patients by split and class. Diff.: standardised difference, '
+    caption = (f'Table 1: images and {run.people} by split and class. Diff.: standardised difference, '
                f'{run.positive} minus the rest; ▲ above 0.1')
     head, over = ['', *[*run.classes, 'diff.'] * len(splits)], (('', 1), *((s, len(run.classes) + 1) for s in splits))
     return Table(caption, head, [row(name) for name in text.index], tuple(range(1, len(head))), over, 'dense')
@@ -417,7 +417,7 @@ def error_attributes_table(
         p = Cell(format_number(r['p_holm']), flag=bool(r['p_holm'] < .05))
         count = f"{r['with_error']} of {r['groups']}"
         return [f"{r['attribute']}: {r['value']}", count, share, format_number(r['rest'], 2), p]
-    return Table(f"{answer} Patient groups, Fisher's exact test; ▲ below 0.05",
+    return Table(f"{answer} {run.unit.capitalize()}s, Fisher's exact test; ▲ below 0.05",
                  ['attribute', 'groups with an error', 'share', 'among the rest', 'corrected p'],
                  [row(r) for r in found.to_dict('records')], numbers=(1, 2, 3, 4))
 

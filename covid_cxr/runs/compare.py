@@ -34,7 +34,7 @@ class EvaluatedRun:
     @property
     def threshold(self) -> float: return self.run.frozen_threshold
     @property
-    def task(self) -> str: return self.run.recipe.task
+    def task(self) -> str: return self.run.recipe.question.name
     @property
     def positive(self) -> str: return self.run.classes[1]
 

@@ -18,7 +18,7 @@ from ..core import (SPLITS, BundleError, LeakError, Reason, RunError, TableError
 from ..duplicates import find_exact, find_near
 from ..evaluate import Estimate, allow_undefined
 from ..predict import Predictor, load_predictor, predictions_frame
-from ..recipe import SourceSpec, read_one_source
+from ..recipe import SourceSpec, read_one_source, word_options
 from .folder import (EXTERNAL_FORMAT, EXTERNAL_VERSION, RunFolder, evaluate_rows, is_synthetic,
                                    reading_file, run_lock, write_table)
 from .test_log import log_test_evaluation
@@ -93,7 +93,7 @@ class ExternalSource:
         return ', '.join(filter(None, [' '.join([first, ' + '.join(kinds)]).strip(), age, views]))
 
 # %% ../../nbs/runs/external.ipynb #read
-def _read_source(asked, seed):
+def _read_source(asked, recipe):
     "The table of the collection before views, ages and labels"
     if isinstance(asked.source, pd.DataFrame):
         if asked.root or asked.metadata or asked.findings or asked.options:
@@ -104,7 +104,8 @@ def _read_source(asked, seed):
     if isinstance(spec, str):
         spec = SourceSpec(spec, root=[asked.root] if asked.root else [], metadata=asked.metadata,
                           findings=list(asked.findings))
-    return read_one_source(spec, asked.data, seed, **asked.options)
+    words = word_options(recipe.question, spec.name)
+    return read_one_source(spec, asked.data, recipe.seed, **{**words, **asked.options})
 
 def _views(asked, recipe):
     "The views to keep; empty: all"
@@ -117,13 +118,13 @@ def read_external(
     asked: ExternalSource,
 ) -> pd.DataFrame:       # labelled, every unused row with its reason
     "An external collection in the classes of the run's task; it need not hold all of them"
-    table, views = _read_source(asked, frozen.run.recipe.seed), _views(asked, frozen.run.recipe)
+    table, views = _read_source(asked, frozen.run.recipe), _views(asked, frozen.run.recipe)
     if views: table = filter_views(table, views)
-    table = label_for(filter_ages(table, asked.min_age), frozen.run.recipe.task, every_class=False)
+    table = label_for(filter_ages(table, asked.min_age), frozen.run.recipe.question, every_class=False)
     if not len(used(table)):
         f = flow(table).sort_values('excluded', ascending=False)          # it names the views that there are
         reasons = ', '.join(f'{r} ({k})' for r, k in zip(f['rule'][:4], f['excluded'])) or 'it is empty'
-        raise TableError(f'no image of {asked.name} is left for the task {frozen.run.recipe.task}: {reasons}; '
+        raise TableError(f'no image of {asked.name} is left for the task {frozen.run.recipe.question.name}: {reasons}; '
                          'ask for other views, findings or ages.')
     return table
 

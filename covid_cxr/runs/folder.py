@@ -15,7 +15,6 @@ from ..core import (COLUMNS, NUMERIC, SPLITS, SYNTHETIC, CxrError, RunError, ato
                             new_table, sha256_file, used)
 from ..evaluate import Evaluation, OperatingPoint, evaluate
 from ..recipe import Recipe, parse_recipe
-from ..table import as_task
 from ..words import format_count, plain_cell, safe_cell
 
 # %% auto #0
@@ -404,7 +403,7 @@ class RunFolder:
         if not file.is_file(): raise RunError(f'{file} is missing; train the run again into a new folder.')
         with reading_file(file, _AGAIN): return parse_recipe(file.read_text(encoding='utf-8'), str(file))
     @property
-    def classes(self) -> tuple[str, ...]: return tuple(as_task(self.recipe.task).classes)
+    def classes(self) -> tuple[str, ...]: return self.recipe.question.classes
 
     @cached_property
     def table(self) -> pd.DataFrame: return read_table(self.file('table.csv'))

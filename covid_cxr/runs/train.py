@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/train.ipynb #imports
 from __future__ import annotations
-import contextlib, dataclasses, shutil
+import contextlib, dataclasses, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -14,7 +14,7 @@ from ..bundle import export_pickle, save_bundle, write_manifest
 from ..cache import ImageCache
 from ..core import (CxrError, RunError, TableError, atomic_path, sha256_file, used, utc_now, versions,
                             write_json, write_text)
-from ..evaluate import Evaluation, OperatingPoint, allow_undefined, choose_threshold
+from ..evaluate import Evaluation, OperatingPoint, UndefinedMetric, allow_undefined, choose_threshold
 from ..images import ImageRule
 from ..ood import fit_ood_check
 from ..phantom import write_phantom_trees
@@ -22,8 +22,9 @@ from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe
 from .folder import (SYNTHETIC_WARNING, describe_images, evaluate_rows, is_synthetic, manifest_names,
                                    read_run_state, read_table, reading_file, run_lock, write_table)
 from .test_log import count_test_evaluations, describe_test_evaluations, log_head, log_test_evaluation
-from ..table import as_task, check_split, count_unknown_patients, reconcile
-from ..words import format_count, format_percent, join_words
+from ..table import check_split, count_unknown_patients, reconcile
+from ..stats.calibration import apply_temperature, fit_temperature
+from ..words import format_count, format_number, format_percent, join_words
 
 # %% auto #0
 __all__ = ['source_baseline_scores', 'train']
@@ -42,7 +43,7 @@ class _Job:
     log: Callable[[str], object]
 
     @property
-    def classes(self) -> list[str]: return list(as_task(self.recipe.task).classes)
+    def classes(self) -> list[str]: return list(self.recipe.question.classes)
 
     def write_state(self, **changes: object) -> None:
         self.state.update(changes)
@@ -103,8 +104,9 @@ def _phantoms(job):
     "Synthetic radiographs for a recipe that brings its own data; returns their folder"
     recipe, n = job.recipe, job.recipe.data.phantom_patients
     if not n:
-        raise RunError(f'recipe {recipe.name} needs data; name the folder that holds '
-                       f'{join_words([s.name for s in recipe.data.sources])} with --data.')
+        raise RunError(f'recipe {recipe.name} needs data; name the folder of its collections '
+                       f'({join_words([s.name for s in recipe.data.sources])}) with --data, or images of your own '
+                       'with --images.')
     job.log(f'making synthetic radiographs of {n} patients (no real patient is in this run)')
     out = job.out.resolve()                      # the table shall find the images from any folder
     tmp, data = out / 'data.tmp', out / 'data'
@@ -148,26 +150,41 @@ def _check_device(device):
         raise RunError(f"unknown device '{device}'; use cpu, cuda or auto.")
     return str(device)
 
+def _check_encoder(recipe):
+    "Refuse an encoder or weights that cannot be had, before a folder is made"
+    from covid_cxr.model.backbones import load_encoder
+    m = recipe.model
+    load_encoder(m.arch, m.weights, recipe.image.size, m.blocks, 'off' if m.on_doubt == 'warn' else m.on_doubt)
+
+def _mixing(t):
+    "fastai's callbacks that mix images"
+    from fastai.callback.mixup import CutMix, MixUp
+    return [*([MixUp(t.mixup)] if t.mixup else []), *([CutMix(t.cutmix)] if t.cutmix else [])]
+
+# %% ../../nbs/runs/train.ipynb #learner
 def _learner(job, table):
     "The fastai Learner that the recipe describes"
     from covid_cxr.data import cxr_augment, cxr_dls
     from covid_cxr.learner import cxr_learner
     recipe, t, rule = job.recipe, job.recipe.training, ImageRule(**dataclasses.asdict(job.recipe.image))
+    m = recipe.model
     dls = cxr_dls(table, rule=rule, bs=t.bs, classes=job.classes, oversample=t.imbalance == 'oversample',
                   allow_leak=recipe.split.allow_leak, device=job.device, num_workers=t.num_workers,
-                  augment=cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift),
+                  augment=cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift, t.zoom_out, t.gamma, t.erase),
                   cache=ImageCache(job.cache_dir / 'images', rule))
-    return cxr_learner(dls, recipe.model.arch, recipe.model.weights, t.imbalance, t.wd, path=job.out, seed=recipe.seed,
-                       opt=t.opt, momentum=t.momentum, cost_matrix=t.cost_matrix)
+    return cxr_learner(dls, m.arch, m.weights, t.imbalance, t.wd, path=job.out, seed=recipe.seed, opt=t.opt,
+                       momentum=t.momentum, cost_matrix=t.cost_matrix, label_smoothing=t.label_smoothing, head=m.head,
+                       dropout=m.dropout, blocks=m.blocks, on_doubt=m.on_doubt)
 
 def _fit(job, learn):
     "Train in the stages of the recipe; history.csv and lr_find.csv"
-    from covid_cxr.learner import fit_stages
+    from covid_cxr.learner import fit_frozen, fit_stages
     t = job.recipe.training
-    stages = [s.to_stage() for s in t.stages]
-    fit = fit_stages(learn, stages, job.out / 'checkpoints', job.recipe.seed, t.monitor, t.patience, t.num_it,
-                     key=sha256_file(job.out / 'table.csv'), log=job.log, schedule=t.schedule, decay=t.decay,
-                     keep=t.keep)
+    if t.frozen_encoder: fit = fit_frozen(learn, job.cache_dir / 'features', log=job.log)
+    else:
+        fit = fit_stages(learn, [s.to_stage() for s in t.stages], job.out / 'checkpoints', job.recipe.seed, t.monitor,
+                         t.patience, t.num_it, key=sha256_file(job.out / 'table.csv'), log=job.log, keep=t.keep,
+                         schedule=t.schedule, decay=t.decay, average=t.average, lr_ratio=t.lr_ratio, cbs=_mixing(t))
     write_table(fit.history, job.out / 'history.csv')
     if len(fit.lr_curves): write_table(fit.lr_curves, job.out / 'lr_find.csv')
     return fit
@@ -190,6 +207,7 @@ class _Evaluated(NamedTuple):
     point: OperatingPoint | None           # chosen on the validation split; None with more than two classes
     result: Evaluation
     source_baseline: Evaluation | None     # None with more than two classes
+    calibration: Any = None                # a `_Temperature`, where one was asked for
 
 def _evaluate(job, predictions):
     "Threshold from the validation split, metrics on the test split (or, without one, on the validation split)"
@@ -211,6 +229,41 @@ def _predicted(predictions, classes, threshold):
     p = predictions[[f'prob_{c}' for c in classes]].to_numpy()
     return np.array(classes, object)[p.argmax(1) if len(classes) > 2 else (p[:, 1] >= threshold).astype(int)]
 
+# %% ../../nbs/runs/train.ipynb #calibrate
+@dataclass(frozen=True)
+class _Temperature:
+    "How probabilities were calibrated"
+    temperature: float                 # logits are divided by it
+    images: int                        # of the validation split, on which it was fitted
+    log_loss: dict[str, list[float]]   # split -> [before, after]
+    note: str = ''                     # why none was fitted
+
+def _log_loss(p, y): return float(-np.log(p[np.arange(len(p)), y].clip(1e-15)).mean())
+
+def _calibrate(job, predictions):
+    "Fit a temperature on the validation split and put it into the probabilities of every split"
+    columns, classes = [f'prob_{c}' for c in job.classes], job.classes
+    p, y = predictions[columns].to_numpy(), predictions['label'].map(classes.index).to_numpy()
+    valid, note = (predictions['split'] == 'valid').to_numpy(), ''
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter('always', UndefinedMetric)
+        t = fit_temperature(np.log(p[valid].clip(1e-30)), predictions['label'][valid], classes)
+    if doubts: t, note = 1., 'not fitted: the validation images are separated without error, or carry no signal'
+    predictions[columns] = q = apply_temperature(p, t)
+    splits = {s: (predictions['split'] == s).to_numpy() for s in ('valid', 'test')}
+    losses = {s: [_log_loss(p[m], y[m]), _log_loss(q[m], y[m])] for s, m in splits.items() if m.any()}
+    return _Temperature(t, int(valid.sum()), losses, note)
+
+# %% ../../nbs/runs/train.ipynb #calibrate-words
+def _describe_temperature(c):
+    "One line on the calibration"
+    if c.note: return f'calibration: temperature {c.note}'
+    names = dict(valid='validation', test='test')
+    losses = [f'{format_number(a)} before and {format_number(b)} after on the {names[s]} split'
+              for s, (a, b) in c.log_loss.items()]
+    fitted = f'{format_number(c.temperature, 2)}, fitted on {format_count(c.images, "image")} of the validation split'
+    return f'calibration: temperature {fitted}; log loss {join_words(losses)}'
+
 # %% ../../nbs/runs/train.ipynb #predict
 _HEADLINE = ('auc', 'accuracy', 'precision', 'recall', 'specificity', 'false_positive_rate', 'f1')
 
@@ -221,8 +274,10 @@ def _headline(found):
 def _predict(job, learn, table):
     "Predictions of every used image, evaluated; predictions.csv"
     from covid_cxr.learner import predict_table
-    predictions = predict_table(learn, used(table))
-    found = _evaluate(job, predictions)
+    predictions = predict_table(learn, used(table), tta=job.recipe.evaluation.tta)
+    fitted = _calibrate(job, predictions) if job.recipe.evaluation.calibrate else None
+    if fitted is not None: job.log(_describe_temperature(fitted))
+    found = _evaluate(job, predictions)._replace(calibration=fitted)
     predictions['predicted'] = _predicted(predictions, job.classes, found.result.threshold)
     first = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in job.classes)]
     write_table(predictions[[*first, 'image_id', 'source']], job.out / 'predictions.csv')
@@ -237,13 +292,15 @@ def _log_test(job, found):
     job.state['test_log'] = log_head(entry)
     return describe_test_evaluations(job.out)
 
+def _plain_temperature(found): return None if found.calibration is None else dataclasses.asdict(found.calibration)
+
 def _write_evaluation(job, found):
     "evaluation.json"
     plain = lambda v: None if v is None else v.to_dict()
     write_json(job.out / 'evaluation.json', dict(
         split=found.split, synthetic=job.state['synthetic'], leaking_groups=job.state['leaking_groups'],
-        task=job.recipe.task, operating_point=plain(found.point), **{found.split: plain(found.result)},
-        source_baseline=plain(found.source_baseline)))
+        task=job.recipe.question.name, operating_point=plain(found.point), **{found.split: plain(found.result)},
+        source_baseline=plain(found.source_baseline), calibration=_plain_temperature(found)))
 
 # %% ../../nbs/runs/train.ipynb #summary-head
 def _leak(groups):
@@ -266,8 +323,11 @@ def _summary_head(job, found, history, table):
     if job.state['synthetic']: yield SYNTHETIC_WARNING
     if leaking: yield _leak(leaking)
     yield f'{recipe.name}: {recipe.title}' if recipe.title else recipe.name
-    yield (f'trained {format_count(len(history), "epoch")}, {seen} images at {recipe.image.size} px in {seconds:.0f} s '
-           f'({seconds / max(seen, 1):.3f} s per image)')
+    if recipe.training.frozen_encoder:
+        yield f'fitted a linear head on frozen features of {history["images"].max()} images at {recipe.image.size} px'
+    else:
+        yield (f'trained {format_count(len(history), "epoch")}, {seen} images at {recipe.image.size} px in '
+               f'{seconds:.0f} s ({seconds / max(seen, 1):.3f} s per image)')
     yield _evaluated_line(found, table, leaking)
     if found.split != 'test': yield 'there is no test split: the threshold was chosen on these very images'
 
@@ -277,8 +337,9 @@ def _summary(job, found, history, table, evaluations):
     lines = [*_summary_head(job, found, history, table), *([evaluations] if evaluations else [])]
     lines += [f"{m.replace('_', ' '):>20} {e}" for m, e in _headline(found).items()]
     if found.point is not None:
-        lines.append(f'threshold {found.point.threshold:.4f} for {job.recipe.task.replace("_", " ")}, '
+        lines.append(f'threshold {found.point.threshold:.4f} for {job.recipe.question.name.replace("_", " ")}, '
                      f'chosen on the validation split ({found.point.goal}) and frozen')
+    if found.calibration is not None: lines.append(_describe_temperature(found.calibration))
     if found.source_baseline is not None:
         lines.append(f"source baseline {found.source_baseline['auc']}   "
                      '<- AUC of a baseline that is told the collection and never sees the image')
@@ -324,18 +385,30 @@ def _export(job, learn, table, found):
     check, declined = _fit_ood(job, learn, table, found.split)
     headline = {m: e.value for m, e in _headline(found).items()}
     provenance = dict(recipe=job.recipe.name, **{k: job.state[k] for k in ('recipe_hash', 'table_sha256')},
-                      split=found.split, ood_check=declined, headline=headline)
+                      split=found.split, ood_check=declined, headline=headline,
+                      unknown_patients=count_unknown_patients(table))
     threshold = float(found.result.threshold) if found.point is not None else .5
+    temperature = 1. if found.calibration is None else found.calibration.temperature
+    tta = job.recipe.evaluation.tta
     save_bundle(learn, job.out / 'bundle', ood_check=check, provenance=provenance, synthetic=job.state['synthetic'],
-                threshold=threshold, pickle=False,
+                threshold=threshold, temperature=temperature, tta=tta, pickle=False,
                 operating_point=found.point.to_dict() if found.point is not None else None)
-    with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, threshold)
+    with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, threshold, temperature, tta)
+
+# %% ../../nbs/runs/train.ipynb #say-start
+def _say_start(job, learn):
+    "Which weights the network starts from, in the log and in run.json"
+    from covid_cxr.learner import learner_info
+    info = learner_info(learn)
+    job.log(f'{info.arch}: {info.record}')
+    job.write_state(started_from=dict(arch=info.arch, **dataclasses.asdict(info.record)))
 
 # %% ../../nbs/runs/train.ipynb #train-steps
 def _run(job):
     "Every step of a training in its order; each leaves its file, and a resumed run repeats only what is missing"
     table = _prepare(job)
     learn = _learner(job, table)
+    _say_start(job, learn)
     fit = _fit(job, learn)
     found = _predict(job, learn, table)
     evaluations = _log_test(job, found)
@@ -378,13 +451,12 @@ def train(
     log: Callable[[str], object] = print,       # takes lines of text
 ) -> Path:                                      # the run directory
     "Train, evaluate and export what a recipe says; resume when the folder holds the same run unfinished"
-    from covid_cxr.model import cxr_model
     if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
     out, device, data = Path(out), _check_device(device), str(Path(data).resolve()) if data is not None else None
     if (out / 'run.json').exists() and read_run_state(out).get('status') == 'finished':
         with _own_folder(out, recipe, data): _show_again(out, log)
         return out
-    cxr_model(recipe.model.arch, 2, recipe.model.weights)
+    _check_encoder(recipe)
     with _own_folder(out, recipe, data) as state:
         _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', figures, state,
                   log))

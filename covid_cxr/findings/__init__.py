@@ -1,0 +1,1 @@
+"""Several findings on one image: labels, metrics, and a network that answers for each of them"""

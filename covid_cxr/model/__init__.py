@@ -1,0 +1,1 @@
+"""The network: its settings, weights that are proven, encoders from any source, and the head"""
