@@ -22,7 +22,7 @@ from .model.settings import MEAN, STD
 
 # %% auto #0
 __all__ = ['LoadImage', 'read_label', 'split_column', 'RandomGamma', 'HideBox', 'cxr_augment', 'cxr_block',
-           'class_order', 'cxr_dls']
+           'trainable_rows', 'class_order', 'cxr_dls']
 
 # %% ../nbs/data.ipynb #load-image
 class LoadImage(DisplayedTransform):
@@ -126,14 +126,24 @@ def cxr_block(
                      batch_tfms=[*tfms, Normalize.from_stats([MEAN], [STD], cuda=False)])
 
 # %% ../nbs/data.ipynb #check-ready
-def _ready(table, classes, bs, allow_leak):
-    "The train and valid rows of a table that may be trained on"
-    require_columns(table, ('path', 'label', 'split', 'group'), 'cxr_dls')
+def trainable_rows(
+    table: pd.DataFrame,
+    columns: Sequence[str],    # that are needed
+    who: str,                  # for the error sentence
+    split_with: str,           # the call that makes a split, for the error sentence
+    allow_leak: bool = False,  # accept groups that cross the split
+) -> pd.DataFrame:             # used rows of the train and valid splits
+    "The rows that may be trained on, or a refusal"
+    require_columns(table, columns, who)
     rows = used(table)
     rows = rows[rows['split'].isin(['train', 'valid'])]
-    if not len(rows):
-        raise TableError('no row has the split train or valid; make a split first, e.g. split_by_group(table).')
+    if not len(rows): raise TableError(f'no row has the split train or valid; make a split first, e.g. {split_with}.')
     check_split(table, allow_leak=allow_leak)
+    return rows
+
+def _ready(table, classes, bs, allow_leak):
+    "The train and valid rows of a table that may be trained on"
+    rows = trainable_rows(table, ('path', 'label', 'split', 'group'), 'cxr_dls', 'split_by_group(table)', allow_leak)
     for split in ('train', 'valid'):
         have = rows.loc[rows['split'] == split, 'label'].value_counts()
         for c in classes:

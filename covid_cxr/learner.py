@@ -35,8 +35,8 @@ _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who
 # %% auto #0
 __all__ = ['fit_rounds', 'FROZEN_CS', 'split_params', 'class_weights', 'auc_score', 'keep_random_state',
            'CostMatrixLoss', 'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'weights_word',
-           'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages', 'embed_images', 'fit_frozen', 'predict_table',
-           'ARTICLE_STAGES', 'Stage', 'fit_epochs']
+           'BuiltNetwork', 'build_network', 'assemble_learner', 'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages',
+           'embed_images', 'fit_frozen', 'predict_table', 'ARTICLE_STAGES', 'Stage', 'fit_epochs']
 
 # %% ../nbs/learner.ipynb #split-params
 def split_params(
@@ -216,17 +216,48 @@ def weights_word(
     return word
 
 # %% ../nbs/learner.ipynb #cxr-network
-def _network(arch, n_out, weights, size, seed, head, dropout, blocks, on_doubt):
-    "(network in channels-last layout, spec of its encoder, record of its weights), the same for every seed"
+class BuiltNetwork(NamedTuple):
+    "A network for the images of some DataLoaders, and where it started from"
+    model: torch.nn.Sequential   # in channels-last layout
+    spec: EncoderSpec
+    record: WeightsRecord
+    asked: str                   # the weights that were asked for, as text
+
+def build_network(
+    arch: str | os.PathLike | torch.nn.Module,   # as for `cxr_model`
+    n_out: int,                                  # classes or findings
+    weights: str | os.PathLike | None,
+    size: int,                                   # side of the image, pixels
+    seed: int = 0,                               # the same seed gives the same initial weights
+    head: HeadKind = 'concat',
+    dropout: float = .5,
+    blocks: Sequence[int] = (),
+    on_doubt: OnDoubt = 'refuse',
+) -> BuiltNetwork:
+    "A network, leaving the state of chance as it was found"
     with keep_random_state():
         torch.manual_seed(seed)
         encoder = load_encoder(arch, weights, size, blocks, on_doubt)
         model = join_head(encoder.body, encoder.spec, n_out, head, dropout, size)
-    return model.to(memory_format=torch.channels_last), encoder.spec, encoder.record
+    asked = os.fspath(weights) if weights is not None else encoder.record.source
+    return BuiltNetwork(model.to(memory_format=torch.channels_last), encoder.spec, encoder.record, asked)
 
-def _asked_weights(arch, weights, record):
-    "The weights that were asked for, as text"
-    return os.fspath(weights) if weights is not None else record.source
+# %% ../nbs/learner.ipynb #assemble
+def assemble_learner(
+    dls: DataLoaders,
+    model: torch.nn.Module,            # from `build_network`
+    info: LearnerInfo,                 # what was built
+    opt_func: Callable | None = None,  # None: as `info.opt` says
+    cbs: Any = (),                     # more callbacks
+    mixed_precision: bool = True,      # only on a GPU
+    **kwargs: Any,                     # for fastai's Learner: loss_func, metrics, splitter, wd, path, lr
+) -> Learner:                          # frozen when its weights were learned elsewhere
+    "A fastai Learner that carries what it was built from"
+    if opt_func is None: opt_func = Adam if info.opt == 'adam' else partial(SGD, mom=info.momentum)
+    learn = Learner(dls, model, opt_func=opt_func, cbs=[InfoCallback(info), *L(cbs)], **kwargs)
+    if info.pretrained: learn.freeze()
+    if mixed_precision and torch.device(dls.device).type == 'cuda': learn.to_fp16()
+    return learn
 
 # %% ../nbs/learner.ipynb #cxr-learner
 def cxr_learner(
@@ -259,16 +290,13 @@ def cxr_learner(
     check_choice('opt', opt, Opt, RecipeError)
     classes, rule, weights = list(dls.vocab), _rule_of(dls), weights_word(weights, pretrained)
     costs = check_cost_matrix(cost_matrix, len(classes))
-    model, spec, record = _network(arch, len(classes), weights, rule.size, seed, head, dropout, blocks, on_doubt)
-    info = LearnerInfo(spec.name, _asked_weights(arch, weights, record), classes, rule, imbalance, opt, momentum, costs,
-                       spec, record, head, label_smoothing)
+    net = build_network(arch, len(classes), weights, rule.size, seed, head, dropout, blocks, on_doubt)
+    info = LearnerInfo(net.spec.name, net.asked, classes, rule, imbalance, opt, momentum, costs, net.spec, net.record,
+                       head, label_smoothing)
     _check_loss(info, loss_func)
-    if opt_func is None: opt_func = Adam if opt == 'adam' else partial(SGD, mom=momentum)
-    learn = Learner(dls, model, loss_func=loss_func or _loss(dls, info), opt_func=opt_func, splitter=splitter, wd=wd,
-                    path=Path(path), cbs=[InfoCallback(info), *L(cbs)], metrics=_metrics(metrics), **kwargs)
-    if info.pretrained: learn.freeze()
-    if mixed_precision and torch.device(dls.device).type == 'cuda': learn.to_fp16()
-    return learn
+    return assemble_learner(dls, net.model, info, opt_func, cbs, mixed_precision, wd=wd, path=Path(path),
+                            loss_func=loss_func or _loss(dls, info), splitter=splitter, metrics=_metrics(metrics),
+                            **kwargs)
 
 # %% ../nbs/learner.ipynb #plan
 class Fit(NamedTuple):

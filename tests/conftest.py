@@ -91,6 +91,21 @@ def tiny_recipe(source, settings=None):
     return override(parse_recipe(TINY + source), settings or {})
 
 
+def small_table(folder, patients, classes, first_valid):
+    "Phantom patients of 64 px, two images each, every second one ill; from `first_valid` on they are for validation"
+    from PIL import Image
+    from covid_cxr.core import new_table
+    from covid_cxr.phantom import make_phantom
+    rows = []
+    for p in range(patients):
+        for i in range(2):
+            f = folder / f'p{p}-{i}.png'
+            Image.fromarray(make_phantom(seed=1, patient=p, image=i, size=64, lesion=.6 * (p % 2)).image).save(f)
+            rows.append(dict(path=str(f), image_id=f'{p}-{i}', patient=f'p{p}', group=f'p{p}', label=classes[p % 2],
+                             split='valid' if p >= first_valid else 'train'))
+    return new_table(rows, 'phantom')
+
+
 def build_once(folder, build):
     "What `build(folder)` makes, made by the worker that comes first; the others wait for it"
     done = folder.with_name(f'{folder.name}.done')

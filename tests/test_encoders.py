@@ -2,17 +2,16 @@
 import http.server, json, re, threading
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
-from conftest import ROOT, python
+from conftest import ROOT, python, small_table
 from PIL import Image
 from torch import nn
-from covid_cxr.core import WeightsError, new_table
+from covid_cxr.core import WeightsError
 from covid_cxr.data import cxr_dls
 from covid_cxr.model.backbones import TORCHVISION, fetch_imagenet, find_encoder, imagenet_file, load_encoder
 from covid_cxr.model.weights import (LARGEST_MISMATCH, SMALLEST_STRUCTURE, check_name_hash, describe_doubt, natural_noise,
                                         pip_weights_file, weights_evidence)
 from covid_cxr.learner import Stage, cxr_learner, fit_stages, learner_info, predict_table
 from covid_cxr.bundle import save_bundle
-from covid_cxr.phantom import make_phantom
 from covid_cxr.predict import load_predictor
 
 SIZE = 64
@@ -21,16 +20,7 @@ lite0 = pytest.mark.skipif(pip_weights_file('efficientnet_lite0') is None,
 
 
 @pytest.fixture(scope='module')
-def table(tmp_path_factory):
-    "Twelve phantom patients, two images each"
-    folder, rows = tmp_path_factory.mktemp('encoders'), []
-    for p in range(12):
-        for i in range(2):
-            f = folder / f'p{p}-{i}.png'
-            Image.fromarray(make_phantom(seed=1, patient=p, image=i, size=SIZE, lesion=.6 * (p % 2)).image).save(f)
-            rows.append(dict(path=str(f), image_id=f'{p}-{i}', patient=f'p{p}', group=f'p{p}', label=['normal', 'ill'][p % 2],
-                             split='valid' if p > 7 else 'train'))
-    return new_table(rows, 'phantom')
+def table(tmp_path_factory): return small_table(tmp_path_factory.mktemp('encoders'), 12, ('normal', 'ill'), first_valid=8)
 
 
 # ---- one weights file of every kind

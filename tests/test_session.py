@@ -1,24 +1,16 @@
 """A whole fastai session on our DataLoaders and Learner, as a person in a notebook would hold it."""
 import numpy as np, pytest, torch
-from conftest import python
+from conftest import python, small_table
 from PIL import Image
-from covid_cxr.core import RecipeError, WeightsError, new_table
+from covid_cxr.core import RecipeError, WeightsError
 from covid_cxr.data import cxr_augment, cxr_block, cxr_dls
 from covid_cxr.learner import FrozenDecision, auc_score, cxr_learner, fit_stages, learner_info, predict_table
-from covid_cxr.phantom import make_phantom
 
 
 @pytest.fixture(scope='module')
 def table(tmp_path_factory):
-    "Sixteen phantom patients, two images each; the classes in the order of the alphabet would put the ill ones first"
-    folder, rows = tmp_path_factory.mktemp('session'), []
-    for p in range(16):
-        for i in range(2):
-            f = folder / f'p{p}-{i}.png'
-            Image.fromarray(make_phantom(seed=1, patient=p, image=i, size=64, lesion=.6 * (p % 2)).image).save(f)
-            rows.append(dict(path=str(f), image_id=f'{p}-{i}', patient=f'p{p}', group=f'p{p}', label=['other', 'covid'][p % 2],
-                             split='valid' if p > 9 else 'train'))
-    return new_table(rows, 'phantom')
+    "Sixteen phantom patients; the classes in the order of the alphabet would put the ill ones first"
+    return small_table(tmp_path_factory.mktemp('session'), 16, ('other', 'covid'), first_valid=10)
 
 
 @pytest.fixture(scope='module')

@@ -15,18 +15,14 @@ from fastai.data.all import DataBlock, DataLoaders, MultiCategoryBlock, Transfor
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.metrics import AccumMetric
-from fastai.optimizer import Adam, SGD
 from sklearn.metrics import roc_auc_score
-from ..core import RecipeError, TableError, check_choice, require_columns, used
+from ..core import RecipeError, TableError, check_choice, used
 from ..words import join_words
 from ..images import How, ImageRule
 from ..cache import ImageCache
-from ..table import check_split
 from ..model.settings import MEAN, STD, HeadKind, Imbalance, OnDoubt, Opt
-from ..model.backbones import load_encoder
-from ..model.network import join_head
-from ..data import LoadImage, cxr_augment, split_column
-from ..learner import (InfoCallback, LearnerInfo, keep_random_state, learner_info, predict_table, split_params,
+from ..data import LoadImage, cxr_augment, split_column, trainable_rows
+from ..learner import (LearnerInfo, assemble_learner, build_network, learner_info, predict_table, split_params,
                                weights_word)
 from ..evaluate import OperatingPoint
 from .labels import labels_of
@@ -161,13 +157,8 @@ def _check_known(rows, labels, bs):
 
 def _ready(table, labels, bs, allow_leak):
     "The train and valid rows of a table that may be trained on, with their targets"
-    require_columns(table, ('path', 'image_id', 'split', 'group'), 'findings_dls')
-    rows = used(table)
-    rows = rows[rows['split'].isin(['train', 'valid'])]
-    if not len(rows):
-        raise TableError('no row has the split train or valid; make a split first, e.g. '
-                         'split_by_findings(table, labels).')
-    check_split(table, allow_leak=allow_leak)
+    needed = 'path', 'image_id', 'split', 'group'
+    rows = trainable_rows(table, needed, 'findings_dls', 'split_by_findings(table, labels)', allow_leak)
     values = labels_of(labels, rows)
     known = values.notna().any(axis=1).to_numpy()
     rows, values = rows[known].reset_index(drop=True), values[known].reset_index(drop=True)
@@ -243,20 +234,11 @@ def findings_learner(
     check_choice('opt', opt, Opt, RecipeError)
     findings, rule, weights = list(dls.vocab), _image_rule(dls), weights_word(weights, pretrained)
     pos_weight, loss = _loss_settings(dls, imbalance, loss_func)
-    with keep_random_state():
-        torch.manual_seed(seed)
-        encoder = load_encoder(arch, weights, rule.size, blocks, on_doubt)
-        model = join_head(encoder.body, encoder.spec, len(findings), head, dropout, rule.size)
-    asked = os.fspath(weights) if weights is not None else encoder.record.source
-    info = FindingsInfo(encoder.spec.name, asked, findings, rule, imbalance, opt, momentum, [], encoder.spec,
-                        encoder.record, head, pos_weight=pos_weight)
-    if opt_func is None: opt_func = Adam if opt == 'adam' else partial(SGD, mom=momentum)
-    learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func=loss, opt_func=opt_func, wd=wd,
-                    splitter=splitter, path=Path(path), cbs=[InfoCallback(info), *L(cbs)], metrics=_metrics(metrics),
-                    **kwargs)
-    if info.pretrained: learn.freeze()
-    if mixed_precision and torch.device(dls.device).type == 'cuda': learn.to_fp16()
-    return learn
+    net = build_network(arch, len(findings), weights, rule.size, seed, head, dropout, blocks, on_doubt)
+    info = FindingsInfo(net.spec.name, net.asked, findings, rule, imbalance, opt, momentum, [], net.spec, net.record,
+                        head, pos_weight=pos_weight)
+    return assemble_learner(dls, net.model, info, opt_func, cbs, mixed_precision, wd=wd, path=Path(path),
+                            loss_func=loss, splitter=splitter, metrics=_metrics(metrics), **kwargs)
 
 # %% ../../nbs/findings/learner.ipynb #predict-findings
 def decide_findings(
