@@ -4,7 +4,7 @@
 
 # %% ../../nbs/model/backbones.ipynb #imports
 from __future__ import annotations
-import dataclasses, functools, json, math, os, re
+import dataclasses, functools, json, math, os, re, sys, warnings
 from pathlib import Path
 from typing import Any, Literal, Mapping, NamedTuple, Sequence
 import torch, torchvision
@@ -414,7 +414,6 @@ def _prove(body, ours, where, on_doubt):
     text = f'{where} is not a trained network: {doubt}'
     if on_doubt == 'refuse':
         raise WeightsError(f"{text}; give another file, or on_doubt='warn' if you know better.")
-    import warnings
     warnings.warn(text, stacklevel=4)
     return dict(evidence._asdict(), doubt=doubt)
 
@@ -434,7 +433,6 @@ def _from_file(spec, path, source, on_doubt, size):
 # %% ../../nbs/model/backbones.ipynb #timm-filter
 def _timm_filter(body, state):
     "A file as timm's own reader of this family would have it: positions resampled, early names renewed"
-    import sys
     net = body.net
     renew = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
     known = len(net.state_dict().keys() & state.keys())
