@@ -5,6 +5,8 @@ import pytest
 from covid_cxr.core import data_folder
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+for name in ('no_proxy', 'NO_PROXY'):                          # servers on loopback are reached directly, whatever proxy is set
+    os.environ[name] = ','.join(filter(None, [os.environ.get(name), '127.0.0.1', 'localhost']))
 ROOT = Path(__file__).resolve().parent.parent
 DATA = data_folder()
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='real radiographs not present at ../shared/data (or where CXR_DATA points)')
