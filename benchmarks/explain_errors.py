@@ -23,7 +23,7 @@ from pathlib import Path
 from record import RESULTS, about, write_result
 import numpy as np, pandas as pd, torch
 from lung_box import read_masks
-from covid_cxr.audit.explain import grad_cam, lime_explain, network_input, randomise_weights, rank_correlation, share_in_region
+from covid_cxr.audit.explain import RandomTwin, grad_cam, lime_explain, network_input, rank_correlation, share_in_region
 from covid_cxr.audit.perturb import to_logit
 from covid_cxr.audit.regions import border_ring
 from covid_cxr.cache import ImageCache
@@ -128,25 +128,6 @@ def check_kept(run, t, p):
         sys.exit(f'{run.name}: the network answers up to {np.abs(kept - p).max():.3g} away from predictions.csv; '
                  'the images or the bundle are not those of the run.')
 
-class Twin:
-    "The network with random weights; its answers are centred and spread as a probability needs it"
-    def __init__(self, predictor, seed, x):
-        self.model, self.bundle = randomise_weights(predictor.model, seed).eval(), predictor.bundle
-        self.mean, self.std = 0., 1.
-        raw = self.logit(x)
-        self.mean, self.std = raw.mean(), raw.std()
-
-    def tensor(self, x):
-        x = torch.from_numpy(np.ascontiguousarray(x))[:, None].float() / 255
-        return (x - self.bundle['mean']) / self.bundle['std']
-
-    def logit(self, x):
-        with torch.inference_mode():
-            out = torch.cat([self.model(p) for p in self.tensor(np.asarray(x)).split(128)]).double().numpy()
-        return (out[:, 1] - out[:, 0] - self.mean) / self.std
-
-    def score(self, x): return 1 / (1 + np.exp(-self.logit(x)))
-
 
 # ---- maps
 def lime_maps(score, x, samples, seed, segments=60, say=lambda i: None):
@@ -178,7 +159,7 @@ def share_table(maps, twins, groups, size):
 def cam_table(predictor, twins, x, groups):
     "Grad-CAM of the network, and its shares beside those of the twins; a twin whose maps are mostly empty is left out"
     cam = grad_cam(*network_input(predictor, x))
-    cams = [grad_cam(t.model, t.tensor(x)) for t in twins]
+    cams = [grad_cam(t.model, network_input(predictor, x).x) for t in twins]
     drawn = [c for c in cams if c.any((1, 2)).mean() > .5]
     empty = dict(empty=int((~cam.any((1, 2))).sum()), empty_twins=[int((~c.any((1, 2))).sum()) for c in cams])
     return cam, dict(share_table(cam, drawn, groups, x.shape[1]), **empty)
@@ -255,7 +236,7 @@ def measure_maps(a):
     t, x = images_of(run, predictor, a.cache)
     p, y, groups = scorer(predictor)(x), (t['label'] == 'pneumonia').to_numpy(), t['group'].to_numpy(object)
     check_kept(run, t, p)
-    sets, twins, start, found = choose_sets(y, p, a), [Twin(predictor, s, x) for s in range(a.twins)], time.time(), {}
+    sets, twins, start, found = choose_sets(y, p, a), [RandomTwin(predictor, x, s) for s in range(a.twins)], time.time(), {}
     def say(i):
         if i % 24 == 0: print(f'{time.time() - start:6.0f} s', flush=True)
     out = dict(run=run.name, threshold=.5, images=len(y), seed=a.seed, samples=a.samples, twins=a.twins, ring=RING, cells=CELLS,

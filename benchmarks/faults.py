@@ -82,7 +82,7 @@ def audit_fault(fault, seed):
     "The verdicts of one collection, and the AUC of its model; copies are searched for where they matter"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        case = fault_case(fault, folder, PATIENTS.get(fault, 200), seed, copies=fault in ('clean', 'turned copies'))
+        case = fault_case(fault, folder, PATIENTS.get(fault, 200), seed, n_boot=400, copies=fault in ('clean', 'turned copies'))
         if fault == 'clean': case.quick, case.external_tests = False, (elsewhere(case, seed),)
         with shuffles_left_out(seed >= SHUFFLED): return audit_case(case).verdicts, case.auc.value
 

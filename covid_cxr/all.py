@@ -44,11 +44,14 @@ from .recipe import *
 from .runs.own_images import *
 from .runs.folder import *
 from .runs.test_log import *
+from .runs.outcome import *
+from .runs.tracking import *
 from .runs.train import *
 from .runs.external import *
 from .runs.compare import *
 from .runs.crossval import *
 from .runs.sentences import *
+from .runs.ensemble import *
 from .audit.regions import *
 from .audit.baselines import *
 from .audit.perturb import *

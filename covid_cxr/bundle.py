@@ -8,22 +8,23 @@ import contextlib, copy, ctypes, hashlib, json, math, os, pickle, reprlib, shuti
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
 from .core import BundleError, CxrError, RunError, choices, nearest, sha256_file, versions, write_json
 from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
-from .model.settings import MEAN, STD, EncoderSpec
-from .words import format_bytes, join_words, printable
+from .model.settings import MEAN, STD, Activation, EncoderSpec
+from .words import format_bytes, format_count, join_words, printable
 if TYPE_CHECKING:
     from fastai.learner import Learner
     from torch import nn
 
 # %% auto #0
-__all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'LARGEST_JSON', 'MOST_CLASSES', 'LARGEST_IMAGE',
-           'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR', 'Integrity', 'AlteredWarning', 'write_manifest',
-           'writing_files', 'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle',
-           'save_bundle', 'find_bundle', 'read_description', 'read_bundle', 'load_model', 'export_bundle']
+__all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
+           'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR',
+           'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files', 'check_manifest', 'describe_integrity',
+           'BundleField', 'check_description', 'export_pickle', 'save_bundle', 'find_bundle', 'read_description',
+           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -177,10 +178,12 @@ def describe_integrity(
     return f'UNVERIFIED: {folder} has no {MANIFEST}, so nothing says whether its files are those that were written.'
 
 # %% ../nbs/bundle.ipynb #limits
-FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 1
+FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 2
+READABLE_VERSIONS = (1, 2)    # version 1 knows no activation: always softmax
 LARGEST_JSON = 4_000_000      # bytes of bundle.json
 MOST_CLASSES = 1000
 LARGEST_IMAGE = 2048          # pixels, side
+MOST_MEMBERS = 20             # networks of an ensemble
 _LONGEST_NAME = 100           # characters of a class
 
 def _is_number(v):
@@ -204,6 +207,22 @@ def _are_weights(v):
     sha = v.get('sha256')
     return isinstance(sha, str) and len(sha) == 64 and set(sha) <= set('0123456789abcdef')
 
+# %% ../nbs/bundle.ipynb #schema-decision
+def _are_thresholds(v):
+    "A number from 0 to 1, or a list of such numbers and of nulls"
+    fits = _between(0, 1)
+    return fits(v) or isinstance(v, list) and len(v) <= MOST_CLASSES and all(t is None or fits(t) for t in v)
+
+# %% ../nbs/bundle.ipynb #check-decision
+def _check_decision(b, where):
+    "One threshold for the last class, or one for every finding"
+    n, several = len(b['classes']), b.get('activation') == 'sigmoid'
+    if not several and not isinstance(b['threshold'], list): return
+    if not several: raise BundleError(f"{where} has a list of thresholds, and one class is predicted; give a number.")
+    given = len(b['threshold']) if isinstance(b['threshold'], list) else 1
+    if given != n: raise BundleError(f'{where} has {given} of {n} thresholds; give one for every finding.')
+    if b.get('tta'): raise BundleError(f'{where} has several findings and tta={b["tta"]}; set tta to 0.')
+
 # %% ../nbs/bundle.ipynb #schema
 WEIGHTS, DESCRIPTION, PICKLE = 'weights.safetensors', 'bundle.json', 'export.pkl'
 
@@ -221,7 +240,8 @@ def _is_encoder(v): return isinstance(v, dict) and len(v) <= 6 and len(json.dump
 
 SCHEMA = (
     BundleField('format', f"'{FORMAT}'", lambda v: v == FORMAT),
-    BundleField('version', f'{FORMAT_VERSION}', lambda v: v == FORMAT_VERSION),
+    BundleField('version', join_words(READABLE_VERSIONS, last='or'),
+                lambda v: type(v) is int and v in READABLE_VERSIONS),
     BundleField('not_for', 'a text of 1 to 1,000 characters', lambda v: _is_text(v, 1000)),
     BundleField('synthetic', 'true or false', lambda v: isinstance(v, bool)),
     BundleField('arch', f'a name of 1 to {_LONGEST_NAME} characters', lambda v: _is_text(v, _LONGEST_NAME)),
@@ -229,12 +249,17 @@ SCHEMA = (
     BundleField('image', f'an image rule of at most {LARGEST_IMAGE} pixels', _is_image_rule),
     BundleField('mean', 'a number from -10 to 10', _between(-10, 10)),
     BundleField('std', 'a number from .001 to 100', _between(.001, 100)),
-    BundleField('threshold', 'a number from 0 to 1', _between(0, 1)),
+    BundleField('threshold', 'a number from 0 to 1; of several findings, a list with a number or null for each',
+                _are_thresholds),
     BundleField('temperature', 'a number from .001 to 1,000', _between(.001, 1000)),
     BundleField('weights', f"the name '{WEIGHTS}' and its SHA-256", _are_weights),
+    BundleField('activation', join_words(choices(Activation), last='or'), lambda v: v in choices(Activation),
+                needed=False),
     BundleField('encoder', 'a dictionary of few, short fields', _is_encoder, needed=False),
     BundleField('head', "'concat' or 'linear'", lambda v: v in ('concat', 'linear'), needed=False),
     BundleField('started_from', 'a dictionary', _is_dict, needed=False),
+    BundleField('members', f'a whole number from 2 to {MOST_MEMBERS}',
+                lambda v: type(v) is int and 2 <= v <= MOST_MEMBERS, needed=False),
     BundleField('tta', 'a whole number from 0 to 9', lambda v: type(v) is int and 0 <= v <= 9, needed=False),
     BundleField('operating_point', 'a dictionary', _is_dict, needed=False),
     BundleField('provenance', 'a dictionary', _is_dict, needed=False),
@@ -255,6 +280,7 @@ def _check_fields(b, where):
     for f in SCHEMA:
         if f.name in b and not f.fits(b[f.name]):
             raise BundleError(f"{where} has {f.name} {reprlib.repr(b[f.name])}; it must be {f.must_be}.")
+    _check_decision(b, where)
 
 def _check_parts(b, where):
     "The image rule, the encoder and the out-of-distribution check are such that this version can use them"
@@ -343,7 +369,8 @@ def _stripped(learn, threshold, temperature, tta) -> Iterator[None]:
     try:
         for t, _ in loaders: t.cache = None
         info.built = replace(kept[0], weights=Path(kept[0].weights).name)
-        learn.loss_func = FrozenDecision(kept[1], threshold if len(kept[0].classes) == 2 else None, temperature)
+        decides = isinstance(threshold, Sequence) or len(kept[0].classes) == 2
+        learn.loss_func = FrozenDecision(kept[1], threshold if decides else None, temperature)
         if tta: learn.model = MeanOfViews(learn.model, tta)
         yield
     finally:
@@ -353,7 +380,7 @@ def _stripped(learn, threshold, temperature, tta) -> Iterator[None]:
 def export_pickle(
     learn: Learner,
     path: str | os.PathLike,       # .pkl
-    threshold: float = .5,
+    threshold: float | Sequence[float | None] = .5,   # one for every finding, where there are several
     temperature: float = 1.,
     tta: int = 0,                  # views of every image whose mean is the answer
 ) -> Path:
@@ -370,24 +397,40 @@ def _description(info, state, ood_check, **more):
     checks = {} if ood_check is None else dict(ood_check=ood_check.to_dict())
     weights = dict(file=WEIGHTS, sha256=hashlib.sha256(state).hexdigest(), started_from=Path(info.weights).name)
     return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, arch=info.arch, classes=info.classes,
+                activation=info.activation,
                 encoder=asdict(info.spec), head=info.head, started_from=asdict(info.record), image=info.rule.to_dict(),
                 mean=MEAN, std=STD, weights=weights, **more, **checks, versions=versions())
 
-def _tensors(learn):
+def _members(model):
+    "How many networks answer together; nothing for a single one"
+    from covid_cxr.model.network import MeanOfNetworks
+    return dict(members=len(model.members)) if isinstance(model, MeanOfNetworks) else {}
+
+def _tensors(model):
     "The weights as bytes; weights that are no numbers are refused"
     from safetensors.torch import save
     from covid_cxr.model.weights import broken_tensor
-    state = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if broken_tensor(state):
         raise BundleError('the weights of this network are no longer numbers; train again with a smaller lr.')
     return save(state)
 
 # %% ../nbs/bundle.ipynb #save-bundle
+def _write_bundle(folder, state, description, more=None):
+    "Both files and the manifest, whole or not at all; `more` writes further files into the folder"
+    check_description(description, f'{folder}')
+    with _whole_folder(folder) as tmp:
+        (tmp / WEIGHTS).write_bytes(state)
+        write_json(tmp / DESCRIPTION, description)
+        if more is not None: more(tmp)
+        write_manifest(tmp, os.listdir(tmp))
+
 def save_bundle(
-    learn: Learner,                      # made by `cxr_learner`
+    learn: Learner,                      # made by `cxr_learner` or `findings_learner`
     folder: str | os.PathLike,           # the bundle's folder; an older bundle there is replaced
-    threshold: float = .5,               # probability of the last class from which it is predicted (two classes)
-    temperature: float = 1.,             # logits are divided by it before the softmax
+    threshold: float | Sequence[float | None] = .5,   # probability from which the last of two classes is predicted;
+                                         # of several findings one each, None: that finding is never predicted
+    temperature: float = 1.,             # logits are divided by it before they become probabilities
     operating_point: dict[str, Any] | None = None,  # how the threshold was chosen
     provenance: dict[str, Any] | None = None,       # recipe, table hash, metric: whatever the run knows
     synthetic: bool = False,             # was it trained on phantoms?
@@ -397,18 +440,12 @@ def save_bundle(
 ) -> Path:                               # the folder
     "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
     from covid_cxr.learner import learner_info
-    info, state = learner_info(learn), _tensors(learn)
-    if hasattr(info, 'pos_weight'):         # of findings.learner: k answers that do not sum to 1
-        raise BundleError('a network of several findings cannot be a bundle; keep it with learn.export.')
+    info, state = learner_info(learn), _tensors(learn.model)
     description = _description(
-        info, state, ood_check, tta=tta, synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
-        operating_point=operating_point or {}, provenance=provenance or {})
-    check_description(description, f'{folder}')
-    with _whole_folder(folder) as tmp:
-        (tmp / WEIGHTS).write_bytes(state)
-        write_json(tmp / DESCRIPTION, description)
-        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
-        write_manifest(tmp, os.listdir(tmp))
+        info, state, ood_check, **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
+        temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
+    def add_pickle(tmp): export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
+    _write_bundle(folder, state, description, add_pickle if pickle else None)
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
@@ -443,12 +480,13 @@ def read_description(
     "The description of a bundle alone, without looking at its weights"
     file = find_bundle(folder) / DESCRIPTION
     b = _read_object(file)
-    if b.get('version') != FORMAT_VERSION:
-        version = reprlib.repr(b.get('version'))
-        raise BundleError(f'{file} has bundle version {version}, and this covid_cxr reads {FORMAT_VERSION}; '
+    if b.get('version') not in READABLE_VERSIONS:
+        version, reads = reprlib.repr(b.get('version')), join_words(READABLE_VERSIONS)
+        raise BundleError(f'{file} has bundle version {version}, and this covid_cxr reads {reads}; '
                           'install the one that wrote it.')
     old = [b.pop(k) for k in _OLD_CHECK if k in b]
     b = dict(b, ood_check=next((v for v in (b.get('ood_check'), *old) if v is not None), None))
+    b.setdefault('activation', 'softmax')
     _check_fields(b, str(file))
     return b
 
@@ -473,7 +511,7 @@ def read_bundle(
     return dict(b, folder=str(folder))
 
 # %% ../nbs/bundle.ipynb #header
-_LONGEST_HEADER = 1_000_000    # bytes; that of the largest network here has 100,000
+_LONGEST_HEADER = 4_000_000    # bytes; that of the largest network here has 100,000, and there may be 20 of them
 _DTYPES = {'torch.float32': 'F32', 'torch.int64': 'I64', 'torch.bool': 'BOOL'}
 _WIDTH = {'F32': 4, 'I64': 8, 'BOOL': 1}  # bytes
 
@@ -510,20 +548,28 @@ def _spec_of(bundle):
     if 'encoder' in bundle: return EncoderSpec(**bundle['encoder'])
     return find_encoder(bundle['arch'], bundle['image']['size'])
 
-def _network(bundle, module, device):
-    "The network of a bundle, with random weights; on 'meta' nothing is allocated"
-    import torch
+def _one_network(bundle, spec, module, device):
+    "One network of a bundle, with random weights"
     from covid_cxr.model.backbones import build_encoder
     from covid_cxr.model.network import join_head
     size, copied = int(bundle['image']['size']), None if module is None else copy.deepcopy(module).to(device)
+    body = build_encoder(spec, copied, size)
+    return join_head(body, spec, len(bundle['classes']), bundle.get('head', 'concat'), size=size)
+
+def _network(bundle, module, device):
+    "The network of a bundle, or its ensemble of networks, with random weights; on 'meta' nothing is allocated"
+    import torch
+    from covid_cxr.model.network import MeanOfNetworks
     try:
         with torch.device(device):
             spec = _spec_of(bundle)
-            body = build_encoder(spec, copied, size)
-            return join_head(body, spec, len(bundle['classes']), bundle.get('head', 'concat'), size=size)
+            networks = [_one_network(bundle, spec, module, device) for _ in range(bundle.get('members', 1))]
+            if len(networks) == 1: return networks[0]
+            return MeanOfNetworks(networks, several=bundle.get('activation') == 'sigmoid')
     except (CxrError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise BundleError(f"{bundle['folder']}: its network cannot be built ({printable(e)[:400]}).") from e
 
+# %% ../nbs/bundle.ipynb #with-weights
 def _with_weights(bundle, module, model, state):
     "The network with its weights; one that computes tables for itself is built again for real"
     import torch
@@ -584,6 +630,50 @@ def load_model(
     why = _misfit(data, wanted)
     if why: raise BundleError(f"{bundle['folder']}: {WEIGHTS} does not fit {bundle['arch']} ({why}); export it again.")
     return _with_weights(bundle, module, model, _load_tensors(data, bundle['folder']))
+
+# %% ../nbs/bundle.ipynb #check-joinable
+_ALIKE = {'classes': 'classes', 'image': 'image rule', 'encoder': 'encoder', 'head': 'head', 'activation': 'activation',
+          'mean': 'grey scale', 'std': 'grey scale', 'tta': 'number of views'}
+
+def check_joinable(
+    bundles: Sequence[dict[str, Any]],   # from `read_bundle`
+) -> None:
+    "Refuse bundles whose networks cannot answer together: one sentence on what differs"
+    if not 2 <= len(bundles) <= MOST_MEMBERS:
+        raise BundleError(f'{format_count(len(bundles), "bundle")}; an ensemble has 2 to {MOST_MEMBERS} of them.')
+    first = bundles[0]
+    for b in bundles:
+        if b.get('members', 1) > 1:
+            raise BundleError(f"{b['folder']} is an ensemble itself; name the runs that it was made of.")
+        odd = next((k for k in _ALIKE if b.get(k) != first.get(k)), None)
+        if odd is None: continue
+        raise BundleError(f"{b['folder']} has another {_ALIKE[odd]} than {first['folder']} "
+                          f"({reprlib.repr(b.get(odd))}, not {reprlib.repr(first.get(odd))}); train all of them alike.")
+
+# %% ../nbs/bundle.ipynb #join-bundles
+def join_bundles(
+    folders: Sequence[str | os.PathLike],  # two or more bundles, or runs
+    to: str | os.PathLike,                 # the new bundle's folder; an older bundle there is replaced
+    threshold: float | Sequence[float | None] = .5,   # as for `save_bundle`
+    temperature: float = 1.,               # of the ensemble, beside those of its networks
+    operating_point: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    "One bundle whose answer is the mean of several; what declines an image is that of the first"
+    from covid_cxr.model.network import MeanOfNetworks
+    bundles = [read_bundle(f) for f in folders]
+    check_joinable(bundles)
+    first, n = bundles[0], len(bundles)
+    model = MeanOfNetworks([load_model(b) for b in bundles], [b['temperature'] for b in bundles],
+                           several=first.get('activation') == 'sigmoid')
+    state = _tensors(model)
+    weights = dict(first['weights'], sha256=hashlib.sha256(state).hexdigest())
+    description = {k: v for k, v in first.items() if k != 'folder' and v is not None} | dict(
+        version=FORMAT_VERSION, members=n, weights=weights, threshold=threshold, temperature=temperature,
+        synthetic=any(b['synthetic'] for b in bundles), operating_point=operating_point or {},
+        provenance=provenance or {}, versions=versions())
+    _write_bundle(to, state, description)
+    return Path(to)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 from . import __version__
 from .core import CxrError, RecipeError, RunError, Split, choices
-from .words import format_count, join_words, printable, sentence
+from .words import format_count, printable, sentence
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OLD_FLAGS', 'Command', 'command', 'make_parser', 'renew_command', 'main']
@@ -107,6 +107,8 @@ def _own_options(p):
     g.add_argument('--table', metavar='CSV', help='a table with one row per image')
     for what, told in _COLUMN_HELP.items():
         g.add_argument(f'--{what}-column', metavar='NAME', help=f'{told} in --table')
+    g.add_argument('--label-columns', metavar='A,B,C',
+                   help='columns of several findings in --table: 1 present, 0 absent, blank not known')
     g.add_argument('--patient-pattern', metavar='P',
                    help="regular expression for the path below FOLDER; what stands in its brackets is the patient, "
                         "e.g. '(p[0-9]+)_'")
@@ -118,10 +120,12 @@ def _own_images(args):
     from covid_cxr.runs.own_images import FLAGS, OwnImages
     given = {name: getattr(args, flag[2:].replace('-', '_')) for name, flag in FLAGS.items()}
     columns = {name: column for name, column in given.items() if column}
+    findings = tuple(f for f in map(str.strip, (args.label_columns or '').split(',')) if f)
     if args.images or args.table:
-        return OwnImages(args.images or '', args.table or '', columns, args.patient_pattern or '')
+        return OwnImages(args.images or '', args.table or '', columns, args.patient_pattern or '', findings)
     stray = [FLAGS[name] for name in columns]
-    stray += [f for f in ('--patient-pattern', '--positive', '--negative') if getattr(args, f[2:].replace('-', '_'))]
+    stray += [f for f in ('--label-columns', '--patient-pattern', '--positive', '--negative')
+              if getattr(args, f[2:].replace('-', '_'))]
     if stray: raise RecipeError(f'{stray[0]} is for your own images: add --images FOLDER or --table CSV.')
     return None
 
@@ -136,7 +140,7 @@ def _own_recipe(own, args):
     if named and (args.positive or args.negative):
         raise RecipeError(f'the recipe {args.recipe} has a task of its own; leave --positive and --negative out.')
     table = read_own_images(own)
-    asked = None if named else own_task(own, table, args.positive, args.negative)
+    asked = None if named and not own.findings else own_task(own, table, args.positive, args.negative)
     recipe = own_recipe(own, table, asked.task if asked else None, load_recipe(args.recipe or 'own-images'))
     recipe = _changed(recipe, args)
     check_own_images(own, table, recipe)
@@ -199,14 +203,16 @@ def _train_options(p):
     p.add_argument('--data', metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/run', metavar='RUN', help='run directory (default: runs/run)')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here, for several runs (default: RUN/cache)')
+    p.add_argument('--track', action='append', metavar='tensorboard|mlflow',
+                   help='also follow the training there: numbers of every epoch, never an image; may be repeated')
     _on_bad_option(p)
     _recipe_options(p)
     _own_options(p)
 
 def _make_report(run, out=None, thumbnails=True):
     "The page and the model card of a run"
-    from covid_cxr.report.page import write_report
-    page = write_report(run, out=out, thumbnails=thumbnails)
+    from covid_cxr.report.findings import write_any_report
+    page = write_any_report(run, out, thumbnails)
     print(f'report: {page}\nmodel card: {page.with_name("model-card.md")}')
 
 @command(_train_options, 'covid-cxr train covid-2020 --data data --out runs/first --size 224')
@@ -218,7 +224,8 @@ def _train(args):
         raise RecipeError("name a recipe (see 'covid-cxr recipes'), or --images FOLDER: your own, a folder per class.")
     recipe = _own_recipe(own, args) if own else _named_recipe(args.recipe, args)
     data = own.data if own else args.data
-    _make_report(train(recipe, data=data, out=args.out, device=args.device, cache_dir=args.cache))
+    _make_report(train(recipe, data=data, out=args.out, device=args.device, cache_dir=args.cache,
+                       track=args.track or ()))
     if own: print(f'next: covid-cxr predict {shlex.quote(args.out)} NEW-IMAGE.png')
 
 # %% ../nbs/cli.ipynb #inspect-options
@@ -239,11 +246,12 @@ def _inspect_options(p):
 # %% ../nbs/cli.ipynb #inspect
 def _own_table(own, args):
     "Your own images with their labels"
-    from covid_cxr.runs.own_images import own_task, read_own_images
-    from covid_cxr.table import label_for
+    from covid_cxr.recipe import label_rows
+    from covid_cxr.runs.own_images import class_words, own_task, read_own_images
     if args.what or args.data: raise RecipeError('--images or --table says what to inspect; name nothing else.')
     table = read_own_images(own)
-    return label_for(table, own_task(own, table, args.positive, args.negative).task.to_task())
+    if not own.findings and len(class_words(table)) == 1: return table     # nothing to tell apart: a look
+    return label_rows(table, own_task(own, table, args.positive, args.negative).task.to_task())
 
 def _inspected_table(args):
     "The table of a recipe, of a collection, or of your own images"
@@ -308,7 +316,7 @@ def _answer(p):
     "One prediction as a line"
     path = printable(p.path)
     if p.declined: return f'{path}: declined: {printable(p.declined)}'
-    return f"{path}: {p.label} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
+    return f"{path}: {p.answer} ({', '.join(f'{c} {v:.4f}' for c, v in p.probabilities.items())})"
 
 def _say_unknown_patients(bundle):
     "A note on a model whose training images have no known patient"
@@ -348,23 +356,17 @@ def _evaluate_options(p):
 @command(_evaluate_options, 'covid-cxr evaluate runs/first --split valid')
 def _evaluate(args):
     "metrics of a finished run, computed again from its predictions.csv with intervals"
-    from covid_cxr.runs.folder import SYNTHETIC_WARNING, RunFolder, evaluate_rows
+    from covid_cxr.runs.folder import SYNTHETIC_WARNING, open_run
     from covid_cxr.runs.test_log import log_test_evaluation
-    run = RunFolder.open(args.run)
+    run = open_run(args.run)
     _say_unverified(run.integrity, args.run)
     if run.file('table.csv').is_file(): run.rows              # predictions and table must be of one run
-    p = run.predictions
-    rows = p[p['split'] == args.split]
-    if not len(rows):
-        known = join_words(sorted(p['split'].unique()))
-        raise RunError(f"{args.run} has no predictions for the split '{args.split}'; it has {known}.")
-    result = evaluate_rows(rows, run.classes, run.threshold, args.n_boot, run.recipe.seed)
+    result = run.evaluate(args.split, args.n_boot)
     if args.split == 'test':
-        seen = dict(auc=result['auc']) if 'auc' in result.estimates else {}
-        log_test_evaluation(args.run, 'evaluate', 'test', seen, run.threshold, once=True)
+        log_test_evaluation(args.run, 'evaluate', 'test', run.headline(result), run.threshold, once=True)
     if run.synthetic: print(SYNTHETIC_WARNING)
     print(result)
-    _say_unrecorded(int(rows['patient'].isna().sum()))
+    _say_unrecorded(int(run.predictions_of(args.split)['patient'].isna().sum()))
 
 # %% ../nbs/cli.ipynb #external-options
 def _external_options(p):
@@ -419,10 +421,12 @@ def _audit_options(p):
 @command(_audit_options, 'covid-cxr audit runs/first --quick')
 def _audit(args):
     "ask what else could explain the number: leaks, files, web sites, edges, letters, chance"
-    from covid_cxr.audit.run import audit_run
-    from covid_cxr.audit.sentences import describe_audit
-    audit = audit_run(args.run, quick=args.quick, cache_dir=args.cache, n_boot=args.n_boot)
-    print(describe_audit(audit, every=args.all))
+    from covid_cxr.audit.run import audit_findings, audit_run
+    from covid_cxr.audit.sentences import describe_audit, describe_findings_audit
+    from covid_cxr.runs.folder import open_run
+    how = dict(cache_dir=args.cache, n_boot=args.n_boot)
+    if open_run(args.run).several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
+    else: print(describe_audit(audit_run(args.run, quick=args.quick, **how), every=args.all))
     _make_report(args.run)
 
 # %% ../nbs/cli.ipynb #report
@@ -457,6 +461,20 @@ def _compare(args):
     found = compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot)
     if args.out: write_json(args.out, found.to_dict())
     print(describe_comparison(found))
+
+# %% ../nbs/cli.ipynb #ensemble
+def _ensemble_options(p):
+    p.add_argument('runs', nargs='+', metavar='RUN',
+                   help='finished runs, two or more: folds of one cross-validation, or runs with one test split')
+    p.add_argument('--out', required=True, metavar='DIR', help='run directory of the ensemble')
+
+@command(_ensemble_options, 'covid-cxr ensemble runs/fold-0 runs/fold-1 runs/fold-2 --out runs/ensemble')
+def _ensemble(args):
+    "join finished runs into one, whose answer is the mean of their networks"
+    from covid_cxr.runs.ensemble import ensemble_runs
+    from covid_cxr.runs.folder import RunFolder
+    for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
+    _make_report(ensemble_runs(args.runs, args.out))
 
 # %% ../nbs/cli.ipynb #reproduce
 def _reproduce_options(p):

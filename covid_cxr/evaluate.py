@@ -857,11 +857,19 @@ def _check_request(threshold, n_boot, level):
         raise EvaluationError(f'n_boot={n_boot}; give 0 for no intervals, or at least 100 (2,000 is usual).')
     if not 0 < level < 1: raise EvaluationError(f'level={level}; give a share between 0 and 1, such as .95.')
 
-def _bootstrap(s, predicted, n_boot, seed):
-    "{metric: (n_boot,)} and {class: (n_boot, 2, 101)} of the resamples"
+# %% ../nbs/evaluate.ipynb #evaluate-resamples
+def _resampled(metrics, k):
+    "Kinds of those metrics whose interval comes from resamples; with more than two classes that may be any"
+    direct = ('auc', 'balanced_accuracy', 'prevalence', *SHARES, *RATIOS) if k == 2 else ()
+    return {METRICS[m].needs for m in metrics if m not in direct}
+
+def _bootstrap(s, predicted, n_boot, seed, needs, curves):
+    "{metric: (n_boot,)} and {class: (n_boot, 2, 101)} of the resamples, as far as they are needed"
     draws, bands = [], {}
     def visit(i, pos, neg): bands.setdefault(s.classes[i], []).extend(_on_grid(a, b) for a, b in zip(pos, neg))
-    if len(s.y): draws = [compute_metrics(s, predicted, w, visit) for w in group_resamples(s, n_boot, seed)]
+    if len(s.y) and needs:
+        kept = visit if curves else None
+        draws = [compute_metrics(s, predicted, w, kept, sorted(needs)) for w in group_resamples(s, n_boot, seed)]
     return ({m: np.concatenate([d[m] for d in draws]) for m in draws[0]} if draws else {}), bands
 
 # %% ../nbs/evaluate.ipynb #evaluate-notes
@@ -929,15 +937,19 @@ def evaluate(
     n_boot: int = 2000,               # resamples, for the metrics that need them; 0: no intervals for any metric
     seed: int = 0,                    # of the resamples
     level: float = .95,               # of the intervals
+    metrics: Sequence[str] | None = None,   # the only ones wanted, which is faster; None: all of them, and the curves
 ) -> Evaluation:
     "Every metric that these labels and probabilities allow, each with its interval over patients"
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
     _check_request(threshold, n_boot, level)
+    wanted = tuple(METRICS) if metrics is None else tuple(metric_name(m) for m in metrics)
     predicted = s.predict(threshold)
     ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     def keep_ranks(i, pos, neg): ranks[s.classes[i]] = pos[0], neg[0]
-    values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks)
-    draws, bands = _bootstrap(s, predicted, n_boot, seed)
+    needs = sorted({METRICS[m].needs for m in wanted})
+    values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks if metrics is None else None, needs)
+    values = {m: v for m, v in values.items() if m.partition(':')[0].removesuffix('_macro') in wanted}
+    draws, bands = _bootstrap(s, predicted, n_boot, seed, _resampled(wanted, len(s.classes)), metrics is None)
     estimates = estimate_metrics(s, predicted, values, draws if n_boot else None, level)
     _warn_undefined(estimates)
     per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}

@@ -25,18 +25,19 @@ from .core import (BundleError, CxrError, RecipeError, RunError, TableError, Wei
                             check_choice, sha256_file, sha256_text)
 from .words import format_number
 from .images import ImageRule
-from .model.settings import (ARTICLE_STAGES, EncoderSpec, HeadKind, Imbalance, Keep, Monitor, OnDoubt, Opt,
-                                Schedule, Stage, check_cost_matrix, epoch_lr, fit_epochs)
+from .model.settings import (ARTICLE_STAGES, Activation, EncoderSpec, HeadKind, Imbalance, Keep, Monitor,
+                                OnDoubt, Opt, Schedule, Stage, check_cost_matrix, epoch_lr, fit_epochs)
 from .model.backbones import MapEncoder, load_encoder
 from .model.weights import WeightsRecord, broken_tensor
-from .model.network import ConcatPool, MeanOfViews, join_head
+from .model.network import ConcatPool, MeanOfNetworks, MeanOfViews, join_head
 _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who train in a notebook
 
 # %% auto #0
 __all__ = ['fit_rounds', 'FROZEN_CS', 'split_params', 'class_weights', 'auc_score', 'keep_random_state',
            'CostMatrixLoss', 'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'weights_word',
            'BuiltNetwork', 'build_network', 'assemble_learner', 'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages',
-           'embed_images', 'fit_frozen', 'predict_table', 'ARTICLE_STAGES', 'Stage', 'fit_epochs']
+           'embed_images', 'fit_frozen', 'predict_table', 'ensemble_learner', 'join_fits', 'ARTICLE_STAGES', 'Stage',
+           'fit_epochs']
 
 # %% ../nbs/learner.ipynb #split-params
 def split_params(
@@ -139,6 +140,8 @@ class LearnerInfo:
 
     @property
     def pretrained(self) -> bool: return self.record.source not in ('none', 'module')
+    @property
+    def activation(self) -> Activation: return 'softmax'    # of the logits
 
 class InfoCallback(Callback):
     "Carries the `LearnerInfo` of a Learner, and does nothing else"
@@ -156,7 +159,8 @@ class FrozenDecision:
     def __init__(
         self,
         loss: Any,                   # of the Learner
-        threshold: float | None,     # the last of two classes is predicted from here on; None: the largest wins
+        threshold: float | None | Sequence[float | None],   # the last of two classes is predicted from here on; None:
+                                     # the largest wins; of several findings, one each (None: never predicted)
         temperature: float = 1.,
     ): self.loss, self.threshold, self.temperature = loss, threshold, temperature
 
@@ -172,8 +176,10 @@ class FrozenDecision:
 
     def decodes(
         self, probs: torch.Tensor,   # (n, k)
-    ) -> torch.Tensor:               # (n,) class index
-        "The class that is predicted"
+    ) -> torch.Tensor:               # (n,) class index; of several findings (n, k) bool
+        "What is predicted"
+        if isinstance(self.threshold, Sequence):
+            return probs.double() >= torch.tensor([math.inf if t is None else t for t in self.threshold])
         return probs.argmax(1) if self.threshold is None else (probs[:, 1].double() >= self.threshold).long()
 
 # %% ../nbs/learner.ipynb #cxr-learner-parts
@@ -567,6 +573,8 @@ def _fit_stage(run, stage, opt):
     else: s['lr'] = float(stage.lr)
     run.sliced = pretrained and parts != 1
     fit = learn.fit_one_cycle if run.plan.schedule == 'one_cycle' else learn.fit
+    for cb in L(*run.cbs, *learn.cbs):                            # a callback that counts epochs over the stages
+        if hasattr(cb, 'epochs_before'): cb.epochs_before = len(s['history']) - s['epoch']
     cbs = [_EpochKeeper(run, s['epoch']), *_stage_callbacks(run, stage), *run.cbs]
     try: fit(stage.epochs, run.rates(s['lr']), start_epoch=s['epoch'], cbs=cbs)
     except Exception:
@@ -767,3 +775,43 @@ def predict_table(
         raise RunError('the predictions came back in another order than the table; this must not happen.')
     for i, c in enumerate(learn.dls.vocab): out[f'prob_{c}'] = probs[:, i].double().numpy()
     return out
+
+# %% ../nbs/learner.ipynb #ensemble-learner
+def _check_alike(infos):
+    "Refuse Learners that read images, name classes or build their network in another way"
+    wanted = {'the classes': 'classes', 'the image rule': 'rule', 'the encoder': 'spec', 'the head': 'head'}
+    for i, other in enumerate(infos[1:], 2):
+        for what, name in wanted.items():
+            a, b = getattr(infos[0], name), getattr(other, name)
+            if a == b: continue
+            raise BundleError(f'{what} of Learner {i} ({b}) differs from that of the first ({a}); train them alike.')
+
+def ensemble_learner(
+    learners: Sequence[Learner],                   # two or more of `cxr_learner`, trained
+    temperatures: Sequence[float] | None = None,   # logits of each are divided by its own; None: by 1
+) -> Learner:                                      # on the data of the first
+    "One Learner that answers with the mean probability of several"
+    if len(learners) < 2: raise BundleError('an ensemble has two Learners or more; give several.')
+    first, infos = learners[0], [learner_info(l) for l in learners]
+    _check_alike(infos)
+    several = infos[0].activation == 'sigmoid'      # of findings.learner: answers that do not sum to 1
+    model = MeanOfNetworks([l.model for l in learners], temperatures, several)
+    model = model.to(first.dls.device).to(memory_format=torch.channels_last)
+    learn = assemble_learner(first.dls, model, infos[0], path=first.path, loss_func=first.loss_func,
+                             metrics=[m for m in first.metrics], splitter=first.splitter, wd=first.wd)
+    learn.unfreeze()
+    return learn
+
+# %% ../nbs/learner.ipynb #join-fits
+def join_fits(
+    fits: Sequence[Fit],   # of several networks
+) -> Fit:                  # the same rows with `network` (from 1); epochs and stages are counted on
+    "The trainings of several networks as one history"
+    parts: list[list[pd.DataFrame]] = [[], []]
+    epochs = stages = 0
+    for i, fit in enumerate(fits, 1):
+        h, c = fit
+        parts[0].append(h.assign(network=i, epoch=h['epoch'] + epochs, stage=h['stage'] + stages))
+        if len(c): parts[1].append(c.assign(network=i, stage=c['stage'] + stages))
+        epochs, stages = epochs + len(h), stages + int(h['stage'].max())
+    return Fit(*(pd.concat(p, ignore_index=True) if p else pd.DataFrame([]) for p in parts))

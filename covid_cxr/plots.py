@@ -22,7 +22,7 @@ from .words import format_count, format_estimate, format_number, format_percent
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PURPLE', 'SKY', 'GREY', 'PALE', 'COLOURS', 'DASHES', 'PHANTOM_WORDS',
            'new_figure', 'save_figure', 'small_png', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_scores',
            'plot_history', 'plot_lr_find', 'plot_reliability', 'plot_decision_curve', 'plot_prediction_grid',
-           'plot_subgroups']
+           'plot_subgroups', 'plot_intervals']
 
 # %% ../nbs/plots.ipynb #colours
 BLUE, ORANGE, GREEN, PURPLE, SKY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9'
@@ -222,7 +222,7 @@ def _check_columns(table, columns, who, cure):
     raise EvaluationError(f'{who}: {what}; give {cure}.')
 
 # %% ../nbs/plots.ipynb #history-parts
-_NOT_METRICS = ('stage', 'epoch', 'train_loss', 'valid_loss', 'lr', 'frozen', 'images', 'seconds', 'time')
+_NOT_METRICS = ('network', 'stage', 'epoch', 'train_loss', 'valid_loss', 'lr', 'frozen', 'images', 'seconds', 'time')
 
 def _shade_stages(ax, h, words):
     "Every second stage in grey, with its number on top"
@@ -464,4 +464,71 @@ def plot_subgroups(
     ax.set(ylim=(-.6, len(table) - .4), xlabel={'auc': 'AUC', 'recall': 'sensitivity'}.get(metric, metric))
     ax.grid(axis='x', color=PALE, lw=.6)
     _title(ax, 'Subgroups (positive + negative images)', 'with the intervals of the table')
+    return fig
+
+# %% ../nbs/plots.ipynb #intervals-parts
+_GAP = .9    # between two rows, in lines
+
+def _interval_places(t, row, panel):
+    "Height of every line of the frame, and the middle of every row; the first row is on top"
+    line = t.groupby([row] if panel is None else [panel, row], sort=False).cumcount()
+    lines = line.groupby(t[row], sort=False).max() + 1
+    start = (lines + _GAP).cumsum() - lines
+    return -(t[row].map(start) + line), -(start + (lines - 1) / 2)
+
+def _interval_colours(t, colour, grey):
+    "A colour per value, in order; grey for what is there to compare with"
+    names = [] if colour is None else t[colour].astype(str).unique().tolist()
+    bright = [n for n in names if n not in grey]
+    if len(bright) > len(COLOURS):
+        raise EvaluationError(f"column '{colour}' has {len(bright)} values; {len(COLOURS)} colours can be told apart.")
+    return {**dict(zip(bright, COLOURS)), **dict.fromkeys([n for n in names if n in grey], GREY)}
+
+def _interval_legend(fig, axes, hollow):
+    "Below the figure, every entry once"
+    pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels())]
+    if hollow is not None: pairs.append((axes[0].plot([], [], 'o', color=GREY, ms=5, mfc='white')[0], hollow))
+    once = {label: handle for handle, label in reversed(pairs)}
+    labels = list(dict.fromkeys(label for _, label in pairs))
+    if labels: fig.legend([once[n] for n in labels], labels, loc='outside lower center', ncol=min(len(labels), 3),
+                          fontsize=8, frameon=False)
+
+# %% ../nbs/plots.ipynb #intervals
+def _interval_line(ax, r, y, colour, label, hollow, tick):
+    "One number with its interval, and a grey tick beside"
+    ax.hlines(y, r['low'], r['high'], color=colour, lw=2)
+    ax.plot(r['value'], y, 'o', color=colour, ms=5, mfc='white' if hollow else colour, label=label or None)
+    if tick is not None: ax.plot(r[tick], y, '|', color=GREY, ms=10, mew=2)
+
+def plot_intervals(
+    t: pd.DataFrame,               # value, low, high, and the columns that are named below
+    row: str,                      # column: its values from top to bottom
+    colour: str | None = None,     # column: a colour and an entry of the legend per value
+    panel: str | None = None,      # column: a panel per value, side by side
+    hollow: str | None = None,     # column of booleans: a hollow mark; its name is the entry of the legend
+    tick: str | None = None,       # column of numbers: a grey tick, such as what others reported
+    grey: Sequence[str] = (),      # values of `colour` that are drawn in grey
+    at: float | None = None,       # where a dotted line stands
+    xlabel: str = '',
+    width: float = 7.6,            # inches
+    synthetic: bool = False,       # made from phantoms
+) -> Figure:
+    "Dots with their intervals, row by row"
+    named = [c for c in (row, colour, panel, hollow, tick) if c is not None]
+    _check_columns(t, ['value', 'low', 'high', *named], 'plot_intervals', 'a frame with a row per number')
+    y, middle = _interval_places(t, row, panel)
+    colours, names = _interval_colours(t, colour, grey), [None] if panel is None else list(t[panel].unique())
+    height = .75 + .16 * (y.max() - y.min() + 2)
+    together = dict(sharex=True, sharey=True, squeeze=False)
+    fig, axes = new_figure(width, height, 1, len(names), synthetic=synthetic, **together)
+    for ax, name in zip(axes[0], names):
+        for i, r in (t if panel is None else t[t[panel] == name]).iterrows():
+            label = '' if colour is None else str(r[colour])
+            _interval_line(ax, r, y[i], colours.get(label, BLUE), label, hollow is not None and bool(r[hollow]), tick)
+        if at is not None: ax.axvline(at, color=GREY, lw=.8, ls=':')
+        if name is not None: ax.set_title(str(name), loc='left', fontsize=10)
+    axes[0, 0].set_yticks(middle.to_list(), middle.index, fontsize=8)
+    axes[0, 0].set_ylim(y.min() - 1, y.max() + 1)
+    axes[0, len(names) // 2].set_xlabel(xlabel, fontsize=9)
+    _interval_legend(fig, axes[0], hollow)
     return fig

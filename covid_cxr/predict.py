@@ -7,19 +7,19 @@ from __future__ import annotations
 import os, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence, TypeAlias
 import numpy as np
 from .core import IMAGE_SUFFIXES, ImageError, Reason, atomic_path, check_choice
 from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_picture, refuse_blank,
                               to_8bit)
 from .ood import OODCheck, check_colour
-from .words import safe_cell, safe_path
+from .words import join_words, safe_cell, safe_path
 from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, read_bundle
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['OODMode', 'OnBadFile', 'Prediction', 'list_images', 'Predictor', 'load_predictor', 'predictions_frame',
-           'save_predictions']
+__all__ = ['AnyPrediction', 'OODMode', 'OnBadFile', 'Prediction', 'FindingsPrediction', 'list_images', 'Predictor',
+           'load_predictor', 'predictions_frame', 'save_predictions']
 
 # %% ../nbs/predict.ipynb #prediction
 @dataclass(frozen=True)
@@ -39,6 +39,43 @@ class Prediction:
         probs = {f'prob_{c}': p for c, p in (self.probabilities or {}).items()}
         row = dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined)
         return row if self.warning is None else dict(row, warning=self.warning)
+
+    @property
+    def answer(self) -> str:
+        "What is predicted, in words"
+        return self.label or 'declined'
+
+# %% ../nbs/predict.ipynb #findings-prediction
+@dataclass(frozen=True)
+class FindingsPrediction:
+    "The answer for one image that may have several findings"
+    path: str | None                 # the file, as it was given; None for an array
+    labels: list[str] | None         # findings at or above their thresholds; [] when none is; None when declined
+    probabilities: dict[str, float] | None   # {finding: probability}; None when declined
+    thresholds: Mapping[str, float | None]   # {finding: present from here on}; None: no threshold was chosen
+    declined: str | None = None      # why there is no answer
+    synthetic: bool = False          # was the model trained on synthetic phantoms?
+    warning: str | None = None       # why it would have been declined, when a person asked for an answer all the same
+    reason: Reason | None = None     # of a declined image, as a table records it
+
+    def _present(self, finding):
+        if self.labels is None or self.thresholds[finding] is None: return None
+        return int(finding in self.labels)
+
+    def to_row(self) -> dict[str, Any]:
+        "One row of a CSV: path, prob_<finding>..., predicted_<finding>... (1, 0, or blank), declined; and warning"
+        probs = {f'prob_{f}': (self.probabilities or {}).get(f) for f in self.thresholds}
+        present = {f'predicted_{f}': self._present(f) for f in self.thresholds}
+        row = dict(path=self.path, **probs, **present, declined=self.declined)
+        return row if self.warning is None else dict(row, warning=self.warning)
+
+    @property
+    def answer(self) -> str:
+        "What is predicted, in words"
+        if self.labels is None: return 'declined'
+        return join_words(self.labels) or 'no finding at or above its threshold'
+
+AnyPrediction: TypeAlias = Prediction | FindingsPrediction
 
 # %% ../nbs/predict.ipynb #list-images
 def _images_below(folder):
@@ -81,6 +118,41 @@ def _reasons(picture, ood, check):
     if why is None or ood == 'warn': return None, why
     return _Refused(why, Reason('prediction', 'unlike the training images', why)), None
 
+# %% ../nbs/predict.ipynb #decisions
+@dataclass(frozen=True)
+class _OneClass:
+    "One class per image"
+    classes: Sequence[str]
+    threshold: float | None      # the last of two classes is predicted from here on; None: the largest wins
+
+    def probabilities(self, logits): return logits.softmax(1)
+
+    def decline(self, path, why, **more): return Prediction(path, None, None, self.threshold, why, **more)
+
+    def answer(self, path, p, **more):
+        i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
+        return Prediction(path, self.classes[i], dict(zip(self.classes, map(float, p))), self.threshold, **more)
+
+@dataclass(frozen=True)
+class _AnyFindings:
+    "Any number of findings per image"
+    thresholds: Mapping[str, float | None]
+
+    def probabilities(self, logits): return logits.sigmoid()
+
+    def decline(self, path, why, **more): return FindingsPrediction(path, None, None, self.thresholds, why, **more)
+
+    def answer(self, path, p, **more):
+        probs = dict(zip(self.thresholds, map(float, p)))
+        labels = [f for f, t in self.thresholds.items() if t is not None and probs[f] >= t]
+        return FindingsPrediction(path, labels, probs, self.thresholds, **more)
+
+def _decision(bundle):
+    "How a bundle answers"
+    classes, threshold = bundle['classes'], bundle['threshold']
+    if bundle['activation'] == 'sigmoid': return _AnyFindings(dict(zip(classes, threshold)))
+    return _OneClass(classes, threshold if len(classes) == 2 else None)
+
 # %% ../nbs/predict.ipynb #predictor
 _NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained'
 _MOST_PIXELS = 2048**2    # of one batch: a bundle of large images needs no large memory
@@ -95,7 +167,7 @@ class Predictor:
     ):
         self.bundle = read_bundle(folder)
         self.classes, self.rule = self.bundle['classes'], ImageRule.from_dict(self.bundle['image'])
-        self.threshold = self.bundle['threshold'] if len(self.classes) == 2 else None
+        self.decision = _decision(self.bundle)
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
         check = self.bundle['ood_check']
         self.ood_check = OODCheck.from_dict(check) if check is not None else None
@@ -104,6 +176,11 @@ class Predictor:
         self.integrity = check_manifest(self.bundle['folder'])
         if self.integrity.status == 'altered':
             warnings.warn(describe_integrity(self.integrity, self.bundle['folder']), AlteredWarning, stacklevel=3)
+
+    @property
+    def several(self) -> bool: return isinstance(self.decision, _AnyFindings)     # any number of findings per image
+    @property
+    def threshold(self) -> float | None: return getattr(self.decision, 'threshold', None)
 
     def _with_views(self):
         "The model; with test-time augmentation, its mean over the views"
@@ -118,7 +195,7 @@ class Predictor:
         bs: int = 8,                   # images per batch
         on_bad: OnBadFile = 'raise',   # 'decline': an unreadable file gets a Prediction that says why
         ood: OODMode = 'decline',      # what is unlike the training: 'decline', answer and 'warn', or do not ask
-    ) -> Any:                          # a Prediction for one file or array, a list of them for a folder or a list
+    ) -> Any:                          # a prediction for one file or array, a list of them for a folder or a list
         "Predictions in the order of the files, each with its path"
         check_choice('ood', ood, OODMode)
         check_choice('on_bad', on_bad, OnBadFile)
@@ -133,7 +210,7 @@ class Predictor:
         bs: int = 8,
         on_bad: OnBadFile = 'raise',
         ood: OODMode = 'decline',
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[AnyPrediction]:
         "Predictions one by one, reading a batch at a time, so that a large folder needs no large memory"
         bs = max(1, min(bs, _MOST_PIXELS // self.rule.size**2))
         for i in range(0, len(files), bs):
@@ -150,13 +227,13 @@ class Predictor:
         self,
         pixels: Sequence[np.ndarray],  # (n, size, size) uint8, as `load_image` gives them
     ) -> np.ndarray:                   # (n, k) float64
-        "Class probabilities of images that are already read"
+        "Probabilities of images that are already read"
         import torch
         if not len(pixels): return np.zeros((0, len(self.classes)))
         x = torch.from_numpy(np.stack(pixels))[:, None].to(self.device).float() / 255      # (n, 1, size, size)
         with torch.inference_mode():
             logits = self.network((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
-        return logits.float().softmax(1).double().cpu().numpy()
+        return self.decision.probabilities(logits.float()).double().cpu().numpy()
 
     def _picture(self, array):
         "An array as the network sees it"
@@ -170,19 +247,16 @@ class Predictor:
         reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
         answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
         probs = iter(self.probabilities(answered))
-        return [self._label(f, next(probs), warning) if declined is None else self._decline(f, declined)
+        return [self._answer(f, next(probs), warning) if declined is None else self._decline(f, declined)
                 for f, (declined, warning) in zip(paths, reasons)]
 
     def _decline(self, path, refused):
-        return Prediction(path, None, None, self.threshold, refused.why, self.synthetic, reason=refused.reason)
+        return self.decision.decline(path, refused.why, synthetic=self.synthetic, reason=refused.reason)
 
-    def _label(self, path, p, warning):
-        "The class from its probabilities; a probability that is no number is no answer"
-        if not np.isfinite(p).all():
-            return self._decline(path, _Refused(f'{_NO_NUMBER}.', Reason('prediction', 'no probability', _NO_NUMBER)))
-        i = int(p.argmax()) if self.threshold is None else int(p[1] >= self.threshold)
-        probabilities = dict(zip(self.classes, map(float, p)))
-        return Prediction(path, self.classes[i], probabilities, self.threshold, None, self.synthetic, warning)
+    def _answer(self, path, p, warning):
+        "What the probabilities say; a probability that is no number is no answer"
+        if np.isfinite(p).all(): return self.decision.answer(path, p, synthetic=self.synthetic, warning=warning)
+        return self._decline(path, _Refused(f'{_NO_NUMBER}.', Reason('prediction', 'no probability', _NO_NUMBER)))
 
 # %% ../nbs/predict.ipynb #load-predictor
 def load_predictor(
@@ -194,16 +268,22 @@ def load_predictor(
     return Predictor(folder, device, module)
 
 # %% ../nbs/predict.ipynb #to-csv
-def predictions_frame(predictions: Iterable[Prediction]) -> pd.DataFrame:
-    "One row per prediction: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
+_ORDER = ('path', 'predicted', 'prob_', 'predicted_', 'threshold', 'declined', 'warning')
+
+def _place(column):
+    "The place of a column in a CSV"
+    if column in _ORDER: return _ORDER.index(column)
+    return next(i for i, start in enumerate(_ORDER) if start.endswith('_') and column.startswith(start))
+
+def predictions_frame(predictions: Iterable[AnyPrediction]) -> pd.DataFrame:
+    "One row per prediction, with the columns of `to_row`"
     import pandas as pd
     rows = [p.to_row() for p in predictions]
-    probs = dict.fromkeys(c for r in rows for c in r if c.startswith('prob_'))        # in the order of the classes
-    warned = ['warning'] if any('warning' in r for r in rows) else []
-    return pd.DataFrame(rows, columns=['path', 'predicted', *probs, 'threshold', 'declined', *warned])
+    columns = dict.fromkeys(c for r in rows or [Prediction(None, None, None, None).to_row()] for c in r)
+    return pd.DataFrame(rows, columns=sorted(columns, key=_place))
 
 def save_predictions(
-    predictions: Iterable[Prediction],
+    predictions: Iterable[AnyPrediction],
     path: str | os.PathLike,            # .csv
 ) -> Path:
     "Write predictions as CSV, whole or not at all; no cell is a formula, and bytes that are no text are shown by code"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/recipe.ipynb #imports
 from __future__ import annotations
-import dataclasses, importlib.resources, os, re, sys, textwrap, types, typing, warnings
+import dataclasses, functools, importlib.resources, os, re, sys, textwrap, types, typing, warnings
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +18,10 @@ from .sources import SOURCES, check_options, find_source, read_source, reader_op
 from .table import (TASKS, Duplicates, Task, as_task, check_split, drop_repeats, filter_ages, filter_views,
                              finding_rules, fold_by_group, group_leaksafe, join_tables, label_for, split_by_group,
                              split_by_source, split_by_time, split_official, split_published, split_random, use_fold)
+from .findings.labels import (FindingsTask, LabelsIn, Uncertain, label_findings, split_by_findings,
+                                 stored_labels)
 from .curate.licences import LicenceRule, filter_licences
+from .bundle import MOST_MEMBERS
 from .model.settings import (HeadKind, Imbalance, Keep, Monitor, OnDoubt, Opt, Schedule, Stage,
                                       check_cost_matrix, fit_epochs)
 from .words import format_count
@@ -26,11 +29,12 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% auto #0
-__all__ = ['Repeats', 'SplitKind', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec', 'ModelSpec', 'StageSpec',
-           'TrainingSpec', 'TaskSpec', 'EvaluationSpec', 'Recipe', 'recipe_fields', 'check_recipe', 'current_name',
-           'parse_recipe', 'list_recipes', 'load_recipe', 'read_preface', 'dump_recipe', 'recipe_hash',
-           'describe_recipe', 'recipe_schema', 'override', 'with_epochs', 'parse_options', 'sample_patients',
-           'word_options', 'read_one_source', 'apply_split', 'check_pretrained', 'build_table']
+__all__ = ['Repeats', 'SplitKind', 'FindingsKind', 'OF_FINDINGS', 'SourceSpec', 'DataSpec', 'ImageSpec', 'SplitSpec',
+           'ModelSpec', 'StageSpec', 'TrainingSpec', 'TaskSpec', 'FindingsSpec', 'EvaluationSpec', 'Recipe',
+           'recipe_fields', 'check_recipe', 'current_name', 'parse_recipe', 'list_recipes', 'load_recipe',
+           'read_preface', 'dump_recipe', 'recipe_hash', 'describe_recipe', 'recipe_schema', 'override', 'with_epochs',
+           'parse_options', 'sample_patients', 'word_options', 'read_one_source', 'apply_split', 'check_pretrained',
+           'label_rows', 'build_table']
 
 # %% ../nbs/recipe.ipynb #later
 _LATER: dict[str, bool] = dict(later=True)   # metadata of a field that early recipes did not have
@@ -140,6 +144,7 @@ class TrainingSpec:
     zoom_out: float = field(default=1., metadata=_LATER)          # augmentation: smallest factor, e.g. .85
     gamma: float = field(default=0., metadata=_LATER)             # augmentation: largest change of log gamma, e.g. .3
     erase: float = field(default=0., metadata=_LATER)             # augmentation: share of images with a hidden box
+    seeds: int = field(default=1, metadata=_LATER)                # networks with seeds in a row whose mean answers
 
 # %% ../nbs/recipe.ipynb #fields-task
 def _as_words(values, where):
@@ -163,6 +168,22 @@ class TaskSpec:
         rules = finding_rules(dict(_as_words(self.findings, 'task.findings')))
         return Task(self.name, tuple(self.classes), rules, _as_words(own, 'task.words'))
 
+# %% ../nbs/recipe.ipynb #fields-findings
+FindingsKind = Literal['findings']
+
+@dataclass(frozen=True)
+class FindingsSpec:
+    "Several findings asked of every image: the section `[task]` with kind = \"findings\""
+    kind: FindingsKind              # says that an image may have any number of them
+    name: str                       # how it is written in summaries and reports, e.g. "nih_findings"
+    findings: list[str]             # two or more; each gets a probability and a threshold of its own
+    labels: LabelsIn = 'lists'      # in lists, as NIH has them, or in 'columns' of 1, 0 and blank of your own table
+    uncertain: Uncertain = 'unknown'  # what -1 in a column becomes
+
+    def to_task(self) -> FindingsTask:
+        "The same for `findings.labels.label_findings`"
+        return FindingsTask(self.name, tuple(self.findings), self.labels, self.uncertain)
+
 # %% ../nbs/recipe.ipynb #fields-recipe
 @dataclass(frozen=True)
 class EvaluationSpec:
@@ -177,7 +198,7 @@ class Recipe:
     "A whole run"
     name: str                       # name of the recipe
     title: str = ''                 # one line for tables and reports
-    task: str | TaskSpec = 'covid_vs_other'  # a word of `table.TASKS`, or a question of your own as a section [task]
+    task: str | TaskSpec | FindingsSpec = 'covid_vs_other'  # a word of `table.TASKS`, or your own as a section [task]
     seed: int = 42                  # every choice of chance in the run
     data: DataSpec = field(default_factory=DataSpec)
     image: ImageSpec = field(default_factory=ImageSpec)
@@ -187,19 +208,25 @@ class Recipe:
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
 
     @property
-    def question(self) -> Task:
+    def question(self) -> Task | FindingsTask:
         "The task with its name, its classes and what leads to them"
-        return self.task.to_task() if isinstance(self.task, TaskSpec) else as_task(self.task)
+        return as_task(self.task) if isinstance(self.task, str) else self.task.to_task()
+
+    @property
+    def several(self) -> bool:
+        "May an image have any number of the findings that are asked for?"
+        return isinstance(self.task, FindingsSpec)
 
 # %% ../nbs/recipe.ipynb #fields-list
+_kinds_of = functools.cache(typing.get_type_hints)     # {field: type} of a dataclass; not to be changed
 _KINDS = {str: 'text', int: 'whole number', float: 'number', bool: 'true or false'}
 
 def _dot(where, key): return f'{where}.{key}' if where else key
 
-def _section_of(kind):
-    "The dataclass of a field that takes a word or a section; None for any other field"
+def _sections_of(kind):
+    "The dataclasses of a field that takes a word or a section; none for any other field"
     either = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
-    return next((k for k in either if dataclasses.is_dataclass(k)), None)
+    return [k for k in either if dataclasses.is_dataclass(k)]
 
 def _inner(kind):
     "What a list holds; any other type is itself"
@@ -208,13 +235,13 @@ def _inner(kind):
 # %% ../nbs/recipe.ipynb #fields-walk
 def _walk(cls, where='') -> Iterator[tuple]:
     "(dotted name, type, field, its dataclass) of every single value of a section"
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds_of(cls)
     for f in dataclasses.fields(cls):
         name, kind = _dot(where, f.name), kinds[f.name]
         if dataclasses.is_dataclass(_inner(kind)): yield from _walk(_inner(kind), name)
-        elif _section_of(kind):
+        elif _sections_of(kind):
             yield name, str, f, cls
-            yield from _walk(_section_of(kind), name)
+            for section in _sections_of(kind): yield from _walk(section, name)
         else: yield name, kind, f, cls
 
 # %% ../nbs/recipe.ipynb #field-words
@@ -236,12 +263,17 @@ def _toml(v):
     return f'"{escaped}"'
 
 # %% ../nbs/recipe.ipynb #recipe-fields
-def recipe_fields() -> pd.DataFrame: # columns field, value (its type, or its words), default, meaning
+OF_FINDINGS = ' (findings)'     # behind a field of a [task] with kind = "findings", where both kinds are told
+
+def recipe_fields(
+    leave_out: Iterable[str] = (),   # sections of which nothing shall be told: 'TaskSpec'
+) -> pd.DataFrame:                   # columns field, value (its type, or its words), default, meaning
     "Every field of a recipe, with what it may hold"
     from fastcore.docments import docments
     rows, meanings = [], {}
-    for name, kind, f, section in _walk(Recipe):
+    for name, kind, f, section in (w for w in _walk(Recipe) if w[3].__name__ not in leave_out):
         if section not in meanings: meanings[section] = docments(section)
+        if section.__name__ == 'FindingsSpec' and 'TaskSpec' not in leave_out: name += OF_FINDINGS
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         default = '(needed)' if default is dataclasses.MISSING else _toml(default)
         rows.append(dict(field=name, value=_kind_words(kind), default=default, meaning=meanings[section][f.name]))
@@ -250,7 +282,7 @@ def recipe_fields() -> pd.DataFrame: # columns field, value (its type, or its wo
 # %% ../nbs/recipe.ipynb #check-words
 def _check_words(obj, where=''):
     "Refuse a word that its field does not know, in this section and those below it"
-    kinds = typing.get_type_hints(type(obj))
+    kinds = _kinds_of(type(obj))
     for f in dataclasses.fields(obj):
         name, value = _dot(where, f.name), getattr(obj, f.name)
         if typing.get_origin(kinds[f.name]) is Literal: check_choice(name, value, kinds[f.name], RecipeError)
@@ -288,10 +320,13 @@ def _check_training(t, n_classes):
                   label_smoothing=(0 <= t.label_smoothing < 1, 'a share from 0 to below 1'),
                   mixup=(0 <= t.mixup <= 10, 'from 0 to 10'), cutmix=(0 <= t.cutmix <= 10, 'from 0 to 10'),
                   zoom_out=(.2 < t.zoom_out <= 1, 'above 0.2 and at most 1'), gamma=(0 <= t.gamma < 3, 'from 0 to 3'),
-                  erase=(0 <= t.erase <= 1, 'a share from 0 to 1'))
+                  erase=(0 <= t.erase <= 1, 'a share from 0 to 1'),
+                  seeds=(1 <= t.seeds <= MOST_MEMBERS, f'from 1 to {MOST_MEMBERS}'))
     for name, (ok, want) in wanted.items():
         if not ok: raise RecipeError(f'training.{name} = {getattr(t, name)}; it must be {want}.')
     check_cost_matrix(t.cost_matrix, n_classes)
+    if t.frozen_encoder and t.seeds > 1:
+        raise RecipeError('training.seeds needs a training that depends on a seed; a frozen encoder is fitted without.')
     if not t.stages: raise RecipeError('training.stages is empty; give one stage or more.')
     for i, s in enumerate(t.stages):
         if s.epochs < 1 or not 0 <= s.lr < 10:
@@ -302,6 +337,17 @@ def _check_training(t, n_classes):
 _SMALLEST = {'seed': 0, 'training.bs': 2, 'training.num_it': 40, 'evaluation.n_boot': 100}
 
 # %% ../nbs/recipe.ipynb #check-recipe
+_ONE_CLASS = {'training.imbalance': 'oversample', 'training.cost_matrix': None, 'training.label_smoothing': None,
+              'training.mixup': None, 'training.cutmix': None, 'training.frozen_encoder': None, 'evaluation.tta': None}
+
+def _check_several(recipe):
+    "Refuse what makes sense for one class per image alone; the word that is refused, None: all but the default"
+    for name, word in _ONE_CLASS.items():
+        value = attrgetter(name)(recipe)
+        if not (value == word if word else value): continue
+        raise RecipeError(f'{name} = {_toml(value)} is for one class per image; leave it out where several findings '
+                          'are asked for.')
+
 def check_recipe(recipe: Recipe) -> Recipe:
     "Refuse values that no run could use; returns the recipe"
     task = recipe.question
@@ -310,6 +356,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
     ImageRule(**dataclasses.asdict(recipe.image))
     _check_split(recipe.split, [s.options.get('source', s.name) for s in recipe.data.sources])
     _check_training(recipe.training, len(task.classes))
+    if recipe.several: _check_several(recipe)
     if recipe.training.frozen_encoder and (recipe.model.head != 'linear' or recipe.model.weights == 'none'):
         raise RecipeError("training.frozen_encoder needs model.head = 'linear' and weights other than 'none'.")
     if not 0 <= recipe.evaluation.tta <= 9: raise RecipeError(f'evaluation.tta = {recipe.evaluation.tta}; give 0 to 9.')
@@ -359,13 +406,22 @@ def _build(cls, values, where=''):
     "A dataclass from the dictionary of a TOML section, every key and type checked"
     if not isinstance(values, dict):
         raise RecipeError(f"{where or 'the recipe'} must be a section with keys, not {values!r}.")
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds_of(cls)
     for k in values:
         if k not in kinds: raise RecipeError(_unknown_key(k, values, kinds, where))
     for f in dataclasses.fields(cls):
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and f.name not in values: raise RecipeError(f"the recipe lacks '{_dot(where, f.name)}'; add it.")
     return cls(**{k: _value(kinds[k], v, _dot(where, k)) for k, v in values.items()})
+
+# %% ../nbs/recipe.ipynb #build-section
+def _section_for(sections, values, where):
+    "The dataclass of a section: the one whose `kind` its key kind names; without that key, the first"
+    if 'kind' not in values: return sections[0]
+    by_kind = {w: s for s in sections for w in typing.get_args(_kinds_of(s).get('kind'))}
+    if values['kind'] in by_kind: return by_kind[values['kind']]
+    raise RecipeError(f"{where}.kind = {values['kind']!r} is unknown{nearest(str(values['kind']), by_kind)} "
+                      f"(known: {', '.join(by_kind)}; leave the key out for one class per image)")
 
 # %% ../nbs/recipe.ipynb #build-value
 def _options(v, where):
@@ -386,7 +442,7 @@ def _check_finite(v, where):
 
 def _value(kind, v, where):
     "One value as its field's type; a whole number may stand for a fraction, one text for a list of one"
-    if _section_of(kind): kind = _section_of(kind) if isinstance(v, dict) else str
+    if _sections_of(kind): kind = _section_for(_sections_of(kind), v, where) if isinstance(v, dict) else str
     if dataclasses.is_dataclass(kind): return _build(kind, v, where)
     if typing.get_origin(kind) is Literal: kind = str                    # its words are checked by `check_recipe`
     if typing.get_origin(kind) is list:
@@ -479,10 +535,10 @@ def recipe_hash(recipe: Recipe) -> str:
 # %% ../nbs/recipe.ipynb #describe-recipe
 def _comment(text): return textwrap.wrap(text, 110, initial_indent='# ', subsequent_indent='# ', break_on_hyphens=False)
 
-def _field_comments() -> dict[str, list[str]]:
+def _field_comments(recipe) -> dict[str, list[str]]:
     "Dotted name of every field -> its meaning and its words, as comment lines"
-    out = {}
-    for f in recipe_fields().itertuples():
+    out, other = {}, 'TaskSpec' if recipe.several else 'FindingsSpec'
+    for f in recipe_fields(leave_out=[other]).itertuples():
         known = f' One of: {f.value}.' if ', ' in f.value else ''
         default = '' if f.default == '(needed)' else f' Default: {f.default}'
         out[f.field] = _comment(f'{f.meaning[:1].upper()}{f.meaning[1:]}.{known}{default}')
@@ -493,7 +549,7 @@ def describe_recipe(
     preface: Iterable[str] = (),   # comment lines to begin with; none: its title
 ) -> str:                          # TOML
     "A recipe with the meaning of every field above it; `parse_recipe` reads it back to the same recipe"
-    comments, section, before = _field_comments(), '', '['
+    comments, section, before = _field_comments(recipe), '', '['
     out = [*([*preface] or _comment(recipe.title or recipe.name)), '']
     for line in '\n'.join(_lines(recipe, '', {}, blank=True)).splitlines():
         if line.startswith('['): section = line.strip('[]')
@@ -508,7 +564,7 @@ _JSON_TYPES = {str: 'string', int: 'integer', float: 'number', bool: 'boolean'}
 
 def _schema_of(kind) -> dict[str, Any]:
     "The JSON schema of one type"
-    if _section_of(kind): return dict(anyOf=[dict(type='string'), _schema_of(_section_of(kind))])
+    if _sections_of(kind): return dict(anyOf=[dict(type='string'), *map(_schema_of, _sections_of(kind))])
     if dataclasses.is_dataclass(kind): return _section_schema(kind)
     if typing.get_origin(kind) is Literal: return dict(enum=list(choices(kind)))
     if typing.get_origin(kind) is dict: return dict(type='object')
@@ -519,7 +575,7 @@ def _schema_of(kind) -> dict[str, Any]:
 def _section_schema(cls) -> dict[str, Any]:
     "The JSON schema of one section"
     from fastcore.docments import docments
-    kinds, meanings, fields = typing.get_type_hints(cls), docments(cls), {}
+    kinds, meanings, fields = _kinds_of(cls), docments(cls), {}
     for f in dataclasses.fields(cls):
         fields[f.name] = _schema_of(kinds[f.name])
         if meanings.get(f.name): fields[f.name]['description'] = meanings[f.name]
@@ -544,7 +600,7 @@ def _literal(text):
 
 def _set(obj, keys, value, whole):
     "A copy of a section with one field changed, however deep"
-    kinds = typing.get_type_hints(type(obj))
+    kinds = _kinds_of(type(obj))
     key = keys[0]
     if key not in kinds: raise RecipeError(_no_key(whole, key, kinds))
     old, kind = getattr(obj, key), kinds[key]
@@ -565,7 +621,7 @@ def _set_option(options, keys, value):
 def _new_value(kind, value, whole):
     "A value for one field, as its type"
     if dataclasses.is_dataclass(kind):
-        raise RecipeError(f"'{whole}' is a section; set one of its fields: {', '.join(typing.get_type_hints(kind))}.")
+        raise RecipeError(f"'{whole}' is a section; set one of its fields: {', '.join(_kinds_of(kind))}.")
     if kind is str and isinstance(value, (int, float)): value = str(value)
     return _value(kind, value, whole)
 
@@ -647,11 +703,14 @@ def _filter_findings(table, findings):
 
 # %% ../nbs/recipe.ipynb #read-source
 def word_options(
-    task: Task,
+    task: Task | FindingsTask,
     source: str,        # name of a source
 ) -> dict[str, Any]:    # for its reader
-    "A task with words of its own reads your own images with their words as they stand"
-    return dict(any_words=True) if task.words and 'any_words' in reader_options(source) else {}
+    "A task with words of its own reads your own images with their words as they stand; columns of labels come along"
+    known = reader_options(source)
+    columns = dict(keep=list(task.classes)) if isinstance(task, FindingsTask) and task.labels == 'columns' else {}
+    words = dict(any_words=True) if task.words else {}
+    return {name: value for name, value in (columns | words).items() if name in known}
 
 def read_one_source(
     spec: SourceSpec,
@@ -726,6 +785,23 @@ def check_pretrained(
     _refuse_shared(weights, files, 'file (same bytes)', 'files (same bytes)')
     return len(seen)
 
+# %% ../nbs/recipe.ipynb #of-the-question
+def label_rows(
+    table: pd.DataFrame,
+    question: Task | FindingsTask,
+) -> pd.DataFrame:   # `label` filled in, and for several findings `label_<finding>` of each
+    "A table with what it says about a question"
+    return label_findings(table, question) if isinstance(question, FindingsTask) else label_for(table, question)
+
+def _split(table, recipe):
+    "The split of a recipe; by patient, every finding gets its share in every split"
+    spec, several = recipe.split, recipe.several
+    if not several: return apply_split(table, spec, recipe.seed)
+    if spec.kind == 'group':
+        labels = stored_labels(table, recipe.question.classes)
+        return split_by_findings(table, labels, spec.valid_pct, spec.test_pct, recipe.seed)
+    return apply_split(table.assign(label=np.nan), spec, recipe.seed).assign(label=table['label'])
+
 # %% ../nbs/recipe.ipynb #build-table
 def build_table(
     recipe: Recipe,
@@ -740,11 +816,11 @@ def build_table(
     t = join_tables([read_one_source(spec, data, recipe.seed, **words) for spec, words in read])
     if d.views: t = filter_views(t, d.views)
     t = filter_licences(t, d.licences)
-    t = label_for(t, recipe.question)
+    t = label_rows(t, recipe.question)
     t = check_images(t, rule, cache, on_bad=d.on_bad)
     t = group_leaksafe(t, duplicates=d.duplicates, cache_file=cache_file)
     if d.duplicates != 'none' and d.repeats == 'drop': t = drop_repeats(t, cache_file=cache_file)
-    t = apply_split(t, recipe.split, recipe.seed)
+    t = _split(t, recipe)
     check_split(t, allow_leak=recipe.split.allow_leak)
     check_pretrained(recipe.model.weights, t)
     return t

@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     def get(fault):
         if fault not in cases:
             folder = tmp_path_factory.mktemp('fault')
-            if fault in ('clean', 'label noise'): cases[fault] = fault_case(fault, folder, copies=fault == 'clean')
+            if fault in ('clean', 'label noise'): cases[fault] = fault_case(fault, folder, n_boot=400, copies=fault == 'clean')
             else: cases[fault] = case_without_model(fault, folder)
             case = cases[fault]
             if any(code in ('A3', 'A5') for code, _ in PLANTED[fault]) or fault == 'clean':

@@ -109,3 +109,17 @@ def test_the_demo_gains_from_its_pretrained_encoder():
     assert d['difference'] == pytest.approx(one['auc']['value'] - two['auc']['value'], abs=1e-6) and d['low'] > 0
     recipe = parse_recipe(found['recipe'])
     assert recipe_hash(recipe) == recipe_hash(load_recipe('demo')), 'the kept result is of the demo as it is shipped'
+
+
+def test_averaged_weights_depend_less_on_the_seed_than_the_epoch_of_the_lowest_loss():
+    "benchmarks/kept_epoch.py, derived again from its AUCs"
+    kept = json.loads((ROOT / 'benchmarks/results/kept_epoch.json').read_text())
+    rows = {r['kept']: r for r in kept['arms']}
+    for r in rows.values():
+        assert len(r['auc']) == kept['seeds'] >= 5
+        assert r['mean'] == pytest.approx(np.mean(r['auc']), abs=1e-4) and r['sd'] == pytest.approx(np.std(r['auc'], ddof=1), abs=1e-4)
+    averaged, best = rows['last epoch, weights averaged'], rows['best epoch']
+    assert averaged['sd'] == min(r['sd'] for r in rows.values()) < .6 * best['sd']
+    assert averaged['mean'] == max(r['mean'] for r in rows.values())
+    t = load_recipe('own-images').training
+    assert (t.keep, t.average) == ('last', .95)

@@ -72,6 +72,16 @@ def test_the_other_commands_work(run, images):
     assert p.returncode == 0 and '48 used + 0 excluded; 24 patients' in p.stdout
 
 
+def test_a_folder_of_one_class_is_looked_at_and_not_trained(tmp_path):
+    for k in range(3):
+        (tmp_path / 'all' / 'series').mkdir(parents=True, exist_ok=True)
+        picture(k, 0, 0).save(tmp_path / 'all' / 'series' / f'p{k}.png')
+    p = here('inspect', '--images', tmp_path / 'all', '--out', tmp_path / 'seen')
+    assert p.returncode == 0 and '3 rows in = 3 used + 0 excluded' in p.stdout and (tmp_path / 'seen/index.html').is_file()
+    p = here('train', '--images', tmp_path / 'all', '--out', tmp_path / 'run', *QUICK)
+    assert p.returncode == 1 and "has 'series' (3); training needs two classes or more" in p.stderr
+
+
 def test_the_same_command_again_shows_the_result(run, images):
     p = here('train', '--images', images, '--patient-pattern', PATTERN, '--out', run, *QUICK)
     assert p.returncode == 0 and 'already finished' in p.stdout
@@ -265,3 +275,16 @@ def test_the_page_shows_three_commands_and_no_picture():
     cells = json.loads((ROOT / 'nbs/tutorials/three_commands.ipynb').read_text(encoding='utf-8'))['cells']
     shown = [line.split()[1] for line in re.findall(r'(?m)^\$ (covid-cxr .*)$', '\n'.join(''.join(c['source']) for c in cells))]
     assert shown == ['train', 'report', 'predict'] and all(not c.get('outputs') and not c.get('attachments') for c in cells)
+
+
+def test_the_page_prints_what_the_three_commands_printed():
+    "benchmarks/three_commands.py typed them; '...' stands for lines that are left out"
+    kept = json.loads((ROOT / 'benchmarks/results/three_commands.json').read_text(encoding='utf-8'))
+    cells = json.loads((ROOT / 'nbs/tutorials/three_commands.ipynb').read_text(encoding='utf-8'))['cells']
+    page = '\n'.join(''.join(c['source']) for c in cells)
+    blocks = re.findall(r'```text\n\$ (.*?)\n(.*?)\n```', page, re.S)
+    assert [b[0] for b in blocks] == [c['command'] for c in kept['commands']] and all(c['code'] == 0 for c in kept['commands'])
+    for (_, text), c in zip(blocks, kept['commands']):
+        shown, printed = text.splitlines(), iter(c['printed'])
+        assert all(line in printed for line in shown if line != '...'), 'a line that was not printed, or out of order'
+        assert '...' in shown or shown == c['printed']

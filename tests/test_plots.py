@@ -31,7 +31,8 @@ def draw(synthetic=False):
         plot_history=plots.plot_history(HISTORY, **kw), plot_lr_find=plots.plot_lr_find([1e-5, 1e-4, 1e-3], [1., .5, .7], 1e-4, **kw),
         plot_decision_curve=plots.plot_decision_curve(Y, P, groups=G, classes=NAMES, n_boot=100, **kw),
         plot_prediction_grid=plots.plot_prediction_grid([np.eye(8)] * 5, ['a'] * 5, list('aabaa'), [.9] * 5, **kw),
-        plot_subgroups=plots.plot_subgroups(subgroups(Y, P, dict(sex=np.where(G % 3, 'f', 'm')), G, n_boot=100), **kw))
+        plot_subgroups=plots.plot_subgroups(subgroups(Y, P, dict(sex=np.where(G % 3, 'f', 'm')), G, n_boot=100), **kw),
+        plot_intervals=plots.plot_intervals(pd.DataFrame(dict(who=['a', 'b'], value=.6, low=.5, high=.7)), 'who', **kw))
 
 def words(fig):
     "All text of a figure"

@@ -130,8 +130,21 @@ def test_the_page_of_results_prints_every_failed_check(tables):
         for v in failed: assert f'- {v.check} {v.name}: ' in text, (name, v.check, v.name)
 
 
+# ---- stories are told, not programmed
+MOST_LINES = {'pneumonia_cnn': 8, 'coronahack_vgg': 15, 'covid_2020': 17, 'effusion_resnet': 17, 'pneumonia_explained': 49}
+
+
+@pytest.mark.parametrize('story', MOST_LINES)
+def test_a_story_is_text_with_a_few_lines_of_code(story):
+    "What stories share stands in the rooms of `articles`; every interval comes from the usual number of resamples"
+    code = [''.join(c['source']) for c in cells(f'articles/{story}') if c['cell_type'] == 'code']
+    lines = [line for source in code for line in source.splitlines() if line.strip()]
+    assert 0 < len(lines) <= MOST_LINES[story], len(lines)
+    assert not [line for line in lines if 'n_boot' in line or 'def ' in line or len(line) > 140]
+
+
 # ---- what a page prints is what its cells give
-PHANTOMS = {'run', 'run-tests', 'grid', 'twin', 'lime-phantom', 'rehearse', 'refuse', 'python-example'}   # cells that train, and theirs
+PHANTOMS = {'run', 'grid', 'lime-phantom', 'rehearse', 'refuse', 'python-example'}   # cells that train, and theirs
 
 
 def output_text(cell):

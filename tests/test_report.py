@@ -107,7 +107,7 @@ ABOVE = dict(model_auc=estimate(.83, .72, .92), auc_gain=estimate(.2138, .1019, 
 
 
 @pytest.fixture(scope='module')
-def example(tmp_path_factory): return write_example_run(tmp_path_factory.mktemp('example') / 'run')
+def example(tmp_path_factory): return write_example_run(tmp_path_factory.mktemp('example') / 'run', n_boot=200)
 
 @pytest.fixture
 def copy(example, tmp_path): return Path(shutil.copytree(example, tmp_path / 'run'))

@@ -4,21 +4,22 @@
 
 # %% ../../nbs/articles/reproduce.ipynb #imports
 from __future__ import annotations
-import shutil
+import shutil, tempfile, weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 import pandas as pd
 from .reported import ABLATION, ARTICLES, EXTERNAL_TESTS, PRETRAIN, SEEDS, article_keys
 from .tables import (
-    TITLES, TableName, article_results, make_tables, markdown_table, reproduce_table, runs_table)
-from ..core import RecipeError, atomic_path, write_text
+    ABSENT, TITLES, TableName, article_results, make_tables, markdown_table, reproduce_table, run_row, runs_table)
+from ..core import RecipeError, RunError, atomic_path, write_text
 from ..recipe import Recipe, load_recipe, override, with_epochs
 from ..runs.external import ExternalTest, external_test
 from ..runs.folder import SYNTHETIC_WARNING, RunFolder
 
 # %% auto #0
 __all__ = ['QUICK', 'Variant', 'recipe_variants', 'PlannedRun', 'plan_runs', 'check_sources', 'run_external_tests',
-           'reproduce', 'page_markdown', 'write_reproduced', 'write_phantom_collections', 'rehearse']
+           'reproduce', 'page_markdown', 'write_reproduced', 'write_phantom_collections', 'Rehearsal', 'rehearse']
 
 # %% ../../nbs/articles/reproduce.ipynb #variants
 class Variant(NamedTuple):
@@ -234,14 +235,43 @@ def write_phantom_collections(
     shutil.copy(data / 'covid-chestxray-dataset' / 'metadata.csv', history / '2020-03-15.csv')
     return data
 
+@dataclass(frozen=True)
+class Rehearsal:
+    "Recipes trained tiny on phantoms; the folder goes when the object does"
+    folder: Path    # with data/ and runs/
+    first: str      # name of the first run: that of the article's own protocol
+
+    @property
+    def runs(self) -> Path: return self.folder / 'runs'
+    @property
+    def run(self) -> RunFolder: return RunFolder.open(self.runs / self.first)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        "What was trained, a row per run"
+        rows = [run_row('', RunFolder.open(d)) for d in sorted(self.runs.iterdir())]
+        return pd.DataFrame(rows).drop(columns=['article', 'seed', 'minutes', 'machine', 'command'])
+
+# %% ../../nbs/articles/reproduce.ipynb #rehearsal
+def _check_rehearsal(plan: Sequence[PlannedRun], runs: Path, results: pd.DataFrame) -> None:
+    "Refuse a rehearsal that left something out, saw more than phantoms, or leaked"
+    for p in plan:
+        e = RunFolder.open(runs / p.name).evaluation
+        if not e['synthetic']: raise RunError(f'{p.name} was rehearsed on images that are no phantoms.')
+        if e['leaking_groups'] and not p.recipe.split.allow_leak:
+            raise RunError(f"{p.name} leaks {e['leaking_groups']} groups in its rehearsal.")
+    if (results['run'] == ABSENT).any(): raise RunError('a rehearsal has a result that was not measured.')
+
 def rehearse(
     only: str | list[str],   # keys of `ARTICLES`, or 'pretrain'
-    out: str | Path,         # an empty folder
     **options: Any,          # for `reproduce`
-) -> Path:                   # the folder of the runs
+) -> Rehearsal:
     "Train the recipes of an article, tiny, on phantoms: to see that they run, not to learn anything"
-    plan_runs(Path(out) / 'runs', only, quick=True)     # refuses an unknown article before anything is written
-    data = write_phantom_collections(Path(out) / 'data')
+    plan = plan_runs('', only, quick=True, beside=options.get('beside', True))     # refuses an unknown article
+    made = Rehearsal(Path(tempfile.mkdtemp()), plan[0].name)
+    weakref.finalize(made, shutil.rmtree, made.folder, ignore_errors=True)
+    data = write_phantom_collections(made.folder / 'data')
     quiet: dict[str, Any] = dict(device='cpu', baselines=False, external=False, log=lambda line: None)
-    reproduce(data, out, quick=True, only=only, **{**quiet, **options})
-    return Path(out) / 'runs'
+    results = reproduce(data, made.folder, quick=True, only=only, **{**quiet, **options})
+    _check_rehearsal(plan, made.runs, results)
+    return made

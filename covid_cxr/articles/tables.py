@@ -26,12 +26,12 @@ if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
 __all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'AUDITED',
-           'TableName', 'TITLES', 'TABLES', 'as_text', 'threshold_text', 'evaluated_on', 'trained_text',
-           'baselines_text', 'conditions', 'article_metrics', 'score_external', 'reproduce_table', 'runs_table',
-           'made_with', 'crossval_table', 'gains_table', 'arms_table', 'left_out_table', 'asides_table',
-           'published_test_table', 'aims_table', 'leak_table', 'audits_table', 'auc_table', 'plot_auc_beside_baselines',
-           'make_tables', 'write_tables', 'read_tables', 'select_rows', 'reported_table', 'article_results',
-           'main_results', 'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
+           'TableName', 'TITLES', 'TABLES', 'as_text', 'text_column', 'cells_table', 'threshold_text', 'evaluated_on',
+           'trained_text', 'baselines_text', 'conditions', 'article_metrics', 'score_external', 'reproduce_table',
+           'run_row', 'runs_table', 'made_with', 'crossval_table', 'gains_table', 'arms_table', 'left_out_table',
+           'asides_table', 'published_test_table', 'aims_table', 'leak_table', 'audits_table', 'auc_table',
+           'plot_auc_beside_baselines', 'make_tables', 'write_tables', 'read_tables', 'select_rows', 'reported_table',
+           'article_results', 'main_results', 'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
 
 # %% ../../nbs/articles/tables.ipynb #as-text
 ABSENT = 'not measured'
@@ -48,6 +48,30 @@ def as_text(
         texts = [(v, format_estimate(v, low, high, signed=c in signed)) for v, low, high in triples]
         out[c] = ['' if np.isnan(as_number(v)) else text for v, text in texts]
     return out
+
+# %% ../../nbs/articles/tables.ipynb #cells
+def text_column(
+    t: pd.DataFrame,          # value, low, high, and what was measured
+    name: str,                # of the new column, instead of the three
+    digits: int = 3,
+    signed: bool = False,     # the values are differences
+) -> pd.DataFrame:
+    "Measurements as a person reads them: one column of 'value [low, high]'; other numbers rounded"
+    texts = [format_estimate(r.value, r.low, r.high, digits, signed) for r in t.itertuples()]
+    return t.drop(columns=['value', 'low', 'high']).round(digits).assign(**{name: texts})
+
+def cells_table(
+    t: pd.DataFrame,          # value, low, high, and the columns that are named below
+    rows: Sequence[str],      # columns whose values name a row
+    columns: str,             # column whose values become columns
+    digits: int = 3,
+    signed: bool = False,
+) -> pd.DataFrame:            # text, in the order of the frame; '' where there is no number
+    "Measurements as text, a row and a column each"
+    for name in (*rows, columns):
+        if name not in t: raise RunError(f"these measurements have no column '{name}'{nearest(name, t.columns)}.")
+    wide = text_column(t, 'text', digits, signed).set_index([*rows, columns])['text'].unstack(sort=False)
+    return wide.reindex(columns=t[columns].unique()).fillna('').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/articles/tables.ipynb #conditions
 ONE_HALF, NOT_FITTED = 'one half', 'none fitted'
@@ -156,7 +180,7 @@ def _own_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> list
     about: dict[str, Any] = dict(article=key, result=result, run=_run_name(runs), trained=trained_text(runs))
     rows = []
     for frozen in (False, True):
-        e = score_results(runs, frozen, n_boot)
+        e = score_results(runs, frozen, n_boot, curves=False)
         rows.append({**about, **conditions(runs, e, frozen), **_texts(e.estimates, article_metrics(key)),
                      'baselines': baselines_text(runs)})
     return rows
@@ -222,7 +246,8 @@ def _machine_of(state: dict) -> str:
     if state.get('device', 'cpu') != 'cpu': return str(state['device'])
     return f"{state.get('cpu', 'not stated')}, {state.get('cores', '?')} cores"
 
-def _run_row(article: str, r: RunFolder) -> dict[str, Any]:
+def run_row(article: str, r: RunFolder) -> dict[str, Any]: # the columns of `RUN_COLUMNS`
+    "What one run was made with"
     e, c, h = r.evaluation[r.split], r.recipe, r.history
     return dict(
         article=article, recipe=c.name, folder=r.name, size=c.image.size, arch=c.model.arch,
@@ -238,7 +263,7 @@ def runs_table(
     "Picture size, network, epochs, images, seed, minutes, leaks of every run behind the table"
     found = find_results(results_dir)
     names = [(key, name) for key in article_keys(only) for name in ARTICLES[key].recipes]
-    rows = [_run_row(key, r) for key, name in names for r in found.get(name, [])]
+    rows = [run_row(key, r) for key, name in names for r in found.get(name, [])]
     return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 # %% ../../nbs/articles/tables.ipynb #made-with
@@ -350,7 +375,7 @@ def left_out_table(
     newest = {(r.recipe.name, r.recipe.split.source): r for r in every if r.recipe.split.kind == 'source'}
     rows = []
     for (name, _), r in newest.items():
-        e = score_results([r], True, n_boot)
+        e = score_results([r], True, n_boot, curves=False)
         rows.append(dict(recipe=name, **conditions([r], e, True), false_positive_rate=str(e['false_positive_rate']),
                          auc=str(e['auc']), baselines=baselines_text([r])))
     columns = ['recipe', 'evaluated_on', 'images', 'groups', 'threshold', 'false_positive_rate', 'auc', 'baselines']
@@ -358,7 +383,7 @@ def left_out_table(
 
 # %% ../../nbs/articles/tables.ipynb #asides
 def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
-    h, e = r.history, score_results([r], False, n_boot)
+    h, e = r.history, score_results([r], False, n_boot, curves=False)
     train, valid = h['train_loss'], h['valid_loss']
     losses = dict(first_loss=train.iloc[0], highest_loss=train.max(), last_loss=train.iloc[-1],
                   valid_loss=valid.iloc[-1], highest_valid_loss=valid.max())
@@ -405,7 +430,8 @@ def published_test_table(
     "Every kept network on the published test, at its frozen threshold, and the mean of the leak-safe ones"
     every, rows = find_results(results_dir, every=True), []
     for name in PUBLISHED_TEST:
-        rows += [_test_row([r], score_results([r], True, n_boot)) for r in _by_seed(every.get(name, []))]
+        own = _by_seed(every.get(name, []))
+        rows += [_test_row([r], score_results([r], True, n_boot, curves=False)) for r in own]
     members = _ensemble_members(every)
     if len(members) > 1:
         about = dict(recipe='all leak-safe recipes', trained=f'mean of {len(members)} networks', seed='all',
@@ -434,7 +460,7 @@ def _aim_row(a: Aim, results_dir: str | Path, n_boot: int) -> dict[str, Any]:
     asked, runs = dict(aim=a.text, metric=a.metric, wanted=a.wanted), _aim_runs(a, results_dir)
     if not runs: return dict(asked, measured=ABSENT, reached='-')
     ensemble = a.of == 'ensemble'
-    e = score_ensemble(runs, n_boot) if ensemble else score_results(runs, True, n_boot)
+    e = score_ensemble(runs, n_boot) if ensemble else score_results(runs, True, n_boot, curves=False)
     about = conditions(runs[:1] if ensemble else runs, e, True)
     if a.metric == 'auc': about['threshold'] = NOT_NEEDED
     return dict(asked, measured=str(e[a.metric]), reached=_reached(e[a.metric], a.wanted), **about,
@@ -528,7 +554,7 @@ _AUC = ['recipe', 'start', 'folds', 'kind', 'name', 'auc', 'auc_low', 'auc_high'
 def _auc_rows(runs: list[RunFolder], of: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
     "The model and the best baseline of each kind, all of ranks within folds"
     about = dict(recipe=runs[0].recipe.name, start=start_of(runs[0]), folds=len(runs))
-    model = score_results(runs, True, n_boot)['auc']
+    model = score_results(runs, True, n_boot, curves=False)['auc']
     rows = [dict(about, kind='model', name='model', **model.columns('auc'))]
     for kind, t in baseline_gains(runs, 100, of=of).groupby('kind'):
         rows.append(dict(about, kind=kind, name=t['baseline'].iloc[0], auc=t['auc'].iloc[0]))

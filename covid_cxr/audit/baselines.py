@@ -129,7 +129,7 @@ def estimate_auc(
     seed: int = 0,
 ) -> Estimate:
     "AUC with its interval over patients, and nothing else"
-    with allow_undefined(): return evaluate(y, scores, groups, n_boot=n_boot, seed=seed)['auc']
+    with allow_undefined(): return evaluate(y, scores, groups, n_boot=n_boot, seed=seed, metrics=['auc'])['auc']
 
 # %% ../../nbs/audit/baselines.ipynb #calibrate
 def calibrate_scores(

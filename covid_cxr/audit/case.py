@@ -14,9 +14,9 @@ import numpy as np, pandas as pd
 from .baselines import Baseline, BestGain, ChosenOn, calibrate_scores, fit_small_cnn, gain_over_best
 from ..core import CxrError, RunError, check_choice, choices, require_columns, to_plain
 from ..curate.patient_ids import MIN_PAIRS
-from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate
+from ..evaluate import METRICS, Estimate, Evaluation, allow_undefined, evaluate
 from ..phantom import FAMILY, PhantomName, phantom_family
-from ..runs.folder import RunFolder, baseline_name, reading_file
+from ..runs.folder import RunFiles, RunFolder, baseline_name, reading_file
 from ..words import as_number, join_words
 if TYPE_CHECKING: from covid_cxr.runs.external import ExternalTest
 
@@ -289,7 +289,7 @@ class Case:
     pairs: pd.DataFrame | None = None              # near duplicates among the rows, from `duplicates.find_near`
     baselines: Sequence[Baseline] | None = None    # of `fit_baselines`; None: not fitted yet
     fingerprints: Path | None = None               # keeps what identifies image files; None: files are not read
-    folder: RunFolder | None = None                # the finished run that is audited
+    folder: RunFiles | None = None                 # the finished run that is audited
     ood: Any = None                                # its `OODCheck`
     external_tests: Sequence[ExternalTest] = ()    # of the frozen model
     chosen_on: str = 'valid'                       # the split on which threshold and epoch were chosen
@@ -320,7 +320,8 @@ class Case:
     def groups(self) -> np.ndarray: return self.rows['group'].to_numpy(object)                        # (m,) of patients
     @cached_property
     def evaluation(self) -> Evaluation:
-        return evaluate(self.y, self.p, self.groups, self.threshold, n_boot=self.n_boot, seed=self.seed)
+        return evaluate(self.y, self.p, self.groups, self.threshold, n_boot=self.n_boot, seed=self.seed,
+                        metrics=tuple(METRICS))
     @property
     def auc(self) -> Estimate: return self.evaluation['auc']
     @property
@@ -456,7 +457,7 @@ def phantom_case(
     patients: int = 90,     # of each split; half of them ill
     size: int = 48,         # pixels
     seed: int = 0,
-    n_boot: int = 400,
+    n_boot: int = 2000, # resamples of patients
     epochs: int = 8,        # of the small network
 ) -> Case:
     "Training and test patients of one phantom, and a small network trained on them and calibrated on others"

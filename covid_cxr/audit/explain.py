@@ -21,7 +21,8 @@ from .regions import check_image_stack
 
 # %% auto #0
 __all__ = ['NetworkInput', 'network_input', 'grad_cam', 'occlusion_map', 'LimeExplanation', 'lime_explain',
-           'randomise_weights', 'pointing_game', 'share_in_region', 'rank_correlation', 'plot_explanation']
+           'randomise_weights', 'RandomTwin', 'pointing_game', 'share_in_region', 'rank_correlation',
+           'plot_explanation', 'plot_beside_twin']
 
 # %% ../../nbs/audit/explain.ipynb #input
 class NetworkInput(NamedTuple):
@@ -223,6 +224,32 @@ def randomise_weights(
             for m in top.modules(): _randomise(m)
     return twin
 
+# %% ../../nbs/audit/explain.ipynb #random-twin
+class RandomTwin:
+    "The same network with random weights; its log-odds are centred and spread as a probability needs it"
+    def __init__(
+        self,
+        source: Any,          # as in `network_input`; it is left as it is
+        images: ArrayLike,    # (n, h, w) uint8, over which the log-odds are centred and spread
+        seed: int = 0,
+    ) -> None:
+        self.source, self.model = source, randomise_weights(network_input(source, images).network, seed).eval()
+        raw = self._raw(images)
+        self.mean, self.std = raw.mean(), raw.std()
+
+    def _raw(self, images: ArrayLike, bs: int = 128) -> np.ndarray:
+        "(n,) log-odds of the last class as the random weights give them"
+        images, out = np.asarray(images), []
+        with torch.inference_mode():
+            for i in range(0, len(images), bs):
+                x = network_input(self.source, images[i:i + bs]).x
+                out.append(_log_odds(self.model(x).double(), None).cpu().numpy())
+        return np.concatenate(out)
+
+    def score(self, images: ArrayLike) -> np.ndarray: # (n, h, w) uint8 -> (n,) as a probability of the last class
+        "What the random weights say, as a probability"
+        return 1 / (1 + np.exp((self.mean - self._raw(images)) / self.std))
+
 # %% ../../nbs/audit/explain.ipynb #check-maps
 def _check_maps(maps: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     maps, masks = np.asarray(maps, float), np.asarray(masks)
@@ -331,3 +358,33 @@ def plot_explanation(
         _draw(row[1], images[i], maps[i], 'map')
         _draw(row[2], images[i], twin_maps[i], f'twin, random weights\n{alike}')
     return fig
+
+# %% ../../nbs/audit/explain.ipynb #beside
+def _score_of(source: Any) -> Callable[[np.ndarray], np.ndarray]:
+    "Images -> probability of the last class, of a `Predictor` or a `SmallCNN`"
+    return source.score if hasattr(source, 'score') else lambda x: source.probabilities(x)[:, -1]
+
+def _lime_pair(scores: Sequence[Callable], image: np.ndarray, n_samples: int) -> tuple[np.ndarray, ...] | None:
+    "LIME of the network and of its twin; None, saying why, where LIME is not installed"
+    try: return tuple(lime_explain(score, image, n_samples=n_samples).map for score in scores)
+    except CxrError as e: print(f'No LIME map is drawn: {e}')
+    return None
+
+def plot_beside_twin(
+    source: Any,                # a `Predictor` (of `load_predictor`) or a `SmallCNN`
+    images: ArrayLike,          # (n, h, w) uint8; the one with the highest probability is explained
+    n_samples: int = 300,       # blanked images of LIME
+    seed: int = 1,              # of the random weights
+    synthetic: bool = False,    # made from phantoms
+) -> Figure:
+    "LIME and Grad-CAM of one image, each beside the map of the same network with random weights"
+    images, score = np.asarray(images), _score_of(source)
+    at, twin = int(np.argmax(score(images))), RandomTwin(source, images, seed)
+    image = images[at:at + 1]
+    network, x = network_input(source, image)
+    pairs = {'LIME (green for, red against)': _lime_pair((score, twin.score), image[0], n_samples),
+             'Grad-CAM (bright is for)': (grad_cam(network, x)[0], grad_cam(twin.model, x)[0])}
+    drawn = {name: pair for name, pair in pairs.items() if pair is not None}
+    maps, twins = (np.stack(m) for m in zip(*drawn.values()))
+    titles = [f'{name}\nprobability {format_number(score(image)[0], 2)}' for name in drawn]
+    return plot_explanation(np.repeat(image, len(drawn), 0), maps, twins, titles, synthetic)

@@ -187,7 +187,7 @@ def fault_case(
     folder: str | Path,         # for the image files
     patients: int = 200,
     seed: int = 0,
-    n_boot: int = 400,
+    n_boot: int = 2000,         # resamples of patients
     epochs: int = 12,           # of the small network
     copies: bool = True,        # search for near copies
     calibrated_on: int = 600,   # further patients, for probabilities that can be believed

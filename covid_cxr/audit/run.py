@@ -4,15 +4,19 @@
 
 # %% ../../nbs/audit/run.ipynb #imports
 from __future__ import annotations
-import time
+import dataclasses, time
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 import numpy as np, pandas as pd
 import covid_cxr.audit.checks_data, covid_cxr.audit.checks_splits      # these fill CHECKS
 import covid_cxr.audit.checks_numbers, covid_cxr.audit.checks_model
 from .baselines import Baseline, fit_baselines
-from .case import CHECKS, RULES, Audit, Case, NotRun, Verdict, given, measure_headline, run_check
-from .sentences import describe_audit
+from .case import (CHECKS, RULES, Audit, Case, Headline, NotRun, Verdict, given, is_better_than_chance,
+                                  measure_headline, run_check)
+from .checks_numbers import compare_metrics, compare_probabilities
+from .explain import network_input
+from .findings import FindingsAudit, correct_verdicts
+from .sentences import describe_audit, describe_findings_audit
 from ..bundle import writing_files
 from ..cache import ImageCache
 from ..core import RunError, atomic_path, utc_now, versions, write_json, write_text
@@ -20,12 +24,15 @@ from ..duplicates import find_near
 from ..images import ImageRule, fit_to, read_grey
 from ..predict import Predictor, load_predictor
 from ..runs.external import read_external_tests
-from ..runs.folder import RunFolder
+from ..evaluate import Estimate, allow_undefined
+from ..findings.labels import LABEL
+from ..runs.folder import FindingsRun, RunFolder
 from ..runs.test_log import log_test_evaluation
 
 # %% auto #0
-__all__ = ['SMALL', 'PASSES', 'QUICK', 'checks_table', 'stated_rates', 'rules_table', 'CaseAudit', 'audit_case',
-           'last_features', 'case_of_run', 'write_baselines', 'save_baselines', 'affordable_images', 'audit_run']
+__all__ = ['SMALL', 'PASSES', 'QUICK', 'OF_EACH', 'ONCE', 'checks_table', 'stated_rates', 'rules_table', 'CaseAudit',
+           'audit_case', 'last_features', 'case_of_run', 'write_baselines', 'save_baselines', 'affordable_images',
+           'audit_run', 'finding_case', 'audit_findings']
 
 # %% ../../nbs/audit/run.ipynb #order
 def _number(code): return int(code[1:])
@@ -124,11 +131,18 @@ def last_features(
 ) -> np.ndarray:             # (n, f)
     "What the network's last linear layer sees"
     import torch
-    layer, kept = [m for m in predictor.model.modules() if isinstance(m, torch.nn.Linear)][-1], []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach().float().cpu().numpy()))
-    try: _probabilities(predictor, images)
-    finally: hook.remove()
-    return np.concatenate(kept)
+    kept: dict[torch.nn.Module, list[np.ndarray]] = {}
+    def keep(module, inputs): kept.setdefault(module, []).append(inputs[0].detach().float().cpu().numpy())
+    net, x = network_input(predictor, images)                                # of each image one view
+    networks = getattr(net, 'members', [net])                                # an ensemble has several
+    last = [[m for m in n.modules() if isinstance(m, torch.nn.Linear)][-1] for n in networks]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in last]
+    try:
+        with torch.inference_mode():
+            for batch in x.split(16): net(batch)
+    finally:
+        for hook in hooks: hook.remove()
+    return np.hstack([np.concatenate(kept[layer]) for layer in last])
 
 def _last_against_rest(rows, classes):
     "Rows and classes of a task of two classes; of more, the last class against the rest"
@@ -145,6 +159,10 @@ def case_of_run(
 ) -> Case:
     "Everything that an audit may look at, from a run's folder and its exported model"
     folder = RunFolder.open(run)
+    if folder.state.get('design') == 'folds':
+        raise RunError(f'{folder.path} is an ensemble of folds: each of its images was trained on by some of its '
+                       "networks, so there is nothing to audit it on; audit its folds, and test it with 'covid-cxr "
+                       "external'.")
     predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
     small, images = _read_images(folder, ImageCache(cache / 'images', predictor.rule))
     rows, classes = _last_against_rest(folder.rows, folder.classes)
@@ -158,17 +176,22 @@ def case_of_run(
         external_tests=read_external_tests(folder), n_boot=n_boot, seed=folder.recipe.seed)
 
 # %% ../../nbs/audit/run.ipynb #baselines
+def _scores_table(case, baselines):
+    "image_id, baseline, kind, score"
+    ids, columns = case.rows['image_id'].to_numpy(), ['image_id', 'baseline', 'kind', 'score']
+    tables = [pd.DataFrame(dict(image_id=ids, baseline=b.name, kind=b.kind, score=b.scores.round(6)))
+              for b in baselines]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame([], columns=columns)
+
 def write_baselines(
     run: str | Path,                  # run directory
     case: Case,
     baselines: Sequence[Baseline],
 ) -> Path:                            # RUN/baselines.csv
     "Write what every baseline scored: image_id, baseline, kind, score"
-    ids, file = case.rows['image_id'].to_numpy(), Path(run) / 'baselines.csv'
-    tables = [pd.DataFrame(dict(image_id=ids, baseline=b.name, kind=b.kind, score=b.scores.round(6)))
-              for b in baselines]
+    file = Path(run) / 'baselines.csv'
     with writing_files(run, [file.name]), atomic_path(file) as tmp:
-        pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
+        _scores_table(case, baselines).to_csv(tmp, index=False)
     return file
 
 def save_baselines(
@@ -196,12 +219,13 @@ def audit_run(
     quick: bool = False,                  # only what takes seconds or a few minutes
     cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
     n_boot: int = 2000,                   # resamples of patients
+    copies: bool = True,                  # search for near copies among all its images
     log: Callable[[str], object] = print, # takes lines of text
 ) -> Audit:
     "Audit a finished run; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     start, folder = time.perf_counter(), RunFolder.open(run)
     log('reading the images and the exported model')
-    case = case_of_run(folder, cache_dir, n_boot=n_boot)
+    case = case_of_run(folder, cache_dir, copies, n_boot)
     case.quick, case.most = quick, affordable_images(case) if quick else None
     log_test_evaluation(folder.path, 'audit', case.split, dict(auc=case.auc), case.threshold, once=True)
     found = audit_case(case, log)
@@ -213,4 +237,104 @@ def audit_run(
     with writing_files(folder.path, ['audit.json', 'audit.txt']):
         write_json(folder.path / 'audit.json', audit.to_dict())
         write_text(folder.path / 'audit.txt', describe_audit(audit, every=True) + '\n')
+    return audit
+
+# %% ../../nbs/audit/run.ipynb #finding-case
+OF_EACH = ('check_file_properties', 'check_metadata', 'check_image_without_lungs', 'check_precision', 'check_gain',
+           'check_threshold', 'check_calibration', 'check_predictive_values', 'check_subgroups')
+ONCE = ('check_groups', 'check_patient_id_signal', 'check_duplicates', 'check_ood', 'check_history')
+_NO_CLASSES = ('two_labels',)     # rules that ask for one class per image
+
+def finding_case(
+    run: FindingsRun,
+    finding: str,            # one that has a threshold
+    small: np.ndarray,       # (n, h, w) uint8, all used images of about 64 pixels
+    n_boot: int = 2000,      # resamples of patients
+) -> Case:
+    "One finding on the images where it is known, as a question of two classes"
+    known = run.rows[LABEL + finding].notna().to_numpy()
+    rows, point = run.rows[known], run.operating_points[finding]
+    table = rows.assign(label=np.where(rows[LABEL + finding] == 1, 'present', 'absent').astype(object))
+    return Case(table, small[known], rows[f'prob_{finding}'].to_numpy(float), ('absent', 'present'), point.threshold,
+                point.to_dict(), run.split, n_boot=n_boot, seed=run.recipe.seed)
+
+def _ask(case, names):
+    "The verdicts of some checks of a case, in the order of an audit"
+    asked = [c for c in _in_order() if c.run.__name__ in names and c.lacks(case) is None]
+    return [v for c in asked for v in run_check(c, case) if v.rule not in _NO_CLASSES]
+
+# %% ../../nbs/audit/run.ipynb #whole-case
+def _whole_case(run, predictor, small, images, prints, n_boot):
+    "What is asked once: a case without classes"
+    return Case(run.rows.assign(label=np.nan), small, np.zeros(len(run.rows)), ('absent', 'present'), split=run.split,
+                images=images, pairs=find_near(run.rows, prints), fingerprints=prints, folder=run,
+                ood=predictor.ood_check, n_boot=n_boot, seed=run.recipe.seed)
+
+def _same_probabilities(run, case, predictor):
+    "Does the exported model give the probabilities that the run wrote down, of every finding?"
+    written = run.evaluated[[f'prob_{f}' for f in run.classes]].to_numpy(float)
+    return compare_probabilities(case, _probabilities(predictor, case.images), written)
+
+def _not_asked(case):
+    "Checks that are asked of one finding at a time, or that lack something"
+    for c in _in_order():
+        if c.run.__name__ not in (*OF_EACH, *ONCE): yield NotRun(c.code, c.title, 'several findings')
+        elif c.run.__name__ in ONCE and c.lacks(case): yield NotRun(c.code, c.title, c.lacks(case))
+
+# %% ../../nbs/audit/run.ipynb #audit-findings
+class _Asked(NamedTuple):
+    "One finding that was audited"
+    case: Case
+    verdicts: list[Verdict]
+
+def _ask_finding(run, finding, small, n_boot):
+    "The case of a finding with its baselines, and what the checks say of it"
+    case = finding_case(run, finding, small, n_boot)
+    case.baselines = _fit_baselines(case, retrain=False)
+    e = run.result[finding].evaluation
+    stored = {m: v.value for m, v in e.estimates.items()}
+    with allow_undefined(): derived = compare_metrics(case, stored, e.threshold)
+    return _Asked(case, [*_ask(case, OF_EACH), derived])
+
+def _findings_audit(run, whole, asked, once, began):
+    "All of it as data, corrected for the number of findings"
+    corrected, mean = correct_verdicts({f: a.verdicts for f, a in asked.items()}), run.result.macro['auc']
+    of_whole = Headline(mean, None, Estimate(), None, Estimate(), False, is_better_than_chance(mean),
+                        whole.leaking_groups)
+    seconds, left_out = round(time.perf_counter() - began, 1), tuple(_not_asked(whole))
+    all_of_it = Audit(run.state['recipe'], run.synthetic, False, run.split, utc_now(), versions(), of_whole,
+                      tuple(once), (), left_out, seconds)
+    of_each = {f: dataclasses.replace(all_of_it, headline=measure_headline(a.case), verdicts=tuple(corrected[f]),
+                                      baselines=tuple(a.case.baselines), not_run=()) for f, a in asked.items()}
+    return FindingsAudit(all_of_it, of_each, run.result.left_out)
+
+# %% ../../nbs/audit/run.ipynb #audit-findings-run
+def _write_audit(run, audit, text, baselines):
+    "audit.json, audit.txt and baselines.csv"
+    with writing_files(run.path, ['audit.json', 'audit.txt', 'baselines.csv']):
+        write_json(run.path / 'audit.json', audit.to_dict())
+        write_text(run.path / 'audit.txt', text + '\n')
+        with atomic_path(run.path / 'baselines.csv') as tmp: baselines.to_csv(tmp, index=False)
+
+def audit_findings(
+    run: str | Path,                      # directory of a finished run of several findings
+    cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
+    n_boot: int = 2000,                   # resamples of patients
+    log: Callable[[str], object] = print, # takes lines of text
+) -> FindingsAudit:
+    "Audit a finished run of several findings; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
+    began, folder = time.perf_counter(), FindingsRun.open(run)
+    log('reading the images and the exported model')
+    predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
+    small, images = _read_images(folder, ImageCache(cache / 'images', predictor.rule))
+    whole = _whole_case(folder, predictor, small, images, cache / 'fingerprints.npz', n_boot)
+    log_test_evaluation(folder.path, 'audit', folder.split, folder.headline(folder.result), once=True)
+    once, asked = [*_ask(whole, ONCE), _same_probabilities(folder, whole, predictor)], {}
+    for f in folder.result.estimable:
+        log(f'{f}: baselines that see no lung, and the checks')
+        asked[f] = _ask_finding(folder, f, small, n_boot)
+    audit = _findings_audit(folder, whole, asked, once, began)
+    tables = [_scores_table(a.case, a.case.baselines).assign(finding=f) for f, a in asked.items()]
+    scores = pd.concat(tables or [_scores_table(whole, ())])
+    _write_audit(folder, audit, describe_findings_audit(audit, every=True), scores)
     return audit

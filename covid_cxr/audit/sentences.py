@@ -4,8 +4,9 @@
 
 # %% ../../nbs/audit/sentences.ipynb #imports
 from __future__ import annotations
-import math, textwrap
-from typing import Callable
+import dataclasses, math, textwrap
+from typing import Callable, Sequence
+from .findings import FindingsAudit
 from .case import RULES, Audit, Headline, Need, NotAsked, NotRun, Verdict, VerdictWord
 from ..core import choices
 from ..evaluate import Estimate
@@ -16,7 +17,7 @@ from ..words import (as_number, format_count, format_estimate, format_number, fo
 
 # %% auto #0
 __all__ = ['describe_value', 'describe_count', 'describe_rule', 'describe_verdict', 'describe_headline',
-           'describe_not_run', 'describe_audit']
+           'describe_not_run', 'describe_audit', 'describe_findings_headline', 'describe_findings_audit']
 
 # %% ../../nbs/audit/sentences.ipynb #parts
 def describe_value(v: Verdict) -> str:
@@ -421,7 +422,16 @@ def _random_map(v):
 def describe_verdict(v: Verdict) -> str:
     "What a verdict means here, in a sentence"
     if 'why' in v.facts: return sentence(_NOT_ASKED[v.facts['why']])
+    if 'uncorrected' in v.facts: return _describe_corrected(v)
     return sentence(_SENTENCES[v.rule](v)) if v.facts else sentence(f'{v.name}: {describe_value(v)}')
+
+def _describe_corrected(v):
+    "What a verdict was before it was corrected for the number of findings"
+    facts = {k: w for k, w in v.facts.items() if k not in ('uncorrected', 'p_holm', 'over')}
+    alone = describe_verdict(dataclasses.replace(v, verdict=v.facts['uncorrected'], facts=facts))
+    p = format_p(v.facts['p_holm'])
+    return (f'{v.facts["uncorrected"]} on its own: {alone} Corrected for the {v.facts["over"]:,} times that this was '
+            f'asked, it may be chance ({p}).')
 
 # %% ../../nbs/audit/sentences.ipynb #describe-headline
 def describe_headline(h: Headline) -> str:
@@ -487,6 +497,7 @@ _MISSING: dict[str, str] = {
     'images and model': 'the images or the model were not given', 'network': 'no network was given',
     'features': 'the features of the model were not given', 'run folder': 'no run directory was given',
     'baselines': 'no baselines were fitted',
+    'several findings': 'is asked of one finding at a time: train it alone, with a task of two classes',
 }
 
 def describe_not_run(n: NotRun) -> str:
@@ -520,17 +531,51 @@ def _verdict_lines(v: Verdict, every):
     if every: said.append(f'Rule: {describe_rule(v)}.')
     return _wrapped(' '.join(said), 11)
 
-def describe_audit(
-    audit: Audit,
-    every: bool = False,      # also what passed, what is underpowered, what is only reported, and what was not run
-) -> str:                     # lines of at most 100 characters
-    "An audit for a screen: the headline, what failed or warns, and counts"
-    head = [SYNTHETIC_WARNING] if audit.synthetic else []
-    head += [*_headline_lines(audit.headline), _wrapped(describe_headline(audit.headline))]
+def _audit_text(head, audit, every, more: Sequence[str] = ()):
+    "The lines of a head, then verdicts, more, and counts, whichever kind of audit it is"
+    head = [*([SYNTHETIC_WARNING] if audit.synthetic else []), *head]
     shown = choices(VerdictWord) if every else ('FAIL', 'WARN')
     body = [_verdict_lines(v, every) for word in shown for v in audit.verdicts if v.verdict == word]
     if every: body += [_wrapped(f'NOT RUN  {describe_not_run(n)}', 11) for n in audit.not_run]
     counts = ', '.join(f'{n} {word}' for word, n in audit.counts.items() if n)
     foot = [f'{counts}; {format_count(len(audit.not_run), "check")} not run.']
     if not every: foot.append('Every verdict, its rule and what was not run: audit.txt in the run directory.')
-    return '\n\n'.join('\n'.join(block) for block in (head, body, foot) if block)
+    return '\n\n'.join('\n'.join(block) for block in (head, body, more, foot) if block)
+
+def describe_audit(
+    audit: Audit,
+    every: bool = False,      # also what passed, what is underpowered, what is only reported, and what was not run
+) -> str:                     # lines of at most 100 characters
+    "An audit for a screen: the headline, what failed or warns, and counts"
+    head = [*_headline_lines(audit.headline), _wrapped(describe_headline(audit.headline))]
+    return _audit_text(head, audit, every)
+
+# %% ../../nbs/audit/sentences.ipynb #describe-findings
+def describe_findings_headline(a: FindingsAudit) -> str:
+    "What may be said about what a model of several findings reads"
+    if a.leaking_groups: return _leak(a.leaking_groups)
+    if not a.findings: return 'No finding can be estimated on these images, so nothing can be said about any.'
+    by = {word: [f for f, w in a.gains.items() if w == word] for word in ('better', 'not better', 'not known')}
+    told = {'better': 'it gains AUC over the best lung-free baseline for {}',
+            'not better': 'it is not better than a lung-free baseline for {}', 'not known': 'it is not known for {}'}
+    said = join_words([told[word].format(join_words(names)) for word, names in by.items() if names])
+    n = format_count(len(a.findings), 'finding')
+    return sentence(f'Does the model read lungs? Corrected for {n}, {said}')
+
+def _finding_line(f, a, outcome):
+    "One finding: AUC, the best lung-free baseline, and the gain over it"
+    h = a.headline
+    beside = f'; best lung-free baseline {h.best_baseline.auc} ({h.best_baseline.name})' if h.best_baseline else ''
+    gained = f'; gain {format_estimate(*h.auc_gain[:3], signed=True)}, {outcome}' if h.best_baseline else ''
+    return _wrapped(f'{f}: AUC {h.model_auc}{beside}{gained}', 4)
+
+def describe_findings_audit(
+    audit: FindingsAudit,
+    every: bool = False,      # also what passed, what is underpowered, what is only reported, and what was not run
+) -> str:                     # lines of at most 100 characters
+    "An audit of several findings for a screen"
+    asked = len(audit.findings) + len(audit.left_out)
+    mean = f'mean AUC of {len(audit.findings)} of {format_count(asked, "finding")}: {audit.mean_auc}'
+    lines = [_finding_line(f, a, audit.gains[f]) for f, a in audit.findings.items()]
+    lost = [_wrapped(f'NOT ESTIMABLE  {f}: {why}', 4) for f, why in audit.left_out.items()]
+    return _audit_text([mean, *lines, _wrapped(describe_findings_headline(audit))], audit, every, lost)

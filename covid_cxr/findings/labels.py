@@ -4,17 +4,19 @@
 
 # %% ../../nbs/findings/labels.ipynb #imports
 from __future__ import annotations
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
-from ..core import (FINDINGS, SPLITS, SourceError, TableError, VocabularyError, canonical_finding, check_choice,
-                            is_finding, list_words, nearest, require_columns, used)
+from ..core import (FINDINGS, SPLITS, Reason, SourceError, TableError, VocabularyError, canonical_finding,
+                            check_choice, exclude, is_finding, list_words, nearest, require_columns, used)
 from ..reading import read_metadata, stated, tidy_name
 from ..words import format_count, format_percent, join_words
 
 # %% auto #0
-__all__ = ['NIH_FINDINGS', 'Uncertain', 'LEAST_PATIENTS', 'check_findings', 'label_matrix', 'settle_uncertain',
-           'read_label_columns', 'LabelCount', 'count_values', 'labels_of', 'count_labels', 'split_by_findings']
+__all__ = ['NIH_FINDINGS', 'Uncertain', 'LabelsIn', 'LABEL', 'LEAST_PATIENTS', 'check_findings', 'label_matrix',
+           'settle_uncertain', 'read_label_columns', 'FindingsTask', 'label_findings', 'stored_labels', 'LabelCount',
+           'count_values', 'labels_of', 'count_labels', 'split_by_findings']
 
 # %% ../../nbs/findings/labels.ipynb #names
 NIH_FINDINGS = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia',
@@ -157,6 +159,75 @@ def read_label_columns(
     index = _image_ids(m[tidy_name(image_column)], path, source)
     values = {f: _numbers_of(m[c], f, path) for f, c in wanted.items()}
     return settle_uncertain(pd.DataFrame(values, index=index), uncertain)
+
+# %% ../../nbs/findings/labels.ipynb #findings-task
+LabelsIn = Literal['lists',     # every image has a list of its findings, as NIH has it
+                   'columns']   # columns of 1, 0 and blank that bear the names of the findings
+LABEL = 'label_'                # before the name of a finding: columns of a table
+_LONGEST = 60                   # characters of a name
+
+@dataclass(frozen=True)
+class FindingsTask:
+    "A question with several answers: which of these findings does an image show?"
+    name: str
+    classes: tuple[str, ...]          # the findings, two or more
+    labels: LabelsIn = 'lists'
+    uncertain: Uncertain = 'unknown'  # what -1 in a column becomes
+    words: tuple = ()                 # none: a finding is its own word
+    rules: tuple = ()
+
+    def __post_init__(self) -> None:
+        odd = next((f for f in self.classes if not f.isprintable() or not 0 < len(f) <= _LONGEST), None)
+        if odd is not None:
+            raise VocabularyError(f"'{odd[:_LONGEST]}' is no name of a finding; take 1 to {_LONGEST} characters.")
+        if len(self.classes) < 2:
+            raise VocabularyError(f"the question '{self.name}' has one finding or none; name two or more, or ask for "
+                                  'one with classes: present and absent.')
+        if self.labels == 'lists': check_findings(self.classes)
+        twice = next((f for f in self.classes if self.classes.count(f) > 1), None)
+        if twice: raise VocabularyError(f"the question '{self.name}' names '{twice}' twice; name every finding once.")
+
+# %% ../../nbs/findings/labels.ipynb #label-findings-parts
+def _labels_in_columns(table, task):
+    "(n, k) of columns that came along with the table"
+    require_columns(table, task.classes, f"the question '{task.name}'")
+    values = {f: _numbers_of(table[f].astype(object), f, 'the table') for f in task.classes}
+    return settle_uncertain(pd.DataFrame(values, index=table['image_id']), task.uncertain)
+
+def _in_words(labels):
+    "(n,) 'Effusion|Mass', 'Effusion|Mass?' where Mass is not known, 'none'"
+    different, codes = np.unique(labels.fillna(-1).to_numpy(), axis=0, return_inverse=True)
+    def say(row): return '|'.join(f + ('' if v == 1 else '?') for f, v in zip(labels, row) if v != 0) or 'none'
+    return np.array([say(row) for row in different], object)[codes.reshape(-1)]
+
+def _check_both_kinds(labels, task):
+    "Refuse a finding that no image has, or none lacks"
+    lost = [(f, 'with' if not (labels[f] == 1).any() else 'without') for f in labels if labels[f].nunique() < 2]
+    if lost:
+        more = f' (nor with or without {join_words([f for f, _ in lost[1:]], most=3)})' if lost[1:] else ''
+        raise TableError(f"the question '{task.name}': no image {lost[0][1]} {lost[0][0]}{more}; "
+                         'leave such findings out of task.findings.')
+
+# %% ../../nbs/findings/labels.ipynb #label-findings
+def label_findings(
+    table: pd.DataFrame,
+    task: FindingsTask,
+) -> pd.DataFrame:        # `label_<finding>` and `label` filled in; rows of which nothing is known are excluded
+    "What a table says about every finding of a question"
+    labels = _labels_in_columns(table, task) if task.labels == 'columns' else label_matrix(table, task.classes)
+    table = table.assign(label=_in_words(labels), **{LABEL + f: labels[f].to_numpy() for f in labels})
+    table = exclude(table, labels.isna().all(axis=1).to_numpy(), Reason('task', 'finding not stated'))
+    _check_both_kinds(stored_labels(used(table), task.classes), task)
+    return table
+
+def stored_labels(
+    table: pd.DataFrame,       # of `label_findings`
+    findings: Sequence[str],   # k of them
+) -> pd.DataFrame:             # (n, k) float: 1 present, 0 absent, NaN unknown; index: image_id
+    "The labels that a table carries"
+    columns = [LABEL + f for f in findings]
+    require_columns(table, ['image_id', *columns], 'stored_labels')
+    return table.set_index('image_id')[columns].set_axis(list(findings), axis=1).astype(float)
 
 # %% ../../nbs/findings/labels.ipynb #estimable
 LEAST_PATIENTS = 10      # with the finding, and as many without it

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 import numpy as np, pandas as pd, torch
 from fastcore.foundation import L
-from fastai.data.all import DataBlock, DataLoaders, MultiCategoryBlock, TransformBlock
+from fastai.data.all import DataBlock, DataLoaders, DisplayedTransform, MultiCategoryBlock, TransformBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.metrics import AccumMetric
@@ -20,7 +20,7 @@ from ..core import RecipeError, TableError, check_choice, used
 from ..words import join_words
 from ..images import How, ImageRule
 from ..cache import ImageCache
-from ..model.settings import MEAN, STD, HeadKind, Imbalance, OnDoubt, Opt
+from ..model.settings import MEAN, STD, Activation, HeadKind, Imbalance, OnDoubt, Opt
 from ..data import LoadImage, cxr_augment, split_column, trainable_rows
 from ..learner import (LearnerInfo, assemble_learner, build_network, learner_info, predict_table, split_params,
                                weights_word)
@@ -29,7 +29,8 @@ from .labels import labels_of
 
 # %% auto #0
 __all__ = ['masked_bce', 'MaskedBCE', 'positive_weights', 'mean_auc', 'known_accuracy', 'ReadTargets', 'findings_block',
-           'findings_dls', 'FindingsInfo', 'findings_learner', 'decide_findings', 'predict_findings']
+           'findings_dls', 'FindingsInfo', 'start_at_prevalence', 'findings_learner', 'decide_findings',
+           'predict_findings']
 
 # %% ../../nbs/findings/learner.ipynb #masked-bce
 def masked_bce(
@@ -115,11 +116,11 @@ def _metrics(more):
 # %% ../../nbs/findings/learner.ipynb #read-targets
 _TARGET = 'target_'            # before the name of a finding: columns of the rows that are read
 
-class ReadTargets:
+class ReadTargets(DisplayedTransform):
     "A table row -> (k,) float32: 1 present, 0 absent, NaN unknown"
     def __init__(self, findings: Sequence[str]): self.columns = [_TARGET + f for f in findings]
 
-    def __call__(self, row: pd.Series) -> np.ndarray:
+    def __call__(self, row: pd.Series, **kwargs: Any) -> np.ndarray:
         "The targets of one image"
         return row[self.columns].to_numpy(np.float32)
 
@@ -187,6 +188,9 @@ class FindingsInfo(LearnerInfo):
     "What `findings_learner` built; `classes` holds the findings"
     pos_weight: list[float] = field(default_factory=list)   # of present entries in the loss; empty: all are 1
 
+    @property
+    def activation(self) -> Activation: return 'sigmoid'
+
 def _image_rule(dls):
     "The image rule that these DataLoaders of findings read with"
     rule = next((t.rule for t in dls.train_ds.tfms[0].fs if hasattr(t, 'rule')), None)
@@ -205,6 +209,17 @@ def _loss_settings(dls, imbalance, loss_func):
     labels = dls.train_ds.items[[_TARGET + f for f in dls.vocab]]
     weights = positive_weights(labels) if imbalance == 'weighted_loss' else []
     return weights, loss_func or MaskedBCE(weights)
+
+# %% ../../nbs/findings/learner.ipynb #prevalence
+def start_at_prevalence(
+    model: torch.nn.Sequential,   # body and head; its last layer is linear
+    labels: pd.DataFrame,         # (n, k) of the training images
+) -> None:
+    "Let the last layer begin at the log-odds of every finding, so that no epoch is spent on learning that it is rare"
+    share = ((labels == 1).sum() + 1) / (labels.notna().sum() + 2)
+    last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    odds = torch.tensor(np.log(share / (1 - share)).to_numpy(), dtype=last.weight.dtype)
+    with torch.no_grad(): last.bias.copy_(odds)
 
 # %% ../../nbs/findings/learner.ipynb #findings-learner
 def findings_learner(
@@ -235,6 +250,7 @@ def findings_learner(
     findings, rule, weights = list(dls.vocab), _image_rule(dls), weights_word(weights, pretrained)
     pos_weight, loss = _loss_settings(dls, imbalance, loss_func)
     net = build_network(arch, len(findings), weights, rule.size, seed, head, dropout, blocks, on_doubt)
+    if not pos_weight: start_at_prevalence(net.model, dls.train_ds.items[[_TARGET + f for f in findings]])
     info = FindingsInfo(net.spec.name, net.asked, findings, rule, imbalance, opt, momentum, [], net.spec, net.record,
                         head, pos_weight=pos_weight)
     return assemble_learner(dls, net.model, info, opt_func, cbs, mixed_precision, wd=wd, path=Path(path),

@@ -5,7 +5,7 @@
 # %% ../../nbs/model/network.ipynb #imports
 from __future__ import annotations
 import math, os
-from typing import Sequence
+from typing import Sequence, cast
 import torch
 from torch import nn
 from ..core import WeightsError, check_choice
@@ -13,7 +13,8 @@ from .settings import MEAN, STD, EncoderSpec, HeadKind, OnDoubt
 from .backbones import OWN, build_encoder, find_encoder, he_weights, load_encoder
 
 # %% auto #0
-__all__ = ['TTA_VIEWS', 'ConcatPool', 'count_features', 'join_head', 'cxr_model', 'seen_as', 'MeanOfViews']
+__all__ = ['TTA_VIEWS', 'ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'seen_as',
+           'MeanOfViews']
 
 # %% ../../nbs/model/network.ipynb #head
 class ConcatPool(nn.Module):
@@ -86,6 +87,73 @@ def cxr_model(
     encoder = load_encoder(arch, weights, size, blocks, on_doubt)
     return join_head(encoder.body, encoder.spec, n_out, head, dropout, size)
 
+# %% ../../nbs/model/network.ipynb #joint
+class _Bodies(nn.Module):
+    "Several bodies; their maps side by side, network after network"
+    def __init__(self, bodies):
+        super().__init__()
+        self.members = nn.ModuleList(bodies)
+
+    def forward(self, x): return torch.cat([body(x) for body in self.members], 1)
+
+class _Heads(nn.Module):
+    "Several heads, each on the maps of its own body"
+    def __init__(self, heads, temperatures, several):
+        super().__init__()
+        self.members, self.several = nn.ModuleList(heads), several
+        self.register_buffer('temperatures', torch.tensor(temperatures, dtype=torch.float32))
+
+    def each(self, maps):       # (m, n, n_out) logits
+        "The answers of all heads"
+        return torch.stack([head(own) for head, own in zip(self.members, maps.chunk(len(self.members), 1))])
+
+    def mean(self, logits):     # (m, n, n_out) -> (n, n_out)
+        "The mean probability, as logits"
+        scaled = logits / self.temperatures[:, None, None]
+        if self.several: return scaled.sigmoid().mean(0).logit(1e-7)
+        return scaled.softmax(-1).mean(0).clamp_min(1e-30).log()
+
+    def forward(self, maps): return self.mean(self.each(maps))
+
+def _check_one_kind(networks):
+    "Refuse networks that do not have the same tensors"
+    if len(networks) < 2: raise WeightsError('an ensemble has two networks or more; give several.')
+    first, *others = [{k: tuple(v.shape) for k, v in net.state_dict().items()} for net in networks]
+    for i, shapes in enumerate(others, 2):
+        odd = next((k for k in {**first, **shapes} if first.get(k) != shapes.get(k)), None)
+        if odd is None: continue
+        raise WeightsError(f"network {i} of the ensemble is of another kind than the first ('{odd}' is "
+                           f"{shapes.get(odd, 'missing')}, not {first.get(odd, 'there')}); train all of them alike.")
+
+# %% ../../nbs/model/network.ipynb #mean-of-networks
+class MeanOfNetworks(nn.Sequential):
+    "Networks of one kind as one, which answers with the logarithm of their mean probability"
+    def __init__(
+        self,
+        networks: Sequence[nn.Sequential],             # two or more of `cxr_model`: (n, 1, h, w) -> (n, n_out)
+        temperatures: Sequence[float] | None = None,   # logits of each are divided by its own; None: by 1
+        several: bool = False,                         # several findings at once: the mean of sigmoids
+    ):
+        _check_one_kind(networks)
+        scale = [1.] * len(networks) if temperatures is None else [*map(float, temperatures)]
+        if len(scale) != len(networks) or not all(0 < t < math.inf for t in scale):
+            raise WeightsError(f'temperatures={scale}; give one number above 0 for each of {len(networks)} networks.')
+        super().__init__(_Bodies([n[0] for n in networks]), _Heads([n[1] for n in networks], scale, several))
+
+    @property
+    def members(self) -> list[nn.Sequential]:
+        "The networks, each by itself"
+        bodies, heads = cast(_Bodies, self[0]), cast(_Heads, self[1])
+        return [nn.Sequential(body, head) for body, head in zip(bodies.members, heads.members)]
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        "(m, n, n_out) logits of every network"
+        return cast(_Heads, self[1]).each(self[0](x))
+
+    def mean(self, logits: torch.Tensor) -> torch.Tensor:
+        "(m, n, n_out) logits of every network -> (n, n_out) their answer"
+        return cast(_Heads, self[1]).mean(logits)
+
 # %% ../../nbs/model/network.ipynb #views
 TTA_VIEWS = ((0, 1., 0., 0.), (4, 1., 0., 0.), (-4, 1., 0., 0.), (0, 1.05, 0., 0.), (0, .95, 0., 0.), (0, 1., .04, 0.),
              (0, 1., -.04, 0.), (0, 1., 0., .04), (0, 1., 0., -.04))    # degrees, zoom, shift right and down (share)
@@ -113,5 +181,8 @@ class MeanOfViews(nn.Module):
     def __getitem__(self, i: int) -> nn.Module: return self.model[i]      # body and head, as of the network itself
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        probs = torch.stack([self.model(seen_as(x, k)).softmax(1) for k in range(self.n)]).mean(0)
-        return probs.clamp_min(1e-30).log()
+        model = self.model
+        answer = model.each if isinstance(model, MeanOfNetworks) else model     # each of its networks over the views
+        probs = torch.stack([answer(seen_as(x, k)).softmax(-1) for k in range(self.n)]).mean(0)
+        logits = probs.clamp_min(1e-30).log()
+        return model.mean(logits) if isinstance(model, MeanOfNetworks) else logits

@@ -10,8 +10,8 @@ from typing import Literal, Sequence
 from ..core import RecipeError, WeightsError, check_choice
 
 # %% auto #0
-__all__ = ['Imbalance', 'Opt', 'Schedule', 'Monitor', 'HeadKind', 'OnDoubt', 'Keep', 'ARTICLE_STAGES', 'MEAN', 'STD',
-           'EncoderKind', 'Stage', 'fit_epochs', 'epoch_lr', 'check_cost_matrix', 'EncoderSpec']
+__all__ = ['Imbalance', 'Opt', 'Schedule', 'Monitor', 'HeadKind', 'Activation', 'OnDoubt', 'Keep', 'ARTICLE_STAGES',
+           'MEAN', 'STD', 'EncoderKind', 'Stage', 'fit_epochs', 'epoch_lr', 'check_cost_matrix', 'EncoderSpec']
 
 # %% ../../nbs/model/settings.ipynb #choices
 Imbalance = Literal['none', 'weighted_loss', 'oversample']   # loss weighted by class, or rare classes drawn more often
@@ -19,6 +19,7 @@ Opt = Literal['adam', 'sgd']
 Schedule = Literal['one_cycle', 'flat', 'exp_decay']         # one-cycle, one rate, or a factor every epoch
 Monitor = Literal['valid_loss', 'auc', 'accuracy']           # measured on the validation split
 HeadKind = Literal['concat', 'linear']                       # two layers with batch norm, or one linear layer
+Activation = Literal['softmax', 'sigmoid']                   # one class per image, or any number of findings
 OnDoubt = Literal['refuse', 'warn', 'off']                   # what happens to weights that do not look trained
 Keep = Literal['best', 'smooth', 'last']   # of the best epoch, of the best mean of three epochs, or of the last one
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json, math, sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal, Sequence
+from typing import Any, Callable, Literal, Mapping, Sequence
 import pandas as pd
 from ..audit.sentences import describe_headline, describe_value
 from ..core import SPLITS, RunError, choices
 from ..recipe import SplitKind
-from .context import RunData, missing_table, summarise_run
+from .context import ReportFiles, RunData, missing_table, summarise_run
 from ..runs.sentences import describe_external_test
 from ..sources import SOURCES
 from ..table import NOT_RECORDED, flow
@@ -242,7 +242,12 @@ def _selection(run):
     return (f'The epoch with the best {run.recipe.training.monitor} on the validation split: epoch {best} of {epochs}. '
             'How many other runs were tried is not recorded by a run.')
 
-def _ensemble(run): return 'None: a single network, a single run.'
+def _ensemble(run):
+    members = run.state.get('members', [])
+    if not members: return 'None: a single network, a single run.'
+    named = join_words([str(m.get('name') or f"seed {m.get('seed')}") for m in members])
+    return (f'The mean probability of {len(members)} networks ({named}), each with a temperature of its own; '
+            'temperature and threshold of the mean from the validation split.')
 
 # %% ../../nbs/report/checklist.ipynb #words-evaluation
 _METRICS = ('AUC, average precision, sensitivity, specificity, predictive values at stated prevalences, '
@@ -334,7 +339,7 @@ class Question:
     section: str                            # of the paper it belongs to
     name: str                               # what is asked
     by: Answerer                            # who answers it
-    answer: Callable[[RunData], str] | None # '' when there is nothing to say; None: people only
+    answer: Callable[[Any], str] | None # '' when there is nothing to say; None: people only
     needed: str                             # what to do when it is not reported
 
 # %% ../../nbs/report/checklist.ipynb #items-list
@@ -433,12 +438,14 @@ def _item(number, question, said, answered):
 
 # %% ../../nbs/report/checklist.ipynb #checklist
 def checklist_items(
-    run: RunData,
+    run: ReportFiles,
     answers: Answers | None = None, # None: read from the run
+    instead: Mapping[int, Callable[[Any], str]] | None = None,   # {number: who answers it for another kind of run}
 ) -> list[ChecklistItem]:           # all 44, by number
     "The checklist of a run: all items, always"
     answers = answers or read_answers(run.path)
-    said = {n: q.answer(run).strip() if q.answer else '' for n, q in ITEMS.items()}
+    asked = {n: (instead or {}).get(n, q.answer) for n, q in ITEMS.items()}
+    said = {n: answer(run).strip() if answer else '' for n, answer in asked.items()}
     return [_item(n, q, said[n], answers.texts.get(n, '')) for n, q in ITEMS.items()]
 
 def checklist_counts(items: Sequence[ChecklistItem]) -> dict[ItemStatus, int]:

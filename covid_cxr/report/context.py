@@ -8,22 +8,25 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence, TypeVar
 import numpy as np, pandas as pd
 from scipy import stats
 from ..audit.case import Audit, Baseline, GainOutcome, VerdictWord, gain_outcome, read_audit
-from ..audit.sentences import (describe_count, describe_headline, describe_not_run, describe_rule,
-                                       describe_value, describe_verdict)
+from ..audit.findings import FindingsAudit, read_findings_audit
+from ..audit.sentences import (describe_count, describe_findings_headline, describe_headline,
+                                       describe_not_run, describe_rule, describe_value, describe_verdict)
 from ..bundle import Integrity, describe_integrity
 from ..core import SPLITS, RunError, choices, used
 from ..curate.quality import (age_notes, blank_notes, describe_note, leakage_notes, metadata_leakage,
                                       source_notes)
 from ..evaluate import Estimate, ThresholdRegret, describe_precision, evaluate, threshold_regret, wilson
 from ..runs.external import ExternalTest, read_external_tests
-from ..runs.folder import BaselineKind, RunFolder, check_finished, describe_images, reading_file
+from ..findings.labels import count_labels, stored_labels
+from ..runs.folder import (BaselineKind, FindingsRun, RunFiles, RunFolder, check_finished, check_kind,
+                                   describe_images, reading_file)
 from ..runs.sentences import describe_external_test
 from ..runs.test_log import TestLogError, count_test_evaluations, read_test_log
-from ..runs.train import source_baseline_scores
+from ..runs.outcome import source_baseline_scores
 from ..stats.calibration import Calibration, calibration, describe_calibration, predictive_values_at
 from ..stats.paired import (Difference, WorstSubgroup, describe_worst_subgroup, holm, mcnemar_power,
                                     paired_difference, precision_table, subgroups, worst_gap)
@@ -31,11 +34,11 @@ from ..table import NOT_RECORDED, age_bands, count_unknown_patients, reconcile
 from ..words import format_count, format_estimate, format_number, format_percent, join_words, sentence
 
 # %% auto #0
-__all__ = ['EstimateKind', 'WarningKind', 'LimitStatus', 'TestLogState', 'RunData', 'read_run_data',
-           'write_example_run', 'write_example_audit', 'RunAnalysis', 'analyse_run', 'standardised_difference',
-           'TableOne', 'table_one', 'missing_table', 'list_errors', 'cluster_errors', 'list_baselines', 'RunWarning',
-           'list_warnings', 'Limitation', 'list_limits', 'detectable_accuracy_difference', 'PrecisionSummary',
-           'precision_summary', 'summarise_run']
+__all__ = ['EstimateKind', 'WarningKind', 'LimitStatus', 'TestLogState', 'ReportFiles', 'RunData', 'FindingsData',
+           'read_run_data', 'read_findings_data', 'write_example_run', 'write_example_audit', 'RunAnalysis',
+           'analyse_run', 'standardised_difference', 'TableOne', 'table_one', 'missing_table', 'list_errors',
+           'cluster_errors', 'list_baselines', 'RunWarning', 'list_warnings', 'Limitation', 'list_limits',
+           'detectable_accuracy_difference', 'PrecisionSummary', 'precision_summary', 'summarise_run']
 
 # %% ../../nbs/report/context.ipynb #run-data
 class TestLogState(NamedTuple):
@@ -44,16 +47,11 @@ class TestLogState(NamedTuple):
     fault: str              # why the log cannot be trusted; '' when it can
 
 @dataclass(frozen=True, eq=False)
-class RunData(RunFolder):
-    "A finished run as a report needs it"
+class ReportFiles(RunFiles):
+    "What a report needs of a run of either kind"
 
     @property
     def title(self) -> str: return self.recipe.title or self.recipe.name
-    @property
-    def two_classes(self) -> bool: return len(self.classes) == 2
-    @property
-    def positive(self) -> str: return self.classes[-1]
-
     @property
     def unit(self) -> str: # what is counted beside images
         return 'group' if self.unknown_patients else 'patient group'
@@ -70,6 +68,35 @@ class RunData(RunFolder):
         n = count_unknown_patients(self.table)
         images = f"{format_count(n)} of {format_count(len(self.rows), 'image')}"
         return f'the patient of {images} is not recorded, so a person may stand in two splits' if n else ''
+
+    @cached_property
+    def audit(self) -> Any: raise NotImplementedError            # None: it was not audited
+    @cached_property
+    def external_tests(self) -> list[ExternalTest]: return []
+    def _own_sentences(self) -> list[str]: return []
+    def _own_warnings(self) -> list[RunWarning | None]: return []
+    def _own_limits(self) -> list[Limitation]: return []
+    def _last_limits(self) -> list[Limitation]: return []
+
+    @cached_property
+    def warnings(self) -> list[RunWarning]: return list_warnings(self)
+    @cached_property
+    def limits(self) -> list[Limitation]: return list_limits(self)
+    @cached_property
+    def test_log(self) -> TestLogState:
+        try: kept = bool(read_test_log(self.path))
+        except TestLogError as e: return TestLogState(None, str(e))
+        return TestLogState(count_test_evaluations(self.path, self.split) if kept else None, '')
+
+# %% ../../nbs/report/context.ipynb #run-of-classes
+@dataclass(frozen=True, eq=False)
+class RunData(ReportFiles, RunFolder):
+    "A finished run of one class per image as a report needs it"
+
+    @property
+    def two_classes(self) -> bool: return len(self.classes) == 2
+    @property
+    def positive(self) -> str: return self.classes[-1]
 
     @cached_property
     def evaluated(self) -> pd.DataFrame:
@@ -96,16 +123,28 @@ class RunData(RunFolder):
     @cached_property
     def errors(self) -> pd.DataFrame: return list_errors(self)
     @cached_property
-    def warnings(self) -> list[RunWarning]: return list_warnings(self)
-    @cached_property
-    def limits(self) -> list[Limitation]: return list_limits(self)
-    @cached_property
     def precision(self) -> PrecisionSummary: return precision_summary(self)
+
+    def _own_sentences(self): return _class_sentences(self)
+    def _own_warnings(self): return [_children_warning(self), *_gain_warnings(self)]
+    def _own_limits(self): return _data_limits(self)
+    def _last_limits(self): return list(_analysis_limits(self.analysis)) if self.analysis else []
+
+# %% ../../nbs/report/context.ipynb #run-of-findings
+@dataclass(frozen=True, eq=False)
+class FindingsData(ReportFiles, FindingsRun):
+    "A finished run of several findings as a report needs it"
+
     @cached_property
-    def test_log(self) -> TestLogState:
-        try: kept = bool(read_test_log(self.path))
-        except TestLogError as e: return TestLogState(None, str(e))
-        return TestLogState(count_test_evaluations(self.path, self.split) if kept else None, '')
+    def audit(self) -> FindingsAudit | None: return _told_findings(self)
+    @cached_property
+    def labels(self) -> pd.DataFrame: return stored_labels(self.rows, self.classes)      # of all used images
+    @cached_property
+    def counts(self) -> pd.DataFrame: return count_labels(self.rows, self.labels)
+
+    def _own_sentences(self): return _finding_sentences(self)
+    def _own_limits(self):
+        return [Limitation('UNDERPOWERED', f, f'NOT ESTIMABLE: {why}.') for f, why in self.result.left_out.items()]
 
 # %% ../../nbs/report/context.ipynb #told
 def _told_audit(run: RunData) -> Audit | None:
@@ -114,11 +153,25 @@ def _told_audit(run: RunData) -> Audit | None:
     if audit is None: return None
     with reading_file(run.file('audit.json'), "run 'covid-cxr audit' again"):
         describe_headline(audit.headline)
-        for n in audit.not_run: describe_not_run(n)
-        for v in audit.verdicts:
-            for say in (describe_verdict, describe_value, describe_count, describe_rule): say(v)
+        _tell_verdicts(audit)
     return audit
 
+def _tell_verdicts(audit):
+    "Say every sentence once"
+    for n in audit.not_run: describe_not_run(n)
+    for v in audit.verdicts:
+        for say in (describe_verdict, describe_value, describe_count, describe_rule): say(v)
+
+def _told_findings(run) -> FindingsAudit | None:
+    "The audit of a run of several findings, likewise"
+    audit = read_findings_audit(run)
+    if audit is None: return None
+    with reading_file(run.file('audit.json'), "run 'covid-cxr audit' again"):
+        describe_findings_headline(audit)
+        _tell_verdicts(audit)
+    return audit
+
+# %% ../../nbs/report/context.ipynb #told-tests
 def _told_tests(run: RunData) -> list[ExternalTest]:
     "The external tests of a run, likewise"
     tests = read_external_tests(run.path)
@@ -128,17 +181,28 @@ def _told_tests(run: RunData) -> list[ExternalTest]:
 
 # %% ../../nbs/report/context.ipynb #read-run-data
 _STATE = ('recipe', 'recipe_hash', 'table_sha256', 'versions')   # a report needs them
+_Data = TypeVar('_Data', bound=ReportFiles)
 
-def read_run_data(
-    run: str | Path, # directory of a finished run
-) -> RunData:
-    "Open a finished run and read all of it; one that is not finished, or files of two runs, are refused"
-    data = RunData(Path(run))
-    check_finished(run, data.state)
+def _read_all(data: _Data) -> _Data:
+    "A run whose files were all read; one that is not finished, or files of two runs, are refused"
+    check_finished(data.path, data.state)
+    check_kind(data)
     file, lost = data.path / 'run.json', [k for k in _STATE if k not in data.state]
     if lost: raise RunError(f"{file} is damaged ('{lost[0]}' is missing); put a copy of the file back.")
     for what in ('evaluation', 'result', 'rows', 'bundle', 'history', 'audit', 'external_tests'): getattr(data, what)
     return data
+
+def read_run_data(
+    run: str | Path, # directory of a finished run with one class per image
+) -> RunData:
+    "Open a finished run and read all of it; one that is not finished, or files of two runs, are refused"
+    return _read_all(RunData(Path(run)))
+
+def read_findings_data(
+    run: str | Path, # directory of a finished run of several findings
+) -> FindingsData:
+    "The same for several findings"
+    return _read_all(FindingsData(Path(run)))
 
 # %% ../../nbs/report/context.ipynb #example-table
 def _example_table(folder, n_patients, rng):
@@ -208,7 +272,7 @@ def write_example_run(
     folder: str | Path,   # new folder
     n_patients: int = 80, # two images each
     seed: int = 0,
-    n_boot: int = 200,    # resamples of every interval: few, so that examples are quick
+    n_boot: int = 2000,   # resamples of every interval
     **changes: object,    # fields of run.json to set otherwise, e.g. leaking_groups=3
 ) -> Path:                # the folder
     "The files of a finished run without a training: invented numbers for examples and tests of what reads a run"
@@ -249,7 +313,7 @@ _EXAMPLE_CHECKS = ('A1', 'A11', 'A12', 'A13', 'A14', 'A15', 'A16')   # they need
 def write_example_audit(
     folder: str | Path, # of `write_example_run`
     seed: int = 0,
-    n_boot: int = 200,  # resamples of every interval
+    n_boot: int = 2000, # resamples of every interval
 ) -> Path:              # audit.json
     "The audit of an example run: invented baselines, and the checks that need the table and the predictions alone"
     from covid_cxr.audit import checks_data, checks_numbers   # they write their checks into CHECKS
@@ -543,12 +607,13 @@ def _audited_gain_warnings(run):
                           'never saw an image')]
 
 # %% ../../nbs/report/context.ipynb #warnings-list
+def _gain_warnings(run): return _audited_gain_warnings(run) if run.audit else _source_gain_warnings(run)
+
 def list_warnings(
-    run: RunData,
+    run: ReportFiles,
 ) -> list[RunWarning]: # empty when there is nothing to say in red
     "What stands in red above everything else"
-    gains = _audited_gain_warnings(run) if run.audit else _source_gain_warnings(run)
-    found = [*_file_warnings(run), _split_warning(run), *_found_leaks(run), _children_warning(run), *gains]
+    found = [*_file_warnings(run), _split_warning(run), *_found_leaks(run), *run._own_warnings()]
     order = choices(WarningKind)
     return sorted((w for w in found if w), key=lambda w: order.index(w.kind))
 
@@ -603,11 +668,10 @@ def _absent_limits(run):
     if run.test_log.evaluations is None: yield Limitation('NOT RECORDED', 'test log', _NO_LOG)
 
 def list_limits(
-    run: RunData,
+    run: ReportFiles,
 ) -> list[Limitation]:
     "Limitations from the audit, the data, the external tests and the log of test-set evaluations"
-    analysed = _analysis_limits(run.analysis) if run.analysis else ()
-    return [*_audit_limits(run), *_data_limits(run), *_absent_limits(run), *analysed]
+    return [*_audit_limits(run), *run._own_limits(), *_absent_limits(run), *run._last_limits()]
 
 # %% ../../nbs/report/context.ipynb #detectable
 def detectable_accuracy_difference(
@@ -646,13 +710,17 @@ def precision_summary(
 def _new_to_training(run):
     "Was the network trained on the people that it is evaluated on?"
     if run.leaking_groups: return ', of which some were used in training'
+    if run.state.get('design') == 'folds': return ', each predicted by a network that was not trained on its patient'
     return '' if run.unknown_patients else ' never used in training'
 
 def _trained_sentence(run):
     unknown = None if run.unknown_patients else 0       # None: groups are counted, and nothing is said of patients
     counted = lambda rows: describe_images(len(rows), rows['group'].nunique(), unknown)
     train, sources = run.rows[run.rows['split'] == 'train'], join_words(sorted(run.rows['source'].unique()))
-    network = f"A {run.bundle['arch']} at {run.bundle['image']['size']} px, trained on {counted(train)} from {sources}"
+    if run.state.get('design') == 'folds': train = run.rows          # each network on a part of them
+    arch, members = run.bundle['arch'], run.bundle.get('members', 1)
+    networks = f'The mean of {members} networks ({arch})' if members > 1 else f'Network: {arch}'
+    network = f"{networks} at {run.bundle['image']['size']} px, trained on {counted(train)} from {sources}"
     text = f'{network}, evaluated on {counted(run.evaluated)}{_new_to_training(run)}.'
     return f'{text} {sentence(run.unknown_patients)}' if run.unknown_patients else text
 
@@ -682,11 +750,26 @@ def _external_sentence(run):
     return f'The frozen model was tested on {format_count(n, "external set")}.'
 
 def summarise_run(
-    run: RunData,
+    run: ReportFiles,
 ) -> list[str]: # sentences
     "The page in five sentences"
-    out = [_trained_sentence(run)]
-    if run.two_classes: out.append(_predictions_sentence(run))
-    if run.analysis: out.append(_worth_sentence(run.analysis))
-    if run.two_classes: out.append(run.precision.sentences[0])
-    return [*out, _external_sentence(run)]
+    return [_trained_sentence(run), *run._own_sentences(), _external_sentence(run)]
+
+def _class_sentences(run):
+    "What is predicted, what it is worth, and how precise it is"
+    if run.two_classes: yield _predictions_sentence(run)
+    if run.analysis: yield _worth_sentence(run.analysis)
+    if run.two_classes: yield run.precision.sentences[0]
+
+# %% ../../nbs/report/context.ipynb #finding-sentences
+def _finding_sentences(run):
+    "The mean, the best and the worst finding, and those of which nothing can be said"
+    e = run.result
+    if not e.estimable:
+        yield f'None of {format_count(len(run.classes), "finding")} can be estimated on these images.'
+        return
+    aucs = {f: e[f]['auc'] for f in e.estimable}
+    best, worst = (pick(aucs, key=lambda f: aucs[f].value) for pick in (max, min))
+    yield f"The mean AUC over {format_count(len(aucs), 'finding')} is {e.macro['auc']}."
+    if len(aucs) > 1: yield f'The best is {best} (AUC {aucs[best]}), the worst {worst} (AUC {aucs[worst]}).'
+    if e.left_out: yield f'NOT ESTIMABLE here: {join_words(e.left_out)}.'

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from .. import plots
 from ..audit.case import Audit
+from ..audit.findings import FindingsAudit
 from ..audit.sentences import (describe_count, describe_headline, describe_not_run, describe_rule,
                                        describe_value, describe_verdict)
 from ..bundle import writing_files
@@ -17,8 +18,8 @@ from ..core import SPLITS, choices, write_text
 from ..curate.licences import licence_counts
 from ..evaluate import METRICS, Estimate, describe_classes
 from .checklist import ChecklistItem, checklist_counts, checklist_items, read_answers
-from .context import (EstimateKind, RunAnalysis, RunData, cluster_errors, list_baselines, missing_table,
-                                      read_run_data, summarise_run, table_one)
+from .context import (EstimateKind, ReportFiles, RunAnalysis, RunData, cluster_errors, list_baselines,
+                                      missing_table, read_run_data, summarise_run, table_one)
 from .render import (Cell, Dot, DotChart, DotColour, Picture, Table, Thumbnail, draw_picture, render,
                                      thumbnail)
 from ..runs.external import external_table
@@ -300,7 +301,7 @@ def _verdict_row(v):
             Cell(result, small=describe_count(v))]
 
 def verdicts_table(
-    audit: Audit,
+    audit: Audit | FindingsAudit,
 ) -> Table:
     "Every verdict of an audit, with what it means, its rule and its result"
     counts = ', '.join(f'{verdict} {n}' for verdict, n in audit.counts.items() if n)
@@ -309,7 +310,7 @@ def verdicts_table(
     return Table(f'{format_count(len(rows), "verdict")}: {counts}', head, rows, layout='stack')
 
 def not_run_table(
-    audit: Audit,
+    audit: Audit | FindingsAudit,
 ) -> Table:
     "What was not asked, and why"
     return Table('Not run', ['what was not asked, and why', 'verdict'],
@@ -434,7 +435,7 @@ def precision_table_of(
                  ['true value', *metrics.values()], [row(r) for r in t.to_dict('records')], numbers=(0, 1, 2, 3, 4))
 
 def limits_table(
-    run: RunData,
+    run: ReportFiles,
 ) -> Table:
     "The limitations that the run wrote"
     return Table('Written from every FAIL, WARN, UNDERPOWERED and NOT APPLICABLE, and from what was not run',
@@ -452,7 +453,7 @@ def checklist_table(
 
 # %% ../../nbs/report/page.ipynb #provenance
 def made_from_table(
-    run: RunData,
+    run: ReportFiles,
 ) -> Table:
     "Hashes, seed, device and versions"
     state, weights, n = run.state, run.bundle['weights'], run.test_log.evaluations
@@ -467,7 +468,7 @@ def made_from_table(
         ['versions', ', '.join(f'{k} {v}' for k, v in state['versions'].items() if v)]], layout='stack')
 
 def collections_table(
-    run: RunData,
+    run: ReportFiles,
 ) -> Table:
     "The collections that the images come from, with their licence, citation and known faults"
     known = [SOURCES[s] for s in sorted(run.rows['source'].unique()) if s in SOURCES]
@@ -476,7 +477,7 @@ def collections_table(
                   for s in known], layout='stack')
 
 def licences_table(
-    run: RunData,
+    run: ReportFiles,
 ) -> Table:
     "Images per licence"
     def commercial(r):

@@ -5,21 +5,24 @@
 # %% ../../nbs/runs/crossval.ipynb #imports
 from __future__ import annotations
 import dataclasses
-from functools import cache
+from functools import cache, reduce
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal, Sequence
 import numpy as np, pandas as pd
-from ..core import RecipeError, RunError, check_choice, choices
-from ..evaluate import Evaluation, allow_undefined, evaluate
+from ..core import RecipeError, RunError, check_choice, choices, nearest
+from ..evaluate import METRICS, Evaluation, allow_undefined, evaluate
 from ..recipe import Recipe, list_recipes, load_recipe, override
 from .folder import RunFolder
-from ..stats.paired import Difference, paired_difference
+from ..stats.bootstrap import patient_mean
+from ..stats.paired import Difference, describe_paired, paired_difference
 from ..words import format_count
 
 # %% auto #0
 __all__ = ['Start', 'Pooling', 'start_of', 'follows_recipe', 'find_results', 'centre_scores', 'rank_scores',
            'pool_predictions', 'score_results', 'fold_table', 'find_arms', 'paired_arms', 'ablation_table',
-           'baseline_gains', 'ensemble_predictions', 'score_ensemble']
+           'paired_settings', 'baseline_gains', 'auc_within', 'positives_within', 'ensemble_predictions',
+           'score_ensemble']
 
 # %% ../../nbs/runs/crossval.ipynb #read-results
 _NEEDED = ('recipe.toml', 'predictions.csv', 'evaluation.json', 'run.json')
@@ -137,22 +140,28 @@ def pool_predictions(
 # %% ../../nbs/runs/crossval.ipynb #score
 _RANKED = ('auc', 'average_precision')
 
-def _evaluate(images: pd.DataFrame, classes: Sequence[str], n_boot: int, seed: int) -> Evaluation:
+_ALL = tuple(METRICS)   # all metrics, without the curves
+
+def _evaluate(
+    images: pd.DataFrame, classes: Sequence[str], n_boot: int, seed: int, metrics: Sequence[str] | None = _ALL,
+) -> Evaluation:
     with allow_undefined():                                                 # an undefined metric is printed as such
         return evaluate(images['label'].to_numpy(object), images['score'].to_numpy(float),
-                        images['group'].to_numpy(object), .5, classes, n_boot, seed)
+                        images['group'].to_numpy(object), .5, classes, n_boot, seed, metrics=metrics)
 
 def score_results(
     results: Sequence[RunFolder],   # of one recipe, from `find_results`
     frozen: bool,                   # at the frozen threshold; False: at one half, as the articles did
     n_boot: int = 2000,             # resamples of patients; 0: no intervals
+    curves: bool = True,            # also what a ROC curve needs; without it takes half the time
 ) -> Evaluation:
     "All metrics of one run, or of all folds of one cross-validation together"
     recipe = results[0].recipe
     classes = _two_classes(results[0])
-    e = _evaluate(pool_predictions(results, 'threshold' if frozen else 'as written'), classes, n_boot, recipe.seed)
-    if len(results) == 1: return e
-    ranks = _evaluate(pool_predictions(results, 'rank'), classes, n_boot, recipe.seed)
+    images, folds = pool_predictions(results, 'threshold' if frozen else 'as written'), len(results) > 1
+    e = _evaluate(images, classes, n_boot, recipe.seed, _ALL if folds or not curves else None)
+    if not folds: return e
+    ranks = _evaluate(pool_predictions(results, 'rank'), classes, n_boot, recipe.seed, None if curves else _RANKED)
     estimates = {k: (ranks if k in _RANKED else e).estimates[k] for k in e.estimates}
     return dataclasses.replace(e, estimates=estimates, curves=ranks.curves)
 
@@ -165,7 +174,8 @@ def fold_table(
     classes, seed = _two_classes(results[0]), results[0].recipe.seed
     rows = []
     for name, runs in [*((f'fold {r.recipe.split.fold}', [r]) for r in results), ('together', list(results))]:
-        e, ranks = (_evaluate(pool_predictions(runs, how), classes, n_boot, seed) for how in ('threshold', 'rank'))
+        e = _evaluate(pool_predictions(runs, 'threshold'), classes, n_boot, seed, ['recall', 'specificity'])
+        ranks = _evaluate(pool_predictions(runs, 'rank'), classes, n_boot, seed, ['auc'])
         counts = dict(fold=name, images=e.n_images, groups=e.n_groups, positive=e.images_per_class[classes[1]])
         rows.append({**counts, **ranks['auc'].columns('auc'), **e['recall'].columns('sensitivity'),
                      **e['specificity'].columns('specificity')})
@@ -218,7 +228,7 @@ _ABLATION = ['recipe', 'start', 'folds', 'images', 'auc', 'auc_low', 'auc_high',
 def _ablation_row(arms: dict[Start, list[RunFolder]], start: Start, n_boot: int) -> dict[str, Any]:
     runs, scratch = arms[start], arms.get('from scratch', [])
     recipe = runs[0].recipe
-    e = _evaluate(pool_predictions(runs, 'rank'), _two_classes(runs[0]), n_boot, recipe.seed)
+    e = _evaluate(pool_predictions(runs, 'rank'), _two_classes(runs[0]), n_boot, recipe.seed, ['auc'])
     row = dict(recipe=recipe.name, start=start, folds=len(runs), images=e.n_images, **e['auc'].columns('auc'))
     if start == 'from scratch' or len(runs) != len(scratch): return row
     d = paired_arms(runs, scratch, n_boot, recipe.seed)
@@ -235,6 +245,36 @@ def ablation_table(
         arms = find_arms(results_dir, name)
         rows += [_ablation_row(arms, start, n_boot) for start in choices(Start) if start in arms]
     return pd.DataFrame(rows, columns=_ABLATION)
+
+# %% ../../nbs/runs/crossval.ipynb #settings
+def _value(run: RunFolder, setting: str) -> Any: return reduce(getattr, setting.split('.'), run.recipe)
+
+def _paired_metric(first: RunFolder, second: RunFolder, metric: str, n_boot: int) -> Difference:
+    "First minus second on the same images; shares at one half"
+    images, others = (pool_predictions([r], 'as written') for r in (first, second))
+    a, b = _side_by_side(images, others, f'{first.name} and {second.name}')
+    y, p, q, groups = a['label'].to_numpy(), a['score'].to_numpy(), b['score'].to_numpy(), a['group'].to_numpy()
+    return paired_difference(y, p, q, groups, metric, (.5, .5), classes=_two_classes(first), n_boot=n_boot,
+                             seed=first.recipe.seed)
+
+def paired_settings(
+    results_dir: str | Path,
+    name: str,                              # of a recipe of which several runs are kept
+    settings: Sequence[str],                # fields of a recipe, such as 'model.arch'
+    metrics: Sequence[str] = ('auc',),      # names of `METRICS`
+    n_boot: int = 2000,
+) -> pd.DataFrame:   # setting, compared, metric, images, first, second, value (first minus second), low, high, verdict
+    "Runs of one recipe that differ in one setting alone, in pairs on the same images, the later minus the earlier"
+    rows = []
+    for setting, (second, first) in product(settings, combinations(_all_results(results_dir).get(name, []), 2)):
+        a, b = _value(first, setting), _value(second, setting)
+        if a == b or override(first.recipe, {setting: b}) != second.recipe: continue
+        for metric in metrics:
+            d = _paired_metric(first, second, metric, n_boot)
+            about = dict(setting=setting, compared=f'{a} minus {b}', metric=metric, images=d.n_images)
+            rows.append(dict(about, first=d.first, second=d.second, value=d.difference, low=d.low, high=d.high,
+                             verdict=describe_paired(d, str(a), str(b))))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/crossval.ipynb #baseline-scores
 def _pooled_baselines(results: Sequence[RunFolder]) -> pd.DataFrame:
@@ -266,6 +306,56 @@ def baseline_gains(
         rows.append(dict(baseline=name, kind=kind, auc=d.second, gain=d.difference, low=d.low, high=d.high, p=d.p))
     columns = ['baseline', 'kind', 'auc', 'gain', 'low', 'high', 'p']
     return pd.DataFrame(rows, columns=columns).sort_values('auc', ascending=False, ignore_index=True)
+
+# %% ../../nbs/runs/crossval.ipynb #within
+def _with_column(results: Sequence[RunFolder], column: str) -> pd.DataFrame:
+    "Every evaluated image once: label, group, rank of its score within the fold, and a column of the table"
+    def read(r: RunFolder) -> pd.DataFrame:
+        kept = r.file(f'{column}s.csv')
+        t = pd.read_csv(kept, dtype={'image_id': str}) if kept.is_file() else r.table
+        if column in t: return t[['image_id', column]]
+        raise RunError(f"the table of {r.name} has no column '{column}'{nearest(column, t.columns)}.")
+    column_of = pd.concat([read(r) for r in results]).drop_duplicates('image_id')
+    return pool_predictions(results, 'rank').merge(column_of, on='image_id')
+
+def auc_within(
+    results: Sequence[RunFolder],   # one run, or the folds of one cross-validation
+    column: str,                    # of the table, such as 'view'
+    n_boot: int = 2000,
+) -> pd.DataFrame:                  # kind, scored, the column with its counts, value, low, high
+    "AUC of the model, of the column alone and of the baselines without lungs: on all images and within each value"
+    t, classes, seed = _with_column(results, column), _two_classes(results[0]), results[0].recipe.seed
+    ids = t['image_id']
+    scores = {('network', 'the network'): t['score'],
+              ('column', f'{column} alone'): (t[column] == t[column].dropna().min()).astype(float)}
+    if all(r.baseline_scores is not None for r in results):
+        for (name, kind), b in _pooled_baselines(results).groupby(['baseline', 'kind']):
+            if kind != 'image_without_lungs' or len(b) != len(t): continue     # only some folds allow this baseline
+            scores[kind, name] = b.set_index('image_id')['score'][ids]
+    rows = []
+    for (kind, scored), score in scores.items():
+        for value, at in (('all', ids.notna()), *((v, t[column] == v) for v in sorted(t[column].dropna().unique()))):
+            if kind == 'column' and value != 'all': continue
+            with allow_undefined():
+                e = evaluate(t['label'][at].to_numpy(object), score.to_numpy()[at], t['group'][at].to_numpy(object),
+                             classes=classes, n_boot=n_boot, seed=seed, metrics=['auc'])
+            counts = f'{value}: {e.images_per_class[classes[1]]} of {e.n_images} positive'
+            rows.append((kind, scored, counts, *e['auc'][:3]))
+    return pd.DataFrame(rows, columns=['kind', 'scored', column, 'value', 'low', 'high'])
+
+# %% ../../nbs/runs/crossval.ipynb #positives-within
+def positives_within(
+    results: Sequence[RunFolder],
+    column: str,
+    n_boot: int = 2000,
+) -> pd.DataFrame:                  # the column with its counts, value, low, high
+    "Share of the evaluated images that are positive, for each value of a column"
+    t, rows = _with_column(results, column), []
+    for value, of in t.groupby(column):
+        y = (of['label'] == _two_classes(results[0])[1]).astype(float)
+        e = patient_mean(y, of['group'], n_boot, results[0].recipe.seed)
+        rows.append({column: f'{value}: {int(y.sum())} of {len(y)}', 'value': e.value, 'low': e.low, 'high': e.high})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/crossval.ipynb #ensemble
 def ensemble_predictions(

@@ -120,7 +120,7 @@ def read_external(
     "An external collection in the classes of the run's task; it need not hold all of them"
     table, views = _read_source(asked, frozen.run.recipe), _views(asked, frozen.run.recipe)
     if views: table = filter_views(table, views)
-    table = label_for(filter_ages(table, asked.min_age), frozen.run.recipe.question, every_class=False)
+    table = label_for(filter_ages(table, asked.min_age), frozen.run.task, every_class=False)
     if not len(used(table)):
         f = flow(table).sort_values('excluded', ascending=False)          # it names the views that there are
         reasons = ', '.join(f'{r} ({k})' for r, k in zip(f['rule'][:4], f['excluded'])) or 'it is empty'

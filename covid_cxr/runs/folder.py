@@ -8,20 +8,24 @@ import contextlib, json, warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Literal, Sequence, cast
+from typing import Any, ClassVar, Iterator, Literal, Sequence, TypeVar, cast
 import numpy as np, pandas as pd
 from ..bundle import MANIFEST, AlteredWarning, Integrity, check_manifest, describe_integrity, read_description
 from ..core import (COLUMNS, NUMERIC, SPLITS, SYNTHETIC, CxrError, RunError, atomic_path, check_choice,
                             new_table, sha256_file, used)
-from ..evaluate import Evaluation, OperatingPoint, evaluate
+from ..evaluate import Estimate, Evaluation, OperatingPoint, evaluate
+from ..findings.evaluate import FindingsEvaluation, evaluate_findings, finding_probs
+from ..findings.labels import LABEL, stored_labels
 from ..recipe import Recipe, parse_recipe
-from ..words import format_count, plain_cell, safe_cell
+from ..table import Task
+from ..words import format_count, join_words, plain_cell, safe_cell
 
 # %% auto #0
 __all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT',
            'EXTERNAL_VERSION', 'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading_file',
            'read_json', 'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock', 'evaluate_rows',
-           'describe_images', 'check_finished', 'manifest_names', 'RunFolder']
+           'describe_images', 'check_finished', 'manifest_names', 'RunFiles', 'RunFolder', 'FindingsRun', 'check_kind',
+           'open_run']
 
 # %% ../../nbs/runs/folder.ipynb #old-names
 OLD_FILES = {'external.json': 'ladder.json', 'external': 'ladder', 'test_log.jsonl': 'ledger.jsonl',
@@ -103,7 +107,7 @@ def read_json(
 _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
     'status': str, 'recipe': str, 'recipe_hash': str, 'started': str, 'data': (str, type(None)), 'finished': str,
     'synthetic': bool, 'leaking_groups': int, 'table_sha256': str, 'epochs': int, 'best_epoch': int, 'versions': dict,
-    'test_log': dict}
+    'test_log': dict, 'members': list, 'design': str}
 
 def _check_state(state, file):
     "Refuse a run.json whose values are of another kind"
@@ -111,6 +115,7 @@ def _check_state(state, file):
     log = state.get('test_log')
     if not odd and log and not (isinstance(log.get('entries'), int) and isinstance(log.get('head'), (str, type(None)))):
         odd = ['test_log']
+    if not odd and not all(isinstance(m, dict) for m in state.get('members', [])): odd = ['members']
     if not odd: return
     found = str(state[odd[0]])[:60]
     raise RunError(f"{file} is damaged ('{odd[0]}' is {found!r}); put a copy of the file back.")
@@ -183,34 +188,54 @@ def run_lock(
 
 # %% ../../nbs/runs/folder.ipynb #check-predictions
 TEXT_COLUMNS = ('path', 'image_id', 'patient', 'group', 'split', 'label', 'predicted', 'source')   # of predictions.csv
-_NEEDED = ('image_id', 'split', 'label', 'predicted', 'group')
+_NEEDED = ('image_id', 'split', 'group')
 
-def _check_columns(p, columns, file):
-    "Refuse predictions without a column that every run has, or of one class"
-    lost = [c for c in _NEEDED if c not in p] or ['prob_CLASS'] * (len(columns) < 2)
-    if lost: raise RunError(f'{file} has no column {lost[0]}; {_AGAIN}.')
-
-def _check_predictions(p, file):
-    "Refuse predictions that are none: doubled images, probabilities that are no probabilities"
-    columns = [c for c in p if str(c).startswith('prob_')]
-    _check_columns(p, columns, file)
-    values = p[columns].apply(pd.to_numeric, errors='coerce').to_numpy(float)
-    sound = np.isfinite(values).all(1) & (np.abs(values.sum(1) - 1) < 1e-3) & (values > -1e-6).all(1)
-    faults = {'repeat an image or name none': p['image_id'].duplicated() | p['image_id'].isna(),
-              'hold no probabilities that add up to 1': ~sound, 'are of no split': ~p['split'].isin(SPLITS)}
-    for what, bad in faults.items():
+def _refuse_faults(p, file, **faults):
+    "Refuse rows with a fault: what they do, and (n,) which do so"
+    of_rows = {'repeat an image or name none': p['image_id'].duplicated() | p['image_id'].isna(), **faults,
+               'are of no split': ~p['split'].isin(SPLITS)}
+    for what, bad in of_rows.items():
         if not bad.any(): continue
         rows, first = format_count(int(bad.sum()), 'row'), p['image_id'][bad].iloc[0]
         raise RunError(f'{file}: {rows} {what}, first {first}; {_AGAIN}.')
 
+def _check_columns(p, columns, file):
+    "Refuse predictions without a column that they need"
+    lost = [c for c in (*_NEEDED, *columns) if c not in p]
+    if lost: raise RunError(f'{file} has no column {lost[0]}; {_AGAIN}.')
+
+def _numbers(p, columns):
+    "(n, k) numbers; what is none is NaN"
+    return p[columns].apply(pd.to_numeric, errors='coerce').to_numpy(float)
+
+# %% ../../nbs/runs/folder.ipynb #check-kinds
+def _check_predictions(p, file):
+    "Refuse predictions of classes that are none: doubled images, probabilities that are no probabilities"
+    columns = [c for c in p if str(c).startswith('prob_')]
+    _check_columns(p, ['label', 'predicted', *(['prob_CLASS'] * (len(columns) < 2))], file)
+    values = _numbers(p, columns)
+    sound = np.isfinite(values).all(1) & (np.abs(values.sum(1) - 1) < 1e-3) & (values > -1e-6).all(1)
+    _refuse_faults(p, file, **{'hold no probabilities that add up to 1': ~sound})
+
+def _check_findings(p, findings, file):
+    "Refuse predictions of findings that are none"
+    columns = {start: [start + f for f in findings] for start in (LABEL, 'prob_', 'predicted_')}
+    _check_columns(p, [c for of_kind in columns.values() for c in of_kind], file)
+    probs = _numbers(p, columns['prob_'])
+    def odd(start): return (p[columns[start]].notna() & ~p[columns[start]].isin([0, 1])).any(axis=1)
+    sound = (np.isfinite(probs) & (probs >= 0) & (probs <= 1)).all(1)
+    _refuse_faults(p, file, **{'hold a probability outside 0 to 1': ~sound,
+                               'hold a label that is not 1, 0 or blank': odd(LABEL),
+                               'hold a decision that is not 1, 0 or blank': odd('predicted_')})
+
 # %% ../../nbs/runs/folder.ipynb #read-predictions
-def _read_predictions(file):
+def _read_predictions(file, check):
     "What a model said of every image: ids, labels and split as text, probabilities as float, blanks as NaN"
     if not file.is_file(): raise RunError(f'{file} is missing; train the run again.')
     with reading_file(file, _AGAIN):
         text = {c: str for c in TEXT_COLUMNS}
         p = _on_texts(pd.read_csv(file, dtype=text, keep_default_na=False, na_values=['']), plain_cell)
-        _check_predictions(p, file)
+        check(p, file)
     return p if 'patient' in p else p.assign(patient=np.nan)
 
 _EPOCH = ('stage', 'epoch', 'lr', 'images', 'seconds')   # of history.csv
@@ -224,13 +249,13 @@ def _read_history(file):
         if odd or not np.isfinite(t[list(_EPOCH)].to_numpy(float)).all(): raise ValueError('a cell is no number')
         return t
 
-def _join_predictions(run, table, predictions, classes):
+def _join_predictions(run, table, predictions, columns):
     "Used rows of the table with what the model predicted for them; files of two runs are refused"
-    keep = predictions.set_index('image_id')[['predicted', *(f'prob_{c}' for c in classes)]]
+    keep = predictions.set_index('image_id')[columns]
     rows = used(table)
     if rows['image_id'].duplicated().any(): raise RunError(f'{run}: table.csv names an image twice; {_AGAIN}.')
     rows = rows.merge(keep, left_on='image_id', right_index=True, how='left', validate='one_to_one')
-    gone = int(rows['predicted'].isna().sum())
+    gone = int(rows[columns[0]].isna().sum())
     if gone or len(predictions) != len(rows):
         counts = f'{len(rows)} used rows in table.csv, {len(predictions)} predictions, {gone} rows without one'
         raise RunError(f'{run}: the files are not of one run ({counts}); {_AGAIN}.')
@@ -355,21 +380,33 @@ def _read_point(values):
     if not 0 <= point.threshold <= 1: raise ValueError('the threshold lies outside 0 to 1')
     return point
 
+# %% ../../nbs/runs/folder.ipynb #read-findings
+def _read_findings(values):
+    "A `FindingsEvaluation` whose counts are numbers"
+    e = FindingsEvaluation.from_dict(values)
+    counts = [e.n_images, e.n_groups, e.n_boot, *(n for r in e.results for n in r.count)]
+    if not all(isinstance(n, int) and n >= 0 for n in counts): raise ValueError('a count is no whole number')
+    return e
+
 # %% ../../nbs/runs/folder.ipynb #run-folder
+_Run = TypeVar('_Run', bound='RunFiles')
+
 @dataclass(frozen=True, eq=False)
-class RunFolder:
-    "A run directory whose files are read when they are asked for"
+class RunFiles:
+    "A run directory whose files are read when they are asked for: what runs of every kind hold"
     path: Path
+    several: ClassVar[bool] = False    # does it ask for several findings?
 
     @classmethod
     def open(
-        cls, path: str | Path | RunFolder,   # run directory, or one that was opened before
-        finished: bool = True,               # refuse a run that is not finished
-    ) -> RunFolder:
-        "A run directory; one that is not finished, or no run, is refused"
-        if isinstance(path, RunFolder): return path
-        run = cls(Path(path))
-        if finished: check_finished(path, run.state)
+        cls: type[_Run], path: str | Path | RunFiles,   # run directory, or one that was opened before
+        finished: bool = True,                          # refuse a run that is not finished
+    ) -> _Run:
+        "A run directory; one that is not finished, one of the other kind, or no run, is refused"
+        if isinstance(path, cls): return path
+        run = cls(Path(path.path if isinstance(path, RunFiles) else path))
+        if finished: check_finished(run.path, run.state)
+        check_kind(run)
         if run.integrity.status == 'altered':
             warnings.warn(describe_integrity(run.integrity, run.path), AlteredWarning, stacklevel=2)
         return run
@@ -410,24 +447,64 @@ class RunFolder:
     @property
     def table_altered(self) -> bool: return sha256_file(self.file('table.csv')) != self.state.get('table_sha256')
     @cached_property
+    def result(self) -> Any: raise NotImplementedError     # metrics of the evaluated split, of each kind its own
+    def _check_predictions(self, p: pd.DataFrame, file: Path) -> None: raise NotImplementedError
+    def _answers(self) -> list[str]: raise NotImplementedError     # columns of predictions.csv
+
+    @cached_property
     def predictions(self) -> pd.DataFrame:
         file = self.file('predictions.csv')
-        found = _read_predictions(file)
-        _check_classes(found, self.classes, file)
+        found = _read_predictions(file, self._check_predictions)
         if self.file('evaluation.json').is_file(): _check_count(found, self.split, self.result.n_images, file)
         return found
     @cached_property
-    def rows(self) -> pd.DataFrame: return _join_predictions(self.path, self.table, self.predictions, self.classes)
+    def rows(self) -> pd.DataFrame: return _join_predictions(self.path, self.table, self.predictions, self._answers())
     @cached_property
     def evaluated(self) -> pd.DataFrame: return self.rows[self.rows['split'] == self.split].reset_index(drop=True)
     @cached_property
-    def evaluated_predictions(self) -> pd.DataFrame:
-        return self.predictions[self.predictions['split'] == self.split].reset_index(drop=True)
+    def evaluated_predictions(self) -> pd.DataFrame: return self.predictions_of(self.split)
+
+    def predictions_of(
+        self, split: str,
+    ) -> pd.DataFrame:
+        "The predictions of one split; a split without any is refused"
+        p = self.predictions
+        rows = p[p['split'] == split].reset_index(drop=True)
+        if len(rows): return rows
+        known = join_words(sorted(p['split'].unique()))
+        raise RunError(f"{self.path} has no predictions for the split '{split}'; it has {known}.")
 
     @cached_property
     def evaluation(self) -> dict: return self._json('evaluation.json')
     @property
     def split(self) -> str: return _evaluated_split(self.evaluation, self.file('evaluation.json'))
+    @cached_property
+    def history(self) -> pd.DataFrame: return _read_history(self.file('history.csv'))
+    @cached_property
+    def bundle(self) -> dict:
+        return rename_old_keys(read_description(self.path), 'bundle.json')
+
+    @property
+    def audit_json(self) -> dict | None: return self._json('audit.json', optional=True)
+    @property
+    def external_json(self) -> dict | None: return _read_external(self.file('external.json'))
+    @cached_property
+    def baseline_scores(self) -> pd.DataFrame | None: return _read_baselines(self.file('baselines.csv'))
+
+# %% ../../nbs/runs/folder.ipynb #run-of-classes
+@dataclass(frozen=True, eq=False)
+class RunFolder(RunFiles):
+    "A run directory of a run with one class per image"
+
+    def _check_predictions(self, p, file):
+        _check_predictions(p, file)
+        _check_classes(p, self.classes, file)
+
+    @property
+    def task(self) -> Task: return cast(Task, self.recipe.question)
+
+    def _answers(self): return [*(f'prob_{c}' for c in self.classes), 'predicted']
+
     @cached_property
     def result(self) -> Evaluation:
         e = self._evaluation(self.split)
@@ -450,15 +527,82 @@ class RunFolder:
         if self.threshold is not None: return self.threshold
         raise RunError(f'{self.path} has no operating point in evaluation.json; train it again.')
 
-    @cached_property
-    def history(self) -> pd.DataFrame: return _read_history(self.file('history.csv'))
-    @cached_property
-    def bundle(self) -> dict:
-        return rename_old_keys(read_description(self.path), 'bundle.json')
+    def evaluate(
+        self, split: str,     # a split that has predictions
+        n_boot: int = 2000,   # resamples of patients
+    ) -> Evaluation:
+        "All metrics of one split, computed again from the predictions"
+        rows = self.predictions_of(split)
+        return evaluate_rows(rows, self.classes, self.threshold, n_boot, self.recipe.seed)
 
-    @property
-    def audit_json(self) -> dict | None: return self._json('audit.json', optional=True)
-    @property
-    def external_json(self) -> dict | None: return _read_external(self.file('external.json'))
+    def headline(self, result: Evaluation) -> dict[str, Estimate]:
+        "What the test log keeps of an evaluation"
+        return dict(auc=result['auc']) if 'auc' in result.estimates else {}
+
+# %% ../../nbs/runs/folder.ipynb #run-of-findings
+@dataclass(frozen=True, eq=False)
+class FindingsRun(RunFiles):
+    "A run directory of a run that asks for several findings"
+    several: ClassVar[bool] = True
+
+    def _check_predictions(self, p, file): _check_findings(p, self.classes, file)
+
+    def _answers(self): return [start + f for start in ('prob_', 'predicted_') for f in self.classes]
+
     @cached_property
-    def baseline_scores(self) -> pd.DataFrame | None: return _read_baselines(self.file('baselines.csv'))
+    def result(self) -> FindingsEvaluation:
+        file = self.file('evaluation.json')
+        with reading_file(file, _AGAIN): found = _read_findings(self.evaluation[self.split])
+        if tuple(r.finding for r in found.results) == self.classes: return found
+        raise RunError(f'{file} speaks of other findings than the recipe; {_AGAIN}.')
+    @cached_property
+    def operating_points(self) -> dict[str, OperatingPoint]:   # those that were chosen
+        points = self.evaluation.get('operating_points') or {}
+        with reading_file(self.file('evaluation.json'), _AGAIN):
+            return {f: _read_point(points[f]) for f in self.classes if points.get(f)}
+    @property
+    def threshold(self) -> None: return None               # there is one for each finding
+    @property
+    def thresholds(self) -> dict[str, float]: return {f: p.threshold for f, p in self.operating_points.items()}
+
+    def labels_and_probs(
+        self, rows: pd.DataFrame,   # of `predictions` or `rows`
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:   # (n, k) each; index: image_id
+        "What is known of some images, and what was predicted"
+        return stored_labels(rows, self.classes), finding_probs(rows, self.classes)
+
+    def evaluate(
+        self, split: str,     # a split that has predictions
+        n_boot: int = 2000,   # resamples of patients
+    ) -> FindingsEvaluation:
+        "All metrics of one split, computed again from the predictions"
+        rows, seed = self.predictions_of(split), self.recipe.seed
+        groups = rows['group'].to_numpy(object)
+        return evaluate_findings(*self.labels_and_probs(rows), groups, self.thresholds, n_boot, seed)
+
+    def headline(self, result: FindingsEvaluation) -> dict[str, Estimate]:
+        "What the test log keeps of an evaluation"
+        return dict(mean_auc=result.macro['auc'])
+
+# %% ../../nbs/runs/folder.ipynb #open-run
+def _asks_several(run):
+    "Does the recipe of a run ask for several findings? A recipe that is gone or damaged does not"
+    try: return run.recipe.several
+    except CxrError: return False
+
+def check_kind(
+    run: RunFiles,
+) -> None:
+    "Refuse a run of the other kind than its class is made for"
+    if _asks_several(run) == run.several: return
+    if run.several: raise RunError(f'{run.path} is a run with one class per image; give a run of several findings.')
+    raise RunError(f'{run.path} asks for several findings, and this needs a run with one class per image; covid-cxr '
+                   'evaluate, audit, report and predict take it, or train one finding with a task of two classes.')
+
+def open_run(
+    path: str | Path | RunFiles,   # run directory, or one that was opened before
+    finished: bool = True,         # refuse a run that is not finished
+) -> RunFolder | FindingsRun:
+    "A run directory of either kind"
+    several = _asks_several(RunFolder(Path(path.path if isinstance(path, RunFiles) else path)))
+    return FindingsRun.open(path, finished) if several else RunFolder.open(path, finished)

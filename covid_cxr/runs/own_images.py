@@ -13,8 +13,10 @@ import pandas as pd
 from ..core import (RecipeError, SourceError, TableError, VocabularyError, canonical_finding, fold_word,
                             nearest, used)
 from ..reading import SENTINELS, read_metadata, tidy_name
-from ..recipe import DataSpec, Recipe, SourceSpec, SplitSpec, TaskSpec, read_one_source
-from ..table import describe_unused, label_for
+from ..findings.labels import stored_labels
+from ..recipe import (DataSpec, FindingsSpec, Recipe, SourceSpec, SplitSpec, TaskSpec, label_rows,
+                              read_one_source)
+from ..table import describe_unused
 from ..words import format_count, join_words
 
 # %% auto #0
@@ -33,9 +35,10 @@ class OwnImages:
     table: str = ''                       # a CSV; '': the folders say everything
     columns: Mapping[str, str] = field(default_factory=dict)   # {name in `FLAGS`: column of the table}
     patient_pattern: str = ''             # its first group is the patient, in the path below `images`
+    findings: tuple[str, ...] = ()        # columns of 1, 0 and blank of the table, one for each finding
 
     @property
-    def labels_in_table(self) -> bool: return bool(self.table) and 'finding' in self.columns
+    def labels_in_table(self) -> bool: return bool(self.table) and ('finding' in self.columns or bool(self.findings))
     @property
     def data(self) -> Path:
         "The folder that a recipe is run on"
@@ -53,27 +56,34 @@ class OwnImages:
         return SourceSpec('csv' if self.labels_in_table else 'folder', metadata=metadata, options=options)
 
 # %% ../../nbs/runs/own_images.ipynb #check-flags
-def _check_column(own, name, has):
+def _check_column(own, flag, column, has):
     "Refuse a column that the table does not have"
-    column = own.columns[name]
     if tidy_name(column) not in has:
-        raise SourceError(f"{FLAGS[name]} {column}: {own.table} has no such column{nearest(column, has)} "
+        raise SourceError(f"{flag} {column}: {own.table} has no such column{nearest(column, has)} "
                           f"(it has: {', '.join(has)})")
+
+def _check_columns(own):
+    "Refuse columns that the table does not have; returns what it has, in words"
+    if not Path(own.table).is_file(): raise SourceError(f'--table {own.table}: there is no such file.')
+    has = list(read_metadata(own.table))
+    for name, column in own.columns.items(): _check_column(own, FLAGS[name], column, has)
+    for column in own.findings: _check_column(own, '--label-columns', column, has)
+    return f"(columns of {own.table}: {', '.join(has)})"
 
 def check_flags(own: OwnImages) -> None:
     "Refuse what does not go together, and a column that is not there"
     if not own.table:
-        if own.columns: raise RecipeError(f'{FLAGS[next(iter(own.columns))]} needs the table: add --table FILE.csv.')
+        flags = [*(FLAGS[name] for name in own.columns), *(['--label-columns'] if own.findings else [])]
+        if flags: raise RecipeError(f'{flags[0]} needs the table: add --table FILE.csv.')
         return
-    if not Path(own.table).is_file(): raise SourceError(f'--table {own.table}: there is no such file.')
-    has = list(read_metadata(own.table))
-    for name in own.columns: _check_column(own, name, has)
-    columns = f"(columns of {own.table}: {', '.join(has)})"
+    columns = _check_columns(own)
+    if own.findings and 'finding' in own.columns:
+        raise RecipeError('--label-column is one column of classes, --label-columns several of findings; give one.')
     if 'path' not in own.columns: raise RecipeError(f'--table needs --path-column, the files of the images {columns}')
     if not own.images and not own.labels_in_table:
         raise RecipeError(f'--table needs --label-column, the classes {columns}; or --images, a folder per class.')
     if own.labels_in_table and own.patient_pattern:
-        raise RecipeError('--patient-pattern is for class folders; with --label-column name --patient-column.')
+        raise RecipeError('--patient-pattern is for class folders; with labels in the table name --patient-column.')
 
 # %% ../../nbs/runs/own_images.ipynb #layout
 _PER_CLASS = '--images wants one folder per class (FOLDER/TB/..., FOLDER/healthy/...)'
@@ -112,7 +122,8 @@ def read_own_images(own: OwnImages) -> pd.DataFrame: # one row per image, its cl
     check_flags(own)
     if own.images and not Path(own.images).is_dir():
         raise SourceError(f'--images {own.images}: there is no such folder.')
-    table = read_one_source(own.to_source(), own.data, 0, any_words=True)
+    more = dict(keep=list(own.findings)) if own.findings else {}
+    table = read_one_source(own.to_source(), own.data, 0, any_words=True, **more)
     if not own.labels_in_table: check_layout(own, table)
     if not len(used(table)):
         start = f'--images names the folder that the files start from (now {own.data})'
@@ -215,8 +226,15 @@ def _task_name(classes):
 # %% ../../nbs/runs/own_images.ipynb #own-task
 class OwnTask(NamedTuple):
     "The question of your own images, and how the order of its classes was found"
-    task: TaskSpec
-    rule: OrderRule
+    task: TaskSpec | FindingsSpec
+    rule: OrderRule | None   # None: there is no order
+
+def _findings_task(own, *orders):
+    "The question of columns of findings"
+    if any(orders): raise RecipeError('--positive and --negative are for one class per image; leave them out.')
+    name = '_and_'.join(re.sub(r'\W+', '_', f).strip('_') or 'finding' for f in own.findings)
+    return FindingsSpec('findings', name if len(name) <= _LONGEST else f'{len(own.findings)}_findings',
+                        list(own.findings), 'columns')
 
 def own_task(
     own: OwnImages,
@@ -225,6 +243,7 @@ def own_task(
     negative: str | None = None,     # --negative
 ) -> OwnTask:
     "The task that your folders or your column ask"
+    if own.findings: return OwnTask(_findings_task(own, positive, negative), None)
     words = class_words(table, [w for w in (positive, negative) if w is not None])
     _check_words(words, own)
     classes, rule = order_classes(words, positive, negative)
@@ -246,18 +265,25 @@ def own_split(
     if there == {'train', 'test'}: return dataclasses.replace(split, kind='official')
     return dataclasses.replace(split, kind='published') if {'train', 'valid'} <= there else split
 
+# %% ../../nbs/runs/own_images.ipynb #own-recipe
+def _without_weights(training):
+    "Every finding has a threshold of its own, which allows for its rarity: weights in the loss are not needed"
+    return dataclasses.replace(training, imbalance='none')
+
 def own_recipe(
     own: OwnImages,
-    table: pd.DataFrame,     # of `read_own_images`
-    task: TaskSpec | None,   # of `own_task`; None: that of the recipe
-    base: Recipe,            # image, network, schedule and evaluation
+    table: pd.DataFrame,                     # of `read_own_images`
+    task: TaskSpec | FindingsSpec | None,    # of `own_task`; None: that of the recipe
+    base: Recipe,                            # image, network, schedule and evaluation
 ) -> Recipe:
     "A recipe of your own images"
     asked = base.task if task is None else task
     data = dataclasses.replace(base.data, sources=[own.to_source()], phantom_patients=0)
     named = dataclasses.replace(base, task=asked, data=data, split=own_split(table, base.split))
-    classes = ' against '.join(reversed(named.question.classes))
-    return dataclasses.replace(named, title=f'{own.data.name}: {classes}')
+    if isinstance(task, FindingsSpec): named = dataclasses.replace(named, training=_without_weights(base.training))
+    classes = named.question.classes
+    what = join_words(classes, most=4) if named.several else ' against '.join(reversed(classes))
+    return dataclasses.replace(named, title=f'{own.data.name}: {what}')
 
 # %% ../../nbs/runs/own_images.ipynb #check-own
 def _patients_of(rows):
@@ -286,7 +312,7 @@ def _check_every_split(rows, classes):
 def _labelled(table, recipe):
     "The table with its labels; words that the task of the recipe does not know are refused"
     task = recipe.question
-    try: return label_for(table, task)
+    try: return label_rows(table, task)
     except VocabularyError:
         words = join_words(sorted(class_words(table), key=fold_word), most=5)
         raise RecipeError(f"the task '{task.name}' of the recipe does not know your words ({words}); leave the recipe "
@@ -300,6 +326,7 @@ def check_own_images(
     "Refuse images of too few patients for the splits of the recipe"
     rows = used(_labelled(table, recipe))
     _check_patients(rows, own)
+    if recipe.several: return         # what is rare is trained, and NOT ESTIMABLE where too few patients have it
     if recipe.split.kind in ('published', 'official'): return _check_every_split(rows, recipe.question.classes)
     if recipe.split.kind not in ('group', 'image'): return
     needed = 3 if recipe.split.test_pct else 2
@@ -347,6 +374,16 @@ def _describe_split(rows, split):
     if split.kind == 'official': return 'split: test/ as it is, validation drawn from the rest by patient'
     return ''
 
+def _describe_counts(rows, recipe):
+    "How many images of every class, or with every finding"
+    classes = recipe.question.classes
+    if recipe.several:
+        values = stored_labels(rows, classes)
+        counts = [f"'{f}' {int((v == 1).sum())} of {int(v.notna().sum())}" for f, v in values.items()]
+        return f'; with each of {len(classes)} findings, of those where it is known: {", ".join(counts)}'
+    counts = [f"'{c}' {int((rows['label'] == c).sum())}" for c in classes]
+    return f" in {len(classes)} classes: {', '.join(counts)}"
+
 def describe_own_images(
     own: OwnImages,
     table: pd.DataFrame,          # of `read_own_images`
@@ -354,10 +391,9 @@ def describe_own_images(
     rule: OrderRule | None,       # of `own_task`; None: the recipe's task says the order
 ) -> list[str]:
     "What was understood, and what it costs, one line each"
-    labelled = label_for(table, recipe.question)
+    labelled = label_rows(table, recipe.question)
     rows, classes = used(labelled), recipe.question.classes
-    counts = [f"'{c}' {int((rows['label'] == c).sum())}" for c in classes]
-    lines = [f"your images: {format_count(len(rows), 'image')} in {len(classes)} classes: {', '.join(counts)}"]
+    lines = [f"your images: {format_count(len(rows), 'image')}{_describe_counts(rows, recipe)}"]
     if rule: lines.append(_describe_order(classes, rule))
     lines += [_describe_patients(rows, own), _describe_split(rows, recipe.split)]
     left_out = len(labelled) - len(rows)

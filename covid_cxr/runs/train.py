@@ -4,30 +4,35 @@
 
 # %% ../../nbs/runs/train.ipynb #imports
 from __future__ import annotations
-import contextlib, dataclasses, shutil, warnings
+import contextlib, dataclasses, shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 import numpy as np, pandas as pd
+from fastcore.foundation import L
 from .. import plots
 from ..bundle import export_pickle, save_bundle, write_manifest
 from ..cache import ImageCache
-from ..core import (CxrError, RunError, TableError, atomic_path, sha256_file, used, utc_now, versions,
-                            write_json, write_text)
-from ..evaluate import Evaluation, OperatingPoint, UndefinedMetric, allow_undefined, choose_threshold
+from ..core import (SPLITS, CxrError, RunError, TableError, atomic_path, sha256_file, to_plain, used, utc_now,
+                            versions, write_json, write_text)
+from ..findings.labels import count_labels, stored_labels
 from ..images import ImageRule
 from ..ood import fit_ood_check
-from ..phantom import write_phantom_trees
+from ..phantom import write_nih_tree, write_phantom_trees
 from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
-from .folder import (SYNTHETIC_WARNING, describe_images, evaluate_rows, is_synthetic, manifest_names,
-                                   read_run_state, read_table, reading_file, run_lock, write_table)
+from .folder import (SYNTHETIC_WARNING, describe_images, is_synthetic, manifest_names, read_run_state,
+                                   read_table, reading_file, run_lock, write_table)
+from .outcome import Outcome, calibrate, conclude
 from .test_log import count_test_evaluations, describe_test_evaluations, log_head, log_test_evaluation
 from ..table import check_split, count_unknown_patients, reconcile
-from ..stats.calibration import apply_temperature, fit_temperature
-from ..words import format_count, format_number, format_percent, join_words
+from ..words import format_count, format_percent, join_words
+if TYPE_CHECKING:
+    from covid_cxr.learner import Fit
+    from covid_cxr.runs.tracking import Tracker, TrackerName
 
 # %% auto #0
-__all__ = ['source_baseline_scores', 'train']
+__all__ = ['train', 'run_from_predictions']
 
 # %% ../../nbs/runs/train.ipynb #job
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class _Job:
     figures: bool                   # draw plots/
     state: dict[str, Any]           # run.json
     log: Callable[[str], object]
+    cbs: tuple = ()                 # fastai callbacks for every stage
+
+    @property
+    def trackers(self) -> list[Tracker]: return [c for c in self.cbs if hasattr(c, 'epochs_before')]
 
     @property
     def classes(self) -> list[str]: return list(self.recipe.question.classes)
@@ -94,10 +103,21 @@ def _own_folder(out: Path, recipe: Recipe, data: str | None) -> Iterator[dict[st
 
 def _sweep(out):
     "Remove the half-written files that a killed process left"
-    folders = [d for d in (out, out / 'checkpoints', out / 'plots') if d.is_dir()]
+    checkpoints = out / 'checkpoints'
+    folders = [d for d in (out, checkpoints, *checkpoints.glob('network-*'), out / 'plots') if d.is_dir()]
     for p in [p for d in folders for p in d.glob('.*') if p.name != '.lock']:
         if p.is_dir(): shutil.rmtree(p)
         else: p.unlink()
+
+# %% ../../nbs/runs/train.ipynb #account
+def _account(job, table):
+    "The account of a table, and of several findings how many images of each split have them"
+    if not job.recipe.several: return reconcile(table), ''
+    rows = used(table)
+    counts, known = count_labels(rows, stored_labels(rows, job.classes)), [s for s in SPLITS if s in set(rows['split'])]
+    positive = counts.pivot(index='finding', columns='split', values='positive').loc[job.classes, known]
+    text = positive.rename_axis(index=None, columns=None).to_string()
+    return reconcile(table.assign(label='image')), f'\nImages with each finding\n{text}\n'
 
 # %% ../../nbs/runs/train.ipynb #prepare
 def _phantoms(job):
@@ -111,8 +131,10 @@ def _phantoms(job):
     out = job.out.resolve()                      # the table shall find the images from any folder
     tmp, data = out / 'data.tmp', out / 'data'
     shutil.rmtree(tmp, ignore_errors=True)
-    write_phantom_trees(tmp, seed=recipe.seed, size=2 * recipe.image.size, n_patients=n, n_normal=n // 2,
-                        n_pneumonia=n // 6)
+    if {s.name for s in recipe.data.sources} == {'nih'}:
+        write_nih_tree(tmp / 'nih-chest-xrays', n, recipe.seed, 2 * recipe.image.size)
+    else: write_phantom_trees(tmp, seed=recipe.seed, size=2 * recipe.image.size, n_patients=n, n_normal=n // 2,
+                              n_pneumonia=n // 6)
     if data.exists(): shutil.rmtree(data)
     tmp.rename(data)
     return data
@@ -122,8 +144,8 @@ def _build(job):
     data = job.data if job.data is not None else _phantoms(job)
     job.log(f'reading {join_words([s.name for s in job.recipe.data.sources])} below {data}')
     table = build_table(job.recipe, data, job.cache_dir)
-    report = reconcile(table)
-    write_text(job.out / 'reconciliation.txt', str(report) + '\n')
+    report, counts = _account(job, table)
+    write_text(job.out / 'reconciliation.txt', f'{report}\n{counts}')
     write_json(job.out / 'reconciliation.json', report.to_dict())
     write_table(table, job.out / 'table.csv')
 
@@ -162,200 +184,137 @@ def _mixing(t):
     return [*([MixUp(t.mixup)] if t.mixup else []), *([CutMix(t.cutmix)] if t.cutmix else [])]
 
 # %% ../../nbs/runs/train.ipynb #learner
-def _learner(job, table):
-    "The fastai Learner that the recipe describes"
-    from covid_cxr.data import cxr_augment, cxr_dls
+def _augmentations(t):
+    from covid_cxr.data import cxr_augment
+    return cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift, t.zoom_out, t.gamma, t.erase)
+
+def _learner(job, table, network=0):
+    "The fastai Learner that the recipe describes; of several networks, each starts from a seed of its own"
+    from covid_cxr.data import cxr_dls
+    from covid_cxr.findings.learner import findings_dls, findings_learner
     from covid_cxr.learner import cxr_learner
     recipe, t, rule = job.recipe, job.recipe.training, ImageRule(**dataclasses.asdict(job.recipe.image))
     m = recipe.model
-    dls = cxr_dls(table, rule=rule, bs=t.bs, classes=job.classes, oversample=t.imbalance == 'oversample',
-                  allow_leak=recipe.split.allow_leak, device=job.device, num_workers=t.num_workers,
-                  augment=cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift, t.zoom_out, t.gamma, t.erase),
-                  cache=ImageCache(job.cache_dir / 'images', rule))
-    return cxr_learner(dls, m.arch, m.weights, t.imbalance, t.wd, path=job.out, seed=recipe.seed, opt=t.opt,
-                       momentum=t.momentum, cost_matrix=t.cost_matrix, label_smoothing=t.label_smoothing, head=m.head,
-                       dropout=m.dropout, blocks=m.blocks, on_doubt=m.on_doubt)
+    data = dict(rule=rule, bs=t.bs, allow_leak=recipe.split.allow_leak, device=job.device, num_workers=t.num_workers,
+                augment=_augmentations(t), cache=ImageCache(job.cache_dir / 'images', rule))
+    net = dict(arch=m.arch, weights=m.weights, imbalance=t.imbalance, wd=t.wd, path=job.out,
+               seed=recipe.seed + network, opt=t.opt, momentum=t.momentum, head=m.head, dropout=m.dropout,
+               blocks=m.blocks, on_doubt=m.on_doubt)
+    if recipe.several: return findings_learner(findings_dls(table, stored_labels(table, job.classes), **data), **net)
+    dls = cxr_dls(table, classes=job.classes, oversample=t.imbalance == 'oversample', **data)
+    return cxr_learner(dls, cost_matrix=t.cost_matrix, label_smoothing=t.label_smoothing, **net)
 
-def _fit(job, learn):
-    "Train in the stages of the recipe; history.csv and lr_find.csv"
+# %% ../../nbs/runs/train.ipynb #fit-stages
+def _fit(job, learn, network=0):
+    "Train one network in the stages of the recipe"
     from covid_cxr.learner import fit_frozen, fit_stages
-    t = job.recipe.training
-    if t.frozen_encoder: fit = fit_frozen(learn, job.cache_dir / 'features', log=job.log)
-    else:
-        fit = fit_stages(learn, [s.to_stage() for s in t.stages], job.out / 'checkpoints', job.recipe.seed, t.monitor,
-                         t.patience, t.num_it, key=sha256_file(job.out / 'table.csv'), log=job.log, keep=t.keep,
-                         schedule=t.schedule, decay=t.decay, average=t.average, lr_ratio=t.lr_ratio, cbs=_mixing(t))
-    write_table(fit.history, job.out / 'history.csv')
-    if len(fit.lr_curves): write_table(fit.lr_curves, job.out / 'lr_find.csv')
+    t, folder = job.recipe.training, job.out / 'checkpoints'
+    if t.seeds > 1: folder = folder / f'network-{network + 1}'
+    for tracker in job.trackers: tracker.prefix = f'network_{network + 1}/' if t.seeds > 1 else ''
+    if t.frozen_encoder: return _send_history(job, fit_frozen(learn, job.cache_dir / 'features', log=job.log))
+    return fit_stages(learn, [s.to_stage() for s in t.stages], folder, job.recipe.seed + network, t.monitor,
+                      t.patience, t.num_it, key=sha256_file(job.out / 'table.csv'), log=job.log, keep=t.keep,
+                      schedule=t.schedule, decay=t.decay, average=t.average, lr_ratio=t.lr_ratio,
+                      cbs=[*_mixing(t), *job.cbs])
+
+def _send_history(job, fit):
+    "The history of a training without callbacks, for the trackers"
+    shown = ['train_loss', 'valid_loss', 'accuracy', 'auc']
+    for tracker in job.trackers:
+        for row in fit.history.to_dict('records'): tracker.send(row['epoch'], {k: row[k] for k in shown})
     return fit
 
-# %% ../../nbs/runs/train.ipynb #source-baseline
-def source_baseline_scores(
-    table: pd.DataFrame,   # with source, label, split
-    positive: str,         # class whose share is the score
-) -> np.ndarray:           # (n,) share of the positive class among the training images of each row's source
-    "The score of a baseline that is told the collection of an image and never sees the image"
-    train = table[table['split'] == 'train']
-    share = (train['label'] == positive).groupby(train['source']).mean()
-    return table['source'].map(share).fillna((train['label'] == positive).mean()).to_numpy(float)
+def _keep_history(job, fit):
+    "history.csv and lr_find.csv"
+    write_table(fit.history, job.out / 'history.csv')
+    if len(fit.lr_curves): write_table(fit.lr_curves, job.out / 'lr_find.csv')
 
-# %% ../../nbs/runs/train.ipynb #evaluate
-class _Evaluated(NamedTuple):
-    "What the evaluation of a run found"
-    split: str                             # 'test', or 'valid' where there is no test split
-    rows: pd.DataFrame                     # predictions of that split
-    point: OperatingPoint | None           # chosen on the validation split; None with more than two classes
-    result: Evaluation
-    source_baseline: Evaluation | None     # None with more than two classes
-    calibration: Any = None                # a `_Temperature`, where one was asked for
-
-def _evaluate(job, predictions):
-    "Threshold from the validation split, metrics on the test split (or, without one, on the validation split)"
-    classes, settings = job.classes, job.recipe.evaluation
-    split = 'test' if (predictions['split'] == 'test').any() else 'valid'
-    v, t = (predictions[predictions['split'] == s] for s in ('valid', split))
-    how = settings.n_boot, job.recipe.seed
-    if len(classes) > 2: return _Evaluated(split, t, None, evaluate_rows(t, classes, None, *how), None)
-    negative, positive = (f'prob_{c}' for c in classes)
-    point = choose_threshold(v['label'].to_numpy(), v[positive].to_numpy(), goal=settings.goal, classes=classes)
-    result = evaluate_rows(t, classes, point.threshold, *how)
-    told = source_baseline_scores(predictions, classes[1])[predictions['split'] == split]
-    told_rows = t.assign(**{negative: 1 - told, positive: told})
-    with allow_undefined(): baseline = evaluate_rows(told_rows, classes, point.threshold, *how)   # for its AUC
-    return _Evaluated(split, t, point, result, baseline)
-
-def _predicted(predictions, classes, threshold):
-    "The class that is predicted for every row"
-    p = predictions[[f'prob_{c}' for c in classes]].to_numpy()
-    return np.array(classes, object)[p.argmax(1) if len(classes) > 2 else (p[:, 1] >= threshold).astype(int)]
-
-# %% ../../nbs/runs/train.ipynb #calibrate
-@dataclass(frozen=True)
-class _Temperature:
-    "How probabilities were calibrated"
-    temperature: float                 # logits are divided by it
-    images: int                        # of the validation split, on which it was fitted
-    log_loss: dict[str, list[float]]   # split -> [before, after]
-    note: str = ''                     # why none was fitted
-
-def _log_loss(p, y): return float(-np.log(p[np.arange(len(p)), y].clip(1e-15)).mean())
-
-def _calibrate(job, predictions):
-    "Fit a temperature on the validation split and put it into the probabilities of every split"
-    columns, classes = [f'prob_{c}' for c in job.classes], job.classes
-    p, y = predictions[columns].to_numpy(), predictions['label'].map(classes.index).to_numpy()
-    valid, note = (predictions['split'] == 'valid').to_numpy(), ''
-    with warnings.catch_warnings(record=True) as doubts:
-        warnings.simplefilter('always', UndefinedMetric)
-        t = fit_temperature(np.log(p[valid].clip(1e-30)), predictions['label'][valid], classes)
-    if doubts: t, note = 1., 'not fitted: the validation images are separated without error, or carry no signal'
-    predictions[columns] = q = apply_temperature(p, t)
-    splits = {s: (predictions['split'] == s).to_numpy() for s in ('valid', 'test')}
-    losses = {s: [_log_loss(p[m], y[m]), _log_loss(q[m], y[m])] for s, m in splits.items() if m.any()}
-    return _Temperature(t, int(valid.sum()), losses, note)
-
-# %% ../../nbs/runs/train.ipynb #calibrate-words
-def _describe_temperature(c):
-    "One line on the calibration"
-    if c.note: return f'calibration: temperature {c.note}'
-    names = dict(valid='validation', test='test')
-    losses = [f'{format_number(a)} before and {format_number(b)} after on the {names[s]} split'
-              for s, (a, b) in c.log_loss.items()]
-    fitted = f'{format_number(c.temperature, 2)}, fitted on {format_count(c.images, "image")} of the validation split'
-    return f'calibration: temperature {fitted}; log loss {join_words(losses)}'
-
-# %% ../../nbs/runs/train.ipynb #predict
-_HEADLINE = ('auc', 'accuracy', 'precision', 'recall', 'specificity', 'false_positive_rate', 'f1')
-
-def _headline(found):
-    "The metrics that a reader asks for first"
-    return {m: found.result.estimates[m] for m in _HEADLINE if m in found.result.estimates}
-
-def _predict(job, learn, table):
-    "Predictions of every used image, evaluated; predictions.csv"
+# %% ../../nbs/runs/train.ipynb #networks
+def _own_temperature(job, table, learn):
+    "The temperature of one network of an ensemble, fitted on the validation split"
     from covid_cxr.learner import predict_table
-    predictions = predict_table(learn, used(table), tta=job.recipe.evaluation.tta)
-    fitted = _calibrate(job, predictions) if job.recipe.evaluation.calibrate else None
-    if fitted is not None: job.log(_describe_temperature(fitted))
-    found = _evaluate(job, predictions)._replace(calibration=fitted)
-    predictions['predicted'] = _predicted(predictions, job.classes, found.result.threshold)
-    first = ['path', 'patient', 'group', 'split', 'label', 'predicted', *(f'prob_{c}' for c in job.classes)]
-    write_table(predictions[[*first, 'image_id', 'source']], job.out / 'predictions.csv')
-    return found
+    if not job.recipe.evaluation.calibrate: return 1.
+    rows = used(table)
+    valid = predict_table(learn, rows[rows['split'] == 'valid'], tta=job.recipe.evaluation.tta)
+    return calibrate(job.recipe, table, valid).temperature
+
+def _train_networks(job, table):
+    "The Learner that is evaluated and its training: of one network, or of several with seeds in a row"
+    from covid_cxr.learner import ensemble_learner, join_fits
+    n, learners, fits = job.recipe.training.seeds, [], []
+    for k in range(n):
+        if n > 1: job.log(f'network {k + 1} of {n}, seed {job.recipe.seed + k}')
+        learners.append(_learner(job, table, k))
+        if k == 0: _say_start(job, learners[0])
+        fits.append(_fit(job, learners[k], k))
+    if n == 1: return learners[0], fits[0]
+    temperatures = [_own_temperature(job, table, learn) for learn in learners]
+    members = [dict(seed=job.recipe.seed + k, temperature=t) for k, t in enumerate(temperatures)]
+    job.write_state(members=members)
+    return ensemble_learner(learners, temperatures), join_fits(fits)
+
+# %% ../../nbs/runs/train.ipynb #trained-line
+def _trained_line(job, history):
+    "What was trained, for how long"
+    seen, seconds, size = history['images'].sum(), history['seconds'].sum(), job.recipe.image.size
+    if job.recipe.training.frozen_encoder:
+        return f'fitted a linear head on frozen features of {history["images"].max()} images at {size} px'
+    n, seed, networks = job.recipe.training.seeds, job.recipe.seed, ''
+    if n > 1:
+        seeds = join_words([str(seed + k) for k in range(n)], most=5)
+        networks = f' {n} networks with seeds {seeds}, whose mean answers:'
+    return (f'trained{networks} {format_count(len(history), "epoch")}, {seen} images at {size} px in {seconds:.0f} s '
+            f'({seconds / max(seen, 1):.3f} s per image)')
 
 # %% ../../nbs/runs/train.ipynb #write-evaluation
-def _log_test(job, found):
+def _log_test(job, found, note):
     "The evaluation into the test log, unless a killed process already wrote it; returns its words for the summary"
     if found.split != 'test': return ''
-    entry = log_test_evaluation(job.out, 'train', metrics=_headline(found), threshold=found.result.threshold,
-                                images=found.rows['image_id'], once=True)
+    threshold = found.decision().threshold
+    entry = log_test_evaluation(job.out, 'train', metrics=found.headline(), once=True, note=note,
+                                images=found.rows['image_id'],
+                                threshold=None if isinstance(threshold, list) else found.result.threshold)
     job.state['test_log'] = log_head(entry)
     return describe_test_evaluations(job.out)
 
-def _plain_temperature(found): return None if found.calibration is None else dataclasses.asdict(found.calibration)
-
 def _write_evaluation(job, found):
     "evaluation.json"
-    plain = lambda v: None if v is None else v.to_dict()
     write_json(job.out / 'evaluation.json', dict(
         split=found.split, synthetic=job.state['synthetic'], leaking_groups=job.state['leaking_groups'],
-        task=job.recipe.question.name, operating_point=plain(found.point), **{found.split: plain(found.result)},
-        source_baseline=plain(found.source_baseline), calibration=_plain_temperature(found)))
+        task=job.recipe.question.name, **found.to_dict()))
 
 # %% ../../nbs/runs/train.ipynb #summary-head
 def _leak(groups):
     return f'LEAK: {format_count(groups, "group")} on both sides of the split; these numbers are too good.'
 
-def _evaluated_line(found, table, leaking):
+def _evaluated_line(found, table, leaking, out_of_fold=False):
     "On which images the run was evaluated, and what is known of their patients"
     result, unknown = found.result, int(found.rows['patient'].isna().sum())
     everywhere = count_unknown_patients(table)
     images = format_count(everywhere, 'used image')
     if everywhere: known = f'the patient of {images} is not known, so a person may be on both sides'
+    elif out_of_fold and not leaking: known = 'each by the network that was not trained on its patient'
     else: known = f"{'some' if leaking else 'none'} of these patients {'were' if leaking else 'was'} trained on"
     return (f'evaluated on the {found.split} split: {describe_images(result.n_images, result.n_groups, unknown)}; '
             f'{known}; 95 % intervals over {"groups" if unknown else "patients"}')
 
-def _summary_head(job, found, history, table):
+def _summary_head(job, found, table, trained):
     "What was trained, and on which images it was evaluated"
     recipe, leaking = job.recipe, job.state['leaking_groups']
-    seen, seconds = history['images'].sum(), history['seconds'].sum()
     if job.state['synthetic']: yield SYNTHETIC_WARNING
     if leaking: yield _leak(leaking)
     yield f'{recipe.name}: {recipe.title}' if recipe.title else recipe.name
-    if recipe.training.frozen_encoder:
-        yield f'fitted a linear head on frozen features of {history["images"].max()} images at {recipe.image.size} px'
-    else:
-        yield (f'trained {format_count(len(history), "epoch")}, {seen} images at {recipe.image.size} px in '
-               f'{seconds:.0f} s ({seconds / max(seen, 1):.3f} s per image)')
-    yield _evaluated_line(found, table, leaking)
+    yield trained
+    yield _evaluated_line(found, table, leaking, job.state.get('design') == 'folds')
     if found.split != 'test': yield 'there is no test split: the threshold was chosen on these very images'
-
-# %% ../../nbs/runs/train.ipynb #summary
-def _summary(job, found, history, table, evaluations):
-    "summary.txt"
-    lines = [*_summary_head(job, found, history, table), *([evaluations] if evaluations else [])]
-    lines += [f"{m.replace('_', ' '):>20} {e}" for m, e in _headline(found).items()]
-    if found.point is not None:
-        lines.append(f'threshold {found.point.threshold:.4f} for {job.recipe.question.name.replace("_", " ")}, '
-                     f'chosen on the validation split ({found.point.goal}) and frozen')
-    if found.calibration is not None: lines.append(_describe_temperature(found.calibration))
-    if found.source_baseline is not None:
-        lines.append(f"source baseline {found.source_baseline['auc']}   "
-                     '<- AUC of a baseline that is told the collection and never sees the image')
-    return '\n'.join(lines)
 
 # %% ../../nbs/runs/train.ipynb #draw
 def _draw(job, found, fit):
     "The figures of a run"
-    synthetic, result = job.state['synthetic'], found.result
+    synthetic = job.state['synthetic']
     draw = lambda name, figure: plots.save_figure(figure, job.out / 'plots' / f'{name}.png')
-    draw('confusion', plots.plot_confusion(result, synthetic=synthetic))
+    for name, figure in found.figures(synthetic): draw(name, figure)
     draw('history', plots.plot_history(fit.history, synthetic=synthetic))
-    if len(result.classes) == 2:
-        y, p = found.rows['label'].to_numpy(), found.rows[f'prob_{result.classes[-1]}'].to_numpy()
-        draw('roc', plots.plot_roc(result, synthetic=synthetic))
-        draw('scores', plots.plot_scores(y, p, threshold=result.threshold, classes=result.classes, synthetic=synthetic))
     for stage, c in fit.lr_curves.groupby('stage') if len(fit.lr_curves) else []:
         chosen = fit.history.loc[fit.history['stage'] == stage, 'lr']
         lr = float(chosen.iloc[0]) if len(chosen) else None
@@ -380,20 +339,21 @@ def _fit_ood(job, learn, table, split):
             f'{len(evaluated)} images of the {split} split ({format_percent(1 - check.keep)} are expected)')
     return check, dict(split=split, images=len(evaluated), declined=declined, keep=check.keep)
 
-def _export(job, learn, table, found):
+def _provenance(job, table, found, declined):
+    "Where a bundle comes from"
+    headline = {m: e.value for m, e in found.headline().items()}
+    hashes = {k: job.state[k] for k in ('recipe_hash', 'table_sha256')}
+    return dict(recipe=job.recipe.name, **hashes, split=found.split, ood_check=declined, headline=headline,
+                unknown_patients=count_unknown_patients(table))
+
+def _export(job, learn, table, found: Outcome):
     "bundle/ and export.pkl"
     check, declined = _fit_ood(job, learn, table, found.split)
-    headline = {m: e.value for m, e in _headline(found).items()}
-    provenance = dict(recipe=job.recipe.name, **{k: job.state[k] for k in ('recipe_hash', 'table_sha256')},
-                      split=found.split, ood_check=declined, headline=headline,
-                      unknown_patients=count_unknown_patients(table))
-    threshold = float(found.result.threshold) if found.point is not None else .5
-    temperature = 1. if found.calibration is None else found.calibration.temperature
-    tta = job.recipe.evaluation.tta
+    provenance = _provenance(job, table, found, declined)
+    decision, tta = found.decision(), job.recipe.evaluation.tta
     save_bundle(learn, job.out / 'bundle', ood_check=check, provenance=provenance, synthetic=job.state['synthetic'],
-                threshold=threshold, temperature=temperature, tta=tta, pickle=False,
-                operating_point=found.point.to_dict() if found.point is not None else None)
-    with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, threshold, temperature, tta)
+                tta=tta, pickle=False, **decision._asdict())
+    with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, *decision[:2], tta)
 
 # %% ../../nbs/runs/train.ipynb #say-start
 def _say_start(job, learn):
@@ -403,30 +363,55 @@ def _say_start(job, learn):
     job.log(f'{info.arch}: {info.record}')
     job.write_state(started_from=dict(arch=info.arch, **dataclasses.asdict(info.record)))
 
+# %% ../../nbs/runs/train.ipynb #conclude
+def _conclude(job, table, predictions, fit, trained, export, note=''):
+    "From predictions to a finished run; `trained` is a line of the summary, `export` writes the bundle of an outcome"
+    found = conclude(job.recipe, table, predictions)
+    if found.calibration is not None: job.log(str(found.calibration))
+    write_table(found.predictions, job.out / 'predictions.csv')
+    evaluations = _log_test(job, found, note)
+    _write_evaluation(job, found)
+    if job.figures: _draw(job, found, fit)
+    head = [*_summary_head(job, found, table, trained), *([evaluations] if evaluations else [])]
+    summary = '\n'.join([*head, *found.lines()])
+    write_text(job.out / 'summary.txt', summary + '\n')
+    export(found)
+    job.log(summary)
+    _send_results(job, found)
+    _finish(job, fit.history)
+
+# %% ../../nbs/runs/train.ipynb #trackers
+def _callbacks(cbs, track, out):
+    "The callbacks of a person, and the trackers that are asked for by a word"
+    if not track: return (*L(cbs),)
+    from covid_cxr.runs.tracking import make_tracker
+    return (*L(cbs), *(make_tracker(name, out) for name in L(track)))
+
+def _send_results(job, found):
+    "The evaluation, for the trackers; it stands in the test log before"
+    if not job.trackers: return
+    from covid_cxr.runs.tracking import final_values
+    for tracker in job.trackers: tracker.finish(final_values(found.headline()))
+
 # %% ../../nbs/runs/train.ipynb #train-steps
 def _run(job):
     "Every step of a training in its order; each leaves its file, and a resumed run repeats only what is missing"
+    from covid_cxr.learner import predict_table
+    from covid_cxr.runs.tracking import flatten_settings
+    for tracker in job.trackers: tracker.start(job.recipe.name, flatten_settings(job.recipe))
     table = _prepare(job)
-    learn = _learner(job, table)
-    _say_start(job, learn)
-    fit = _fit(job, learn)
-    found = _predict(job, learn, table)
-    evaluations = _log_test(job, found)
-    _write_evaluation(job, found)
-    if job.figures: _draw(job, found, fit)
-    summary = _summary(job, found, fit.history, table, evaluations)
-    write_text(job.out / 'summary.txt', summary + '\n')
-    _export(job, learn, table, found)
-    job.log(summary)
-    _finish(job, fit.history)
+    learn, fit = _train_networks(job, table)
+    _keep_history(job, fit)
+    predictions = predict_table(learn, used(table), tta=job.recipe.evaluation.tta)
+    _conclude(job, table, predictions, fit, _trained_line(job, fit.history), partial(_export, job, learn, table))
 
 def _finish(job, history):
     "The manifest, then run.json: a process that is killed in between leaves a run that is not finished"
-    job.state.update(status='finished', finished=utc_now(), device=job.device, epochs=len(history),
-                     best_epoch=_best_epoch(history, job.recipe.training.monitor))
+    best = {} if 'network' in history else dict(best_epoch=_best_epoch(history, job.recipe.training.monitor))
+    job.state.update(status='finished', finished=utc_now(), device=job.device, epochs=len(history), **best)
     out, cache = job.out.resolve(), job.cache_dir.resolve()
     inside = cache.relative_to(out).parts[:1] if cache.is_relative_to(out) else ()
-    write_manifest(job.out, manifest_names(job.out, inside), job.state)
+    write_manifest(job.out, manifest_names(job.out, (*inside, 'tensorboard')), job.state)
     job.write_state()
 
 def _best_epoch(history, monitor): # from 1
@@ -449,6 +434,8 @@ def train(
     cache_dir: str | Path | None = None,        # keeps decoded images between runs; None: OUT/cache
     figures: bool = True,                       # draw plots/; False: none, which saves time in a tiny training
     log: Callable[[str], object] = print,       # takes lines of text
+    cbs: Any = (),                              # fastai callbacks for every stage, e.g. a `runs.tracking.Tracker`
+    track: TrackerName | Sequence[TrackerName] = (),   # also follow the run in 'tensorboard' or 'mlflow'
 ) -> Path:                                      # the run directory
     "Train, evaluate and export what a recipe says; resume when the folder holds the same run unfinished"
     if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
@@ -457,10 +444,55 @@ def train(
         with _own_folder(out, recipe, data): _show_again(out, log)
         return out
     _check_encoder(recipe)
+    cbs = _callbacks(cbs, track, out)
     with _own_folder(out, recipe, data) as state:
         _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', figures, state,
-                  log))
+                  log, cbs))
     log(f'exported Learner: {out / "export.pkl"}\nbundle: {out / "bundle"}')
     log(f'predictions: {out / "predictions.csv"}')
     if figures: log(f'plots: {out / "plots"}')
+    return out
+
+# %% ../../nbs/runs/train.ipynb #from-predictions
+def _keep_table(job, table, more):
+    "table.csv with its account, and what is known of the run"
+    report = reconcile(table)
+    write_text(job.out / 'reconciliation.txt', str(report) + '\n')
+    write_json(job.out / 'reconciliation.json', report.to_dict())
+    file = write_table(table, job.out / 'table.csv')
+    job.write_state(status='training', table_sha256=sha256_file(file), synthetic=is_synthetic(table), **more)
+
+def _check_same(job, more):
+    "Refuse a folder that was begun for another run"
+    odd = next((k for k in more if job.state.get(k, more[k]) != more[k]), None)
+    if odd: raise RunError(f"{job.out} holds another run ('{odd}' differs); use a new folder.")
+
+def run_from_predictions(
+    recipe: Recipe,
+    table: pd.DataFrame,          # with splits
+    predictions: pd.DataFrame,    # of every used row: as `learner.predict_table` gives them
+    out: str | Path,              # the run directory; finished there, it is shown again
+    fit: Fit,                     # history of the training, and curves of lr_find
+    trained: str,                 # a line of the summary: what was trained
+    export: Callable[[Path, Outcome, dict], object],  # writes the bundle: its folder, what was found, provenance
+    data: str | None = None,      # folder of the collections, for the record
+    figures: bool = True,
+    log: Callable[[str], object] = print,
+    note: str = '',               # for the test log
+    leaking_groups: int = 0,
+    **more: Any,                  # for run.json
+) -> Path:                        # the run directory
+    "Evaluate predictions that were made elsewhere like those of a training: calibrate, threshold, test, bundle"
+    out, more = Path(out), to_plain(dict(more, leaking_groups=leaking_groups))
+    with _own_folder(out, recipe, data) as state:
+        job = _Job(recipe, out, data, 'cpu', out / 'cache', figures, state, log)
+        _check_same(job, more)
+        if state.get('status') == 'finished':
+            _show_again(out, log)
+            return out
+        _keep_table(job, table, more)
+        _keep_history(job, fit)
+        _conclude(job, table, predictions, fit, trained,
+                  lambda found: export(out / 'bundle', found, _provenance(job, table, found, None)), note)
+    log(f'bundle: {out / "bundle"}\npredictions: {out / "predictions.csv"}')
     return out

@@ -299,8 +299,9 @@ def _subgroup_row(s, inside, threshold, least, **kw):
     n = [int((s.y[inside] == i).sum()) for i in (1, 0)]
     row = dict(images=int(inside.sum()), groups=len(np.unique(s.group[inside])), positive=n[0], negative=n[1])
     if min(n) < least: return dict(row, note=f'not estimable: fewer than {least} images of a class')
-    e = evaluate(s.y[inside], s.score[inside], s.group[inside] if s.grouped else None, threshold, **kw)
-    for m in choices(SubgroupMetric): row.update(e[m].columns(m))
+    wanted = choices(SubgroupMetric)
+    e = evaluate(s.y[inside], s.score[inside], s.group[inside] if s.grouped else None, threshold, metrics=wanted, **kw)
+    for m in wanted: row.update(e[m].columns(m))
     outside = [int((s.y[~inside] == i).sum()) for i in (0, 1)]
     if min(outside) < least: return dict(row, note='no rest to compare with')
     gap, p = _gap(s, inside)
