@@ -8,6 +8,7 @@ from conftest import ROOT, examples
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import coverage as cover
+from covid_cxr.audit.checks_numbers import slope_verdict
 from covid_cxr.core import CxrError, choices, write_json
 from covid_cxr.evaluate import (GOALS, METRICS, Estimate, Evaluation, EvaluationError, Needs, OperatingPoint, Rates, Scope,
                                 UndefinedMetric, UnmetGoal, auc_and_ap, auc_covariance, bounded_interval, check_scores,
@@ -153,6 +154,15 @@ def test_a_wider_level_gives_a_wider_interval():
     y, p, g = some_scores(1)
     a, b = (evaluate(y, p, groups=g, level=l, n_boot=500) for l in (.8, .95))
     assert all(b[m].low <= a[m].low and a[m].high <= b[m].high for m in METRICS if m != 'prevalence')
+
+
+def test_patients_that_cancel_out_have_no_standard_error():
+    "Two groups whose residuals sum to nothing: the robust variance is rounding, not precision"
+    y, p = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, .75, 0, .75])
+    found = quiet(calibration, y, p, np.array([1, 1, 1, 1, 0, 0]), n_sim=20)
+    assert np.isfinite(found.slope.value) and np.isnan([found.slope.low, found.slope.high]).all()
+    assert slope_verdict(found.slope, p=.001) == 'UNDERPOWERED'
+
 
 
 @FEWER

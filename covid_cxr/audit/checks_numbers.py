@@ -235,7 +235,7 @@ def slope_verdict(
 ) -> VerdictWord:
     "Is the calibration slope compatible with 1?"
     t = RULES['calibration_slope'].thresholds
-    if math.isnan(slope.value): return 'UNDERPOWERED'
+    if math.isnan(slope.low): return 'UNDERPOWERED'      # no slope, or no spread to judge it by
     if p < t['p'] and not slope.low <= t['slope'] <= slope.high: return 'WARN'
     return 'PASS' if slope.high - slope.low <= t['width'] else 'UNDERPOWERED'
 

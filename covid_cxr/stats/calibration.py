@@ -63,7 +63,8 @@ def _fit_logistic(X, y, offset, group, steps=60):
     scores = np.zeros((group.max() + 1, X.shape[1]))
     np.add.at(scores, group, X * (y - p)[:, None])
     G, inv = len(scores), np.linalg.inv(H)
-    return beta, np.sqrt(np.diag(inv @ (G / max(G - 1, 1) * scores.T @ scores) @ inv))
+    robust = np.diag(inv @ (G / max(G - 1, 1) * scores.T @ scores) @ inv)
+    return beta, np.sqrt(np.where(robust > 1e-12 * np.diag(inv), robust, np.nan))   # too few groups for any spread
 
 def _slope_offset(s):
     "Slope, its standard error, offset at slope 1, its standard error"
