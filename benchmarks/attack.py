@@ -418,7 +418,7 @@ def small_run(folder):
     "A finished run of the demo that trains in half a minute"
     from covid_cxr.cli import main
     settings = ['--set', 'data.phantom_patients=60', '--set', 'training.stages=[{epochs=2,lr=0.001}]', '--set', 'evaluation.n_boot=200']
-    assert main(['demo', '--out', str(folder), *settings, '--size', '32', '--arch', 'cnn3', '--device', 'cpu']) == 0
+    assert main(['demo', '--out', str(folder), *settings, '--size', '32', '--arch', 'cnn3', '--weights', 'none', '--device', 'cpu']) == 0
     return complete_run(folder)
 
 
