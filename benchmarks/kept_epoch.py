@@ -63,7 +63,7 @@ def main():
     p.add_argument('--patients', type=int, default=160)
     p.add_argument('--out', default=RESULTS / 'kept_epoch.json')
     a = p.parse_args()
-    recipe, found = load_recipe('demo'), {name: [] for name in (*RULES, AVERAGED)}
+    recipe, found, epochs = load_recipe('demo'), {name: [] for name in (*RULES, AVERAGED)}, {name: [] for name in RULES}
     with tempfile.TemporaryDirectory() as tmp:
         n = a.patients
         write_phantom_trees(Path(tmp, 'data'), seed=recipe.seed, size=2 * a.size, n_patients=n, n_normal=n // 2, n_pneumonia=n // 6)
@@ -74,10 +74,13 @@ def main():
         for seed in range(a.seeds):
             loss, aucs, end = train(recipe, dls, test, seed, Path(tmp, f'{seed}'), a.epochs, 0.)
             assert abs(end - aucs[-1]) < 1e-3, 'the weights at the end are those of the last epoch'
-            for name, rule_of in RULES.items(): found[name].append(round(aucs[rule_of(loss)], 4))
+            for name, rule_of in RULES.items():
+                epochs[name].append(rule_of(loss) + 1)
+                found[name].append(round(aucs[rule_of(loss)], 4))
             found[AVERAGED].append(round(train(recipe, dls, test, seed, Path(tmp, f'{seed}-averaged'), a.epochs, .95)[2], 4))
             print(seed, {name: v[-1] for name, v in found.items()}, flush=True)
-    rows = [dict(kept=name, mean=round(float(np.mean(v)), 4), sd=round(float(np.std(v, ddof=1)), 4), auc=v) for name, v in found.items()]
+    rows = [dict(kept=name, mean=round(float(np.mean(v)), 4), sd=round(float(np.std(v, ddof=1)), 4), auc=v,
+                 epochs=epochs.get(name, [a.epochs + 1] * a.seeds)) for name, v in found.items()]
     counts = dict(seeds=a.seeds, epochs=a.epochs + 1, pixels=a.size, test_images=len(test))
     write_result(a.out, dict(about(), machine=machine(), **counts, arms=rows))
     for r in rows: print(f"{r['kept']:<30} mean {r['mean']:.3f}, SD over seeds {r['sd']:.3f}")

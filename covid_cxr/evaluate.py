@@ -937,27 +937,29 @@ def evaluate(
     n_boot: int = 2000,               # resamples, for the metrics that need them; 0: no intervals for any metric
     seed: int = 0,                    # of the resamples
     level: float = .95,               # of the intervals
-    metrics: Sequence[str] | None = None,   # the only ones wanted, which is faster; None: all of them, and the curves
+    metrics: Sequence[str] | None = None,   # the only ones wanted, without curves, which is faster; None: all
+    curves: bool = True,              # with all metrics: the ROC and precision-recall curves and their bands, too
 ) -> Evaluation:
     "Every metric that these labels and probabilities allow, each with its interval over patients"
     s = _in_order(check_scores(y_true, y_prob, groups, classes))
     _check_request(threshold, n_boot, level)
     wanted = tuple(METRICS) if metrics is None else tuple(metric_name(m) for m in metrics)
+    curves = curves and metrics is None
     predicted = s.predict(threshold)
     ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     def keep_ranks(i, pos, neg): ranks[s.classes[i]] = pos[0], neg[0]
     needs = sorted({METRICS[m].needs for m in wanted})
-    values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks if metrics is None else None, needs)
+    values = compute_metrics(s, predicted, np.ones((1, len(s.y))), keep_ranks if curves else None, needs)
     values = {m: v for m, v in values.items() if m.partition(':')[0].removesuffix('_macro') in wanted}
-    draws, bands = _bootstrap(s, predicted, n_boot, seed, _resampled(wanted, len(s.classes)), metrics is None)
+    draws, bands = _bootstrap(s, predicted, n_boot, seed, _resampled(wanted, len(s.classes)), curves)
     estimates = estimate_metrics(s, predicted, values, draws if n_boot else None, level)
     _warn_undefined(estimates)
     per_class = lambda index: {c: int((index == i).sum()) for i, c in enumerate(s.classes)}
-    curves = {c: _curve(*ranks[c], bands.get(c, []), level) for c in ranks}
+    lines = {c: _curve(*ranks[c], bands.get(c, []), level) for c in ranks}
     at = float(threshold) if len(s.classes) == 2 else None
     return Evaluation(s.classes, at, float(level), int(n_boot), int(seed),
                       len(s.y), s.n_groups, s.grouped, per_class(s.y), per_class(s.group_class()),
-                      _confusion(s, predicted).tolist(), estimates, curves)
+                      _confusion(s, predicted).tolist(), estimates, lines)
 
 # %% ../nbs/evaluate.ipynb #operating-point
 @dataclass(frozen=True)

@@ -219,6 +219,7 @@ class Recipe:
 
 # %% ../nbs/recipe.ipynb #fields-list
 _kinds_of = functools.cache(typing.get_type_hints)     # {field: type} of a dataclass; not to be changed
+
 _KINDS = {str: 'text', int: 'whole number', float: 'number', bool: 'true or false'}
 
 def _dot(where, key): return f'{where}.{key}' if where else key
@@ -265,18 +266,22 @@ def _toml(v):
 # %% ../nbs/recipe.ipynb #recipe-fields
 OF_FINDINGS = ' (findings)'     # behind a field of a [task] with kind = "findings", where both kinds are told
 
+@functools.cache
+def _meanings(cls):
+    "{field: the comment beside it} of a dataclass; not to be changed"
+    from fastcore.docments import docments
+    return docments(cls)
+
 def recipe_fields(
     leave_out: Iterable[str] = (),   # sections of which nothing shall be told: 'TaskSpec'
 ) -> pd.DataFrame:                   # columns field, value (its type, or its words), default, meaning
     "Every field of a recipe, with what it may hold"
-    from fastcore.docments import docments
-    rows, meanings = [], {}
+    rows = []
     for name, kind, f, section in (w for w in _walk(Recipe) if w[3].__name__ not in leave_out):
-        if section not in meanings: meanings[section] = docments(section)
         if section.__name__ == 'FindingsSpec' and 'TaskSpec' not in leave_out: name += OF_FINDINGS
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         default = '(needed)' if default is dataclasses.MISSING else _toml(default)
-        rows.append(dict(field=name, value=_kind_words(kind), default=default, meaning=meanings[section][f.name]))
+        rows.append(dict(field=name, value=_kind_words(kind), default=default, meaning=_meanings(section)[f.name]))
     return pd.DataFrame(rows)
 
 # %% ../nbs/recipe.ipynb #check-words
@@ -574,8 +579,7 @@ def _schema_of(kind) -> dict[str, Any]:
 
 def _section_schema(cls) -> dict[str, Any]:
     "The JSON schema of one section"
-    from fastcore.docments import docments
-    kinds, meanings, fields = _kinds_of(cls), docments(cls), {}
+    kinds, meanings, fields = _kinds_of(cls), _meanings(cls), {}
     for f in dataclasses.fields(cls):
         fields[f.name] = _schema_of(kinds[f.name])
         if meanings.get(f.name): fields[f.name]['description'] = meanings[f.name]

@@ -116,9 +116,10 @@ def test_averaged_weights_depend_less_on_the_seed_than_the_epoch_of_the_lowest_l
     kept = json.loads((ROOT / 'benchmarks/results/kept_epoch.json').read_text())
     rows = {r['kept']: r for r in kept['arms']}
     for r in rows.values():
-        assert len(r['auc']) == kept['seeds'] >= 5
+        assert len(r['auc']) == len(r['epochs']) == kept['seeds'] >= 5
         assert r['mean'] == pytest.approx(np.mean(r['auc']), abs=1e-4) and r['sd'] == pytest.approx(np.std(r['auc'], ddof=1), abs=1e-4)
     averaged, best = rows['last epoch, weights averaged'], rows['best epoch']
+    assert max(best['epochs']) < kept['epochs'] and set(averaged['epochs']) == {kept['epochs']}
     assert averaged['sd'] == min(r['sd'] for r in rows.values()) < .6 * best['sd']
     assert averaged['mean'] == max(r['mean'] for r in rows.values())
     t = load_recipe('own-images').training

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .baselines import Baseline, BestGain, ChosenOn, calibrate_scores, fit_small_cnn, gain_over_best
 from ..core import CxrError, RunError, check_choice, choices, require_columns, to_plain
 from ..curate.patient_ids import MIN_PAIRS
-from ..evaluate import METRICS, Estimate, Evaluation, allow_undefined, evaluate
+from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate
 from ..phantom import FAMILY, PhantomName, phantom_family
 from ..runs.folder import RunFiles, RunFolder, baseline_name, reading_file
 from ..words import as_number, join_words
@@ -321,7 +321,7 @@ class Case:
     @cached_property
     def evaluation(self) -> Evaluation:
         return evaluate(self.y, self.p, self.groups, self.threshold, n_boot=self.n_boot, seed=self.seed,
-                        metrics=tuple(METRICS))
+                        curves=False)
     @property
     def auc(self) -> Estimate: return self.evaluation['auc']
     @property

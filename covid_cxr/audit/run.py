@@ -189,10 +189,20 @@ def write_baselines(
     baselines: Sequence[Baseline],
 ) -> Path:                            # RUN/baselines.csv
     "Write what every baseline scored: image_id, baseline, kind, score"
+    return _write_scores(run, _scores_table(case, baselines))
+
+def _write_scores(run, scores):
+    "baselines.csv"
     file = Path(run) / 'baselines.csv'
-    with writing_files(run, [file.name]), atomic_path(file) as tmp:
-        _scores_table(case, baselines).to_csv(tmp, index=False)
+    with writing_files(run, [file.name]), atomic_path(file) as tmp: scores.to_csv(tmp, index=False)
     return file
+
+# %% ../../nbs/audit/run.ipynb #save-baselines
+def _write_audit(run, audit, text):
+    "audit.json and audit.txt"
+    with writing_files(run, ['audit.json', 'audit.txt']):
+        write_json(run / 'audit.json', audit.to_dict())
+        write_text(run / 'audit.txt', text + '\n')
 
 def save_baselines(
     run: str | Path,                      # directory of a finished run
@@ -234,9 +244,7 @@ def audit_run(
     headline, seconds = measure_headline(case), round(time.perf_counter() - start, 1)
     audit = Audit(folder.state['recipe'], folder.synthetic, quick, case.split, utc_now(), versions(), headline,
                   tuple(found.verdicts), baselines, tuple(found.not_run), seconds)
-    with writing_files(folder.path, ['audit.json', 'audit.txt']):
-        write_json(folder.path / 'audit.json', audit.to_dict())
-        write_text(folder.path / 'audit.txt', describe_audit(audit, every=True) + '\n')
+    _write_audit(folder.path, audit, describe_audit(audit, every=True))
     return audit
 
 # %% ../../nbs/audit/run.ipynb #finding-case
@@ -309,13 +317,6 @@ def _findings_audit(run, whole, asked, once, began):
     return FindingsAudit(all_of_it, of_each, run.result.left_out)
 
 # %% ../../nbs/audit/run.ipynb #audit-findings-run
-def _write_audit(run, audit, text, baselines):
-    "audit.json, audit.txt and baselines.csv"
-    with writing_files(run.path, ['audit.json', 'audit.txt', 'baselines.csv']):
-        write_json(run.path / 'audit.json', audit.to_dict())
-        write_text(run.path / 'audit.txt', text + '\n')
-        with atomic_path(run.path / 'baselines.csv') as tmp: baselines.to_csv(tmp, index=False)
-
 def audit_findings(
     run: str | Path,                      # directory of a finished run of several findings
     cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
@@ -335,6 +336,6 @@ def audit_findings(
         asked[f] = _ask_finding(folder, f, small, n_boot)
     audit = _findings_audit(folder, whole, asked, once, began)
     tables = [_scores_table(a.case, a.case.baselines).assign(finding=f) for f, a in asked.items()]
-    scores = pd.concat(tables or [_scores_table(whole, ())])
-    _write_audit(folder, audit, describe_findings_audit(audit, every=True), scores)
+    _write_scores(folder.path, pd.concat(tables or [_scores_table(whole, ())]))
+    _write_audit(folder.path, audit, describe_findings_audit(audit, every=True))
     return audit

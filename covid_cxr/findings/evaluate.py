@@ -147,7 +147,7 @@ def evaluate_finding(
     groups = s.groups[known] if s.grouped else None
     with allow_undefined():
         found = evaluate(s.values[known, i].astype(int), s.probs[known, i], groups, threshold, ('absent', 'present'),
-                         n_boot, seed, level)
+                         n_boot, seed, level, curves=False)
     return FindingResult(finding, count, found)
 
 # %% ../../nbs/findings/evaluate.ipynb #macro-draws

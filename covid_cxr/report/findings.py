@@ -9,18 +9,18 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from .. import plots
 from ..audit.sentences import describe_findings_headline
-from ..bundle import writing_files
-from ..core import SPLITS, write_text
+from ..core import SPLITS
 from ..evaluate import Estimate
 from .checklist import ChecklistItem, checklist_items, read_answers
 from .context import FindingsData, read_findings_data, summarise_run
 from .page import (SplitSize, audit_rules_table, checklist_table, collections_table, flow_steps,
                                    licences_table, limits_table, made_from_table, not_run_table, verdicts_table,
-                                   write_report)
+                                   write_page, write_report)
 from .render import Cell, Dot, DotChart, Picture, Table, draw_picture, render
 from ..runs.folder import open_run
+from ..runs.outcome import FittedTemperature
 from ..table import NOT_RECORDED
-from ..words import format_count, format_interval, format_number, format_percent, join_words
+from ..words import format_count, format_interval, format_number, format_percent, join_words, sentence
 
 # %% auto #0
 __all__ = ['INSTEAD', 'findings_table', 'counts_table', 'split_counts', 'findings_chart', 'findings_baselines_chart',
@@ -184,24 +184,17 @@ def findings_context(
 ) -> dict[str, Any]:
     "What findings.html.j2 asks for"
     sources, fitted = run.table['source'].fillna('(no source)').value_counts(), run.evaluation.get('calibration')
+    calibrated = sentence(str(FittedTemperature(**fitted))) if fitted else ''
     told = dict(verdicts=verdicts_table(run.audit), not_run=not_run_table(run.audit)) if run.audit else {}
     return dict(
         **_headline(run), **told, findings=findings_table(run), aucs=findings_chart(run), counts=counts_table(run),
-        baselines=findings_baselines_chart(run), history=_history_picture(run), calibration=_calibration(fitted),
+        baselines=findings_baselines_chart(run), history=_history_picture(run), calibration=calibrated,
         classes=f'{format_count(len(run.classes), "finding")}, {len(run.result.estimable)} of them estimable',
         sources_read=', '.join(f'{s} {format_count(n)}' for s, n in sources.items()),
         views_not_recorded=int(run.rows['view'].isna().sum()), flow=flow_steps(run.table), splits=split_counts(run),
         rules=audit_rules_table(), limits=limits_table(run), checklist=checklist_table(items), signed=signed,
         made_from=made_from_table(run), collections=collections_table(run), licences=licences_table(run),
         shows_patients=False)
-
-def _calibration(fitted):
-    "What the temperature did, '' where none was asked for"
-    if not fitted: return ''
-    if fitted['note']: return f"temperature {fitted['note']}."
-    losses = [f"{s} {format_number(a)} to {format_number(b)}" for s, (a, b) in fitted['log_loss'].items()]
-    return (f"one temperature for all findings, {format_number(fitted['temperature'], 2)}, fitted on the validation "
-            f"split; log loss over all known entries: {join_words(losses)}.")
 
 # %% ../../nbs/report/findings.ipynb #card
 def findings_card(
@@ -229,10 +222,7 @@ def write_findings_report(
     data, answers = read_findings_data(run), read_answers(run)
     items, folder = findings_checklist(data), Path(out) if out is not None else data.path
     card, page = findings_card(data, items), render('findings.html.j2', **findings_context(data, items, answers.signed))
-    with writing_files(folder, ['model-card.md', 'report.html']):
-        write_text(folder / 'model-card.md', card)
-        file = write_text(folder / 'report.html', page)
-    return file
+    return write_page(folder, page, card)
 
 def write_any_report(
     run: str | Path,                # directory of a finished run

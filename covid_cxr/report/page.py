@@ -37,7 +37,7 @@ __all__ = ['confusion_table', 'FlowStep', 'flow_steps', 'SplitSize', 'split_size
            'draw_curves', 'baseline_chart', 'leakage_table', 'verdicts_table', 'not_run_table', 'audit_rules_table',
            'external_chart', 'external_sets_table', 'ErrorCard', 'Errors', 'show_errors', 'error_attributes_table',
            'precision_table_of', 'limits_table', 'checklist_table', 'made_from_table', 'collections_table',
-           'licences_table', 'page_context', 'model_card', 'write_report']
+           'licences_table', 'page_context', 'model_card', 'write_page', 'write_report']
 
 # %% ../../nbs/report/page.ipynb #confusion-table
 def confusion_table(
@@ -556,6 +556,16 @@ def model_card(
                   not_reported=[str(i.number) for i in items if i.status == 'NOT REPORTED'])
 
 # %% ../../nbs/report/page.ipynb #write
+def write_page(
+    folder: Path,
+    page: str,      # HTML
+    card: str,      # Markdown
+) -> Path:          # report.html; model-card.md lies beside it
+    "Write a report and its model card, which the manifest of a run then knows"
+    with writing_files(folder, ['model-card.md', 'report.html']):
+        write_text(folder / 'model-card.md', card)
+        return write_text(folder / 'report.html', page)
+
 def write_report(
     run: str | Path,                # directory of a finished run
     out: str | Path | None = None,  # folder for both files; None: the run directory
@@ -567,7 +577,4 @@ def write_report(
     items, folder = checklist_items(data, answers), Path(out) if out is not None else data.path
     card = model_card(data, items)
     page = render('page.html.j2', **page_context(data, items, answers.signed, thumbnails, most))
-    with writing_files(folder, ['model-card.md', 'report.html']):
-        write_text(folder / 'model-card.md', card)
-        file = write_text(folder / 'report.html', page)
-    return file
+    return write_page(folder, page, card)

@@ -5,13 +5,14 @@
 # %% ../../nbs/runs/crossval.ipynb #imports
 from __future__ import annotations
 import dataclasses
-from functools import cache, reduce
+from functools import cache
 from itertools import combinations, product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Sequence
 import numpy as np, pandas as pd
 from ..core import RecipeError, RunError, check_choice, choices, nearest
-from ..evaluate import METRICS, Evaluation, allow_undefined, evaluate
+from ..evaluate import Evaluation, allow_undefined, evaluate
 from ..recipe import Recipe, list_recipes, load_recipe, override
 from .folder import RunFolder
 from ..stats.bootstrap import patient_mean
@@ -140,14 +141,13 @@ def pool_predictions(
 # %% ../../nbs/runs/crossval.ipynb #score
 _RANKED = ('auc', 'average_precision')
 
-_ALL = tuple(METRICS)   # all metrics, without the curves
-
 def _evaluate(
-    images: pd.DataFrame, classes: Sequence[str], n_boot: int, seed: int, metrics: Sequence[str] | None = _ALL,
+    images: pd.DataFrame, classes: Sequence[str], n_boot: int, seed: int, metrics: Sequence[str] | None = None,
+    curves: bool = False,
 ) -> Evaluation:
     with allow_undefined():                                                 # an undefined metric is printed as such
         return evaluate(images['label'].to_numpy(object), images['score'].to_numpy(float),
-                        images['group'].to_numpy(object), .5, classes, n_boot, seed, metrics=metrics)
+                        images['group'].to_numpy(object), .5, classes, n_boot, seed, metrics=metrics, curves=curves)
 
 def score_results(
     results: Sequence[RunFolder],   # of one recipe, from `find_results`
@@ -159,9 +159,10 @@ def score_results(
     recipe = results[0].recipe
     classes = _two_classes(results[0])
     images, folds = pool_predictions(results, 'threshold' if frozen else 'as written'), len(results) > 1
-    e = _evaluate(images, classes, n_boot, recipe.seed, _ALL if folds or not curves else None)
+    e = _evaluate(images, classes, n_boot, recipe.seed, curves=curves and not folds)
     if not folds: return e
-    ranks = _evaluate(pool_predictions(results, 'rank'), classes, n_boot, recipe.seed, None if curves else _RANKED)
+    ranks = _evaluate(pool_predictions(results, 'rank'), classes, n_boot, recipe.seed, None if curves else _RANKED,
+                      curves)
     estimates = {k: (ranks if k in _RANKED else e).estimates[k] for k in e.estimates}
     return dataclasses.replace(e, estimates=estimates, curves=ranks.curves)
 
@@ -247,8 +248,6 @@ def ablation_table(
     return pd.DataFrame(rows, columns=_ABLATION)
 
 # %% ../../nbs/runs/crossval.ipynb #settings
-def _value(run: RunFolder, setting: str) -> Any: return reduce(getattr, setting.split('.'), run.recipe)
-
 def _paired_metric(first: RunFolder, second: RunFolder, metric: str, n_boot: int) -> Difference:
     "First minus second on the same images; shares at one half"
     images, others = (pool_predictions([r], 'as written') for r in (first, second))
@@ -267,7 +266,7 @@ def paired_settings(
     "Runs of one recipe that differ in one setting alone, in pairs on the same images, the later minus the earlier"
     rows = []
     for setting, (second, first) in product(settings, combinations(_all_results(results_dir).get(name, []), 2)):
-        a, b = _value(first, setting), _value(second, setting)
+        a, b = map(attrgetter(setting), (first.recipe, second.recipe))
         if a == b or override(first.recipe, {setting: b}) != second.recipe: continue
         for metric in metrics:
             d = _paired_metric(first, second, metric, n_boot)

@@ -139,15 +139,25 @@ def _phantoms(job):
     tmp.rename(data)
     return data
 
+# %% ../../nbs/runs/train.ipynb #build
 def _build(job):
     "Read the collections once and keep the table and its account"
     data = job.data if job.data is not None else _phantoms(job)
     job.log(f'reading {join_words([s.name for s in job.recipe.data.sources])} below {data}')
-    table = build_table(job.recipe, data, job.cache_dir)
+    _write_table(job, build_table(job.recipe, data, job.cache_dir))
+
+def _write_table(job, table):
+    "table.csv, and the account of its rows"
     report, counts = _account(job, table)
     write_text(job.out / 'reconciliation.txt', f'{report}\n{counts}')
     write_json(job.out / 'reconciliation.json', report.to_dict())
     write_table(table, job.out / 'table.csv')
+
+# %% ../../nbs/runs/train.ipynb #know-table
+def _know_table(job, table, **more):
+    "What run.json keeps of a table that was written"
+    job.write_state(status='training', table_sha256=sha256_file(job.out / 'table.csv'), synthetic=is_synthetic(table),
+                    **more)
 
 def _prepare(job):
     "The table of the run, from disk when it is there"
@@ -158,8 +168,7 @@ def _prepare(job):
     leaks = check_split(table, allow_leak=job.recipe.split.allow_leak)
     if leaks:
         job.log(f'{_leak(len(leaks))} The recipe allows it.')
-    job.write_state(status='training', table_sha256=sha256_file(file), synthetic=is_synthetic(table),
-                    leaking_groups=len(leaks))
+    _know_table(job, table, leaking_groups=len(leaks))
     return table
 
 # %% ../../nbs/runs/train.ipynb #fit
@@ -454,14 +463,6 @@ def train(
     return out
 
 # %% ../../nbs/runs/train.ipynb #from-predictions
-def _keep_table(job, table, more):
-    "table.csv with its account, and what is known of the run"
-    report = reconcile(table)
-    write_text(job.out / 'reconciliation.txt', str(report) + '\n')
-    write_json(job.out / 'reconciliation.json', report.to_dict())
-    file = write_table(table, job.out / 'table.csv')
-    job.write_state(status='training', table_sha256=sha256_file(file), synthetic=is_synthetic(table), **more)
-
 def _check_same(job, more):
     "Refuse a folder that was begun for another run"
     odd = next((k for k in more if job.state.get(k, more[k]) != more[k]), None)
@@ -490,7 +491,8 @@ def run_from_predictions(
         if state.get('status') == 'finished':
             _show_again(out, log)
             return out
-        _keep_table(job, table, more)
+        _write_table(job, table)
+        _know_table(job, table, **more)
         _keep_history(job, fit)
         _conclude(job, table, predictions, fit, trained,
                   lambda found: export(out / 'bundle', found, _provenance(job, table, found, None)), note)
