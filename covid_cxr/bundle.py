@@ -24,7 +24,7 @@ __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR',
            'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files', 'check_manifest', 'describe_integrity',
            'BundleField', 'check_description', 'export_pickle', 'save_bundle', 'find_bundle', 'read_description',
-           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'export_bundle']
+           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'adapt_bundle', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -261,6 +261,8 @@ SCHEMA = (
     BundleField('members', f'a whole number from 2 to {MOST_MEMBERS}',
                 lambda v: type(v) is int and 2 <= v <= MOST_MEMBERS, needed=False),
     BundleField('tta', 'a whole number from 0 to 9', lambda v: type(v) is int and 0 <= v <= 9, needed=False),
+    BundleField('bias', 'a number from -1,000 to 1,000', _between(-1000, 1000), needed=False),
+    BundleField('site', 'a dictionary', _is_dict, needed=False),
     BundleField('operating_point', 'a dictionary', _is_dict, needed=False),
     BundleField('provenance', 'a dictionary', _is_dict, needed=False),
     BundleField('ood_check', 'a dictionary', lambda v: v is None or isinstance(v, dict), needed=False),
@@ -645,6 +647,8 @@ def check_joinable(
     for b in bundles:
         if b.get('members', 1) > 1:
             raise BundleError(f"{b['folder']} is an ensemble itself; name the runs that it was made of.")
+        if 'site' in b:
+            raise BundleError(f"{b['folder']} is calibrated for one place; join the bundles before that.")
         odd = next((k for k in _ALIKE if b.get(k) != first.get(k)), None)
         if odd is None: continue
         raise BundleError(f"{b['folder']} has another {_ALIKE[odd]} than {first['folder']} "
@@ -672,6 +676,25 @@ def join_bundles(
         version=FORMAT_VERSION, members=n, weights=weights, threshold=threshold, temperature=temperature,
         synthetic=any(b['synthetic'] for b in bundles), operating_point=operating_point or {},
         provenance=provenance or {}, versions=versions())
+    _write_bundle(to, state, description)
+    return Path(to)
+
+# %% ../nbs/bundle.ipynb #adapt-bundle
+def adapt_bundle(
+    folder: str | os.PathLike,   # a bundle of two classes, or the run directory that holds one
+    to: str | os.PathLike,       # the new bundle's folder; an older bundle there is replaced
+    threshold: float,            # of the place, a probability of this bundle; it becomes one half
+    temperature: float,          # of the place, beside that of the bundle
+    site: dict[str, Any],        # its name, and what was known of it
+) -> Path:
+    "The same weights with the threshold and the probabilities of another place; no pickle"
+    b, p = read_bundle(folder), min(max(threshold, 1e-6), 1 - 1e-6)
+    if len(b['classes']) != 2 or 'site' in b:
+        raise BundleError(f'{folder} is no bundle of two classes that waits for its place.')
+    state = (Path(b['folder']) / WEIGHTS).read_bytes()
+    description = {k: v for k, v in b.items() if k != 'folder' and v is not None} | dict(
+        version=FORMAT_VERSION, threshold=.5, temperature=b['temperature'] * temperature,
+        bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions())
     _write_bundle(to, state, description)
     return Path(to)
 

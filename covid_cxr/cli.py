@@ -476,6 +476,25 @@ def _ensemble(args):
     for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
     _make_report(ensemble_runs(args.runs, args.out))
 
+# %% ../nbs/cli.ipynb #calibrate
+def _calibrate_options(p):
+    p.add_argument('run', metavar='RUN', help='run directory or bundle folder, of two classes')
+    p.add_argument('images', metavar='FOLDER', help='images of the place: a folder per class (labels known), '
+                   'the folder of the negative class alone, or images without class folders (labels not known)')
+    p.add_argument('--out', required=True, metavar='DIR', help='folder of the new bundle')
+    p.add_argument('--site', default='local', metavar='NAME', help='name of the place (default: local)')
+    p.add_argument('--patient-pattern', default='', metavar='REGEX',
+                   help='its first brackets stand around the patient in the path below FOLDER')
+    p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
+
+@command(_calibrate_options, "covid-cxr calibrate runs/first our-images --patient-pattern '(p[0-9]+)_' --out our-model")
+def _calibrate(args):
+    "move threshold and probabilities of a model with images of one place, into a new bundle"
+    from covid_cxr.runs.local import calibrate_for_site
+    found = calibrate_for_site(args.run, args.images, args.out, args.site, args.patient_pattern, args.device)
+    for line in str(found).splitlines(): print(printable(line))
+    print(f'bundle: {printable(args.out)}')
+
 # %% ../nbs/cli.ipynb #reproduce
 def _reproduce_options(p):
     from covid_cxr.articles.reported import ARTICLES, PRETRAIN

@@ -184,6 +184,8 @@ def _tissue(seed: int, patient: int, child: bool, n: int) -> tuple[Image.Image, 
         if cells <= n: lung += weight * _smooth_noise(r, n, cells)
     return Image.fromarray(lung), Image.fromarray(.13 * shade(_shoulders(a, max(n // 2, 64))))
 
+_small_tissue = lru_cache(maxsize=1024)(_tissue.__wrapped__)     # a family of small phantoms has the same patients
+
 # %% ../nbs/phantom.ipynb #opacities
 Pattern = Literal['peripheral', 'lobar', 'perihilar']     # how planted opacities are distributed
 PATTERNS: tuple[Pattern, ...] = choices(Pattern)
@@ -359,7 +361,8 @@ def make_phantom(
     pose, a = vary.pose(scale), _anatomy(seed, patient, child)
     a = {**a, 'base_y': vary.about(a['base_y'], .06)}
     x, y = _body_grid(pose, h, w)
-    tissue, shoulders = (_view_of(c, pose, h, w) for c in _tissue(seed, patient, child, h))
+    kept = _tissue if h > 96 else _small_tissue
+    tissue, shoulders = (_view_of(c, pose, h, w) for c in kept(seed, patient, child, h))
     strength = lesion * vary.about(1, .15)
     opacity: Any = np.float32(0)
     if lesion: opacity = strength * _view_of(_opacities(seed, patient, child, pattern), pose, h, w)

@@ -232,8 +232,10 @@ class Predictor:
         if not len(pixels): return np.zeros((0, len(self.classes)))
         x = torch.from_numpy(np.stack(pixels))[:, None].to(self.device).float() / 255      # (n, 1, size, size)
         with torch.inference_mode():
-            logits = self.network((x - self.bundle['mean']) / self.bundle['std']) / self.bundle['temperature']
-        return self.decision.probabilities(logits.float()).double().cpu().numpy()
+            logits = self.network((x - self.bundle['mean']) / self.bundle['std']).float()
+            logits[:, -1] += self.bundle.get('bias', 0.)
+            logits /= self.bundle['temperature']
+        return self.decision.probabilities(logits).double().cpu().numpy()
 
     def _picture(self, array):
         "An array as the network sees it"

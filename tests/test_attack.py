@@ -8,7 +8,7 @@ from covid_cxr.bundle import MANIFEST, check_manifest, describe_integrity, writi
 from covid_cxr.core import write_json, write_text
 from covid_cxr.runs.folder import RunFolder
 
-FEW = dict(pictures=400, bundles=40, folders=15)
+FEW = dict(pictures=400, bundles=40, folders=8)
 ENDS = dict(pictures={'blank', 'read', 'refused'}, folders={'answered', 'refused'},
             bundles={'description answered', 'description refused', 'weights answered', 'weights declined', 'weights refused'})
 

@@ -368,6 +368,22 @@ def test_check_ood(audited):
     assert [run_check(CHECKS['check_ood'], c)[0].verdict for c in (upside_down, upright)] == ['WARN', 'PASS']
 
 
+def test_check_held_out_clusters():
+    "Normals of the site of the ill, held out whole, are predicted ill; without sites the clusters are as good as chance allows"
+    fall = {}
+    for name in ('P4b', 'P1'):
+        images, t, _ = phantom_family(name, 420, (1, 1), size=48, seed=5)
+        split = np.where(np.arange(len(t)) < 380, 'train', 'test')
+        t = t.assign(group=t['patient'], label=np.where(t['label'] == 1, 'ill', 'well'), split=split)
+        case = Case(t, images, np.full(len(t), .5), ('well', 'ill'))
+        specificity, sensitivity = run_check(CHECKS['check_held_out_clusters'], case)
+        assert {specificity.verdict, sensitivity.verdict} == {'INFO'} and specificity.low <= specificity.value <= specificity.high
+        fall[name] = specificity.facts['usual'] - specificity.value
+    assert fall['P4b'] > .1
+    short = dataclasses.replace(case, table=case.table.assign(split=np.where(np.arange(len(t)) < 60, 'train', 'test')))
+    assert [v.verdict for v in run_check(CHECKS['check_held_out_clusters'], short)] == ['UNDERPOWERED']
+
+
 def test_every_check_of_the_registry_is_tested_here():
     alone = {n.removeprefix('test_') for n in globals() if n.startswith('test_check_')}
     told = {*HAND_MADE, *ON_PHANTOMS, *MADE_OF, *alone, *(n.removesuffix('_is_no_cure_on_p4b') for n in alone)}
@@ -429,6 +445,7 @@ EMPTY = {   # check -> cases in which there is nothing to ask, or no answer can 
     'check_calibration': (one_class, chosen_here), 'check_subgroups': (bare, one_class), 'check_stored_numbers': (nothing_stored,),
     'check_external': (one_class, lambda: external_case(Estimate())), 'check_maps': (black_maps,),
     'check_splits': (bare, chosen_here), 'check_label_noise': (one_class, lambda: small_case(n=4)), 'check_one_class_sources': (bare,),
+    'check_held_out_clusters': (bare,),
     'check_splits': (bare,), 'check_label_noise': (one_class,),
 }
 # these report, warn where nothing is recorded, or ask the images themselves
@@ -549,7 +566,7 @@ def test_metadata_that_are_the_same_for_all_give_no_pass():
 # ---- registry, rules, thresholds
 
 def test_the_registry_is_whole():
-    assert list(dict.fromkeys(checks_table()['code'])) == [f'A{k}' for k in range(1, 25)]
+    assert list(dict.fromkeys(checks_table()['code'])) == [f'A{k}' for k in range(1, 26)]
     for name, check in CHECKS.items():
         assert check.run.__name__ == name and check.title and check.needs and check.rules, name
         assert check.run.__doc__.startswith(check.code), name

@@ -10,9 +10,10 @@ from covid_cxr.recipe import load_recipe
 from covid_cxr.runs.external import Search
 from covid_cxr.sources import SOURCES
 
-VERBS = 'demo train inspect download predict evaluate external audit report compare ensemble reproduce export recipes recipe'.split()
+VERBS = ['demo', 'train', 'inspect', 'download', 'predict', 'evaluate', 'external', 'audit', 'report', 'compare', 'ensemble',
+         'calibrate', 'reproduce', 'export', 'recipes', 'recipe']
 NEEDED = dict(train='R', inspect='R --data D', predict='RUN a.png', evaluate='RUN', external='RUN nih', audit='RUN', report='RUN',
-              compare='A B', ensemble='A B --out X', reproduce='--data D', export='RUN --out X')
+              compare='A B', ensemble='A B --out X', calibrate='RUN D --out X', reproduce='--data D', export='RUN --out X')
 
 
 def parse(line): return make_parser().parse_args(shlex.split(line))

@@ -109,6 +109,7 @@ _RULES_SPLITS = (
          'a source whose images are all of one class, by chance with a probability below {p} (over all sources), is a '
          'WARN; fewer patients cannot tell',
          dict(p=.001), .005),
+    Rule('held_out_cluster', _REPORTED),
 )
 
 # %% ../../nbs/audit/case.ipynb #rules-pictures

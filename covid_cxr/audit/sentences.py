@@ -195,6 +195,16 @@ def _one_class(v):
     told = _some([f'all {s["images"]:,} images of {s["source"]} are {s["label"]}' for s in sources[:3]], len(sources))
     return f'in {split} {told}: the model may tell the {by} and not the disease'
 
+# %% ../../nbs/audit/sentences.ipynb #say-clusters
+@_about('held_out_cluster')
+def _cluster(v):
+    share, = [format_number(v.value, 2)]
+    usual, auc, usual_auc = _said(v, 'usual', 'auc', 'usual_auc')
+    clusters = format_count(v.facts['clusters'], 'cluster')
+    return (f'in the worst of {clusters} of look-alike {_patients(v)} ({v.facts["held_out"]}) that a simple classifier '
+            f'was not trained on, its {v.statistic} was {share} (AUC {auc}); in {_patients(v)} held out at random it '
+            f'was {usual} (AUC {usual_auc})')
+
 # %% ../../nbs/audit/sentences.ipynb #say-metadata
 @_about('metadata_auc', 'metadata_column')
 def _metadata(v):

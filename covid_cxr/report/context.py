@@ -743,6 +743,14 @@ def _worth_sentence(analysis):
     return (f"Where {_of_100(r['prevalence'])} people have it, {_of_100(r['ppv'])} positive predictions would be right "
             f'(PPV {ppv}); {collected}.')
 
+# %% ../../nbs/report/context.ipynb #summary-clusters
+def _cluster_sentences(run):
+    "What the audit found on look-alike patients that were held out; nothing where it did not ask, or could not"
+    asked = [v for v in run.audit.verdicts if v.rule == 'held_out_cluster'] if run.audit else []
+    number = lambda v, usual: f'{v.statistic} {format_number(v.value, 2)} ({format_number(usual, 2)} by patient)'
+    found = [number(v, v.facts['usual']) for v in asked if 'usual' in v.facts]
+    if found: yield f'Where a whole cluster of look-alike patients is new, a simple classifier has {join_words(found)}.'
+
 # %% ../../nbs/report/context.ipynb #summary
 def _external_sentence(run):
     n = len(run.external_tests)
@@ -760,6 +768,7 @@ def _class_sentences(run):
     if run.two_classes: yield _predictions_sentence(run)
     if run.analysis: yield _worth_sentence(run.analysis)
     if run.two_classes: yield run.precision.sentences[0]
+    yield from _cluster_sentences(run)
 
 # %% ../../nbs/report/context.ipynb #finding-sentences
 def _finding_sentences(run):

@@ -23,6 +23,7 @@ from .context import (EstimateKind, ReportFiles, RunAnalysis, RunData, cluster_e
 from .render import (Cell, Dot, DotChart, DotColour, Picture, Table, Thumbnail, draw_picture, render,
                                      thumbnail)
 from ..runs.external import external_table
+from ..runs.local import local_value
 from ..runs.sentences import EXPECTED_FALL, describe_external_test
 from ..sources import SOURCES
 from ..stats.calibration import describe_calibration
@@ -35,9 +36,10 @@ from ..words import (format_count, format_estimate, format_interval, format_numb
 __all__ = ['confusion_table', 'FlowStep', 'flow_steps', 'SplitSize', 'split_sizes', 'characteristics_table',
            'missing_values_table', 'metrics_table', 'predictive_values_table', 'calibration_table', 'subgroups_table',
            'draw_curves', 'baseline_chart', 'leakage_table', 'verdicts_table', 'not_run_table', 'audit_rules_table',
-           'external_chart', 'external_sets_table', 'ErrorCard', 'Errors', 'show_errors', 'error_attributes_table',
-           'precision_table_of', 'limits_table', 'checklist_table', 'made_from_table', 'collections_table',
-           'licences_table', 'page_context', 'model_card', 'write_page', 'write_report']
+           'external_chart', 'external_sets_table', 'local_images_table', 'held_out_sentences', 'ErrorCard', 'Errors',
+           'show_errors', 'error_attributes_table', 'precision_table_of', 'limits_table', 'checklist_table',
+           'made_from_table', 'collections_table', 'licences_table', 'page_context', 'model_card', 'write_page',
+           'write_report']
 
 # %% ../../nbs/report/page.ipynb #confusion-table
 def confusion_table(
@@ -361,6 +363,41 @@ def external_sets_table(
     head = ['set', 'AUC', 'sensitivity', 'false-positive rate', 'what it means']
     return Table('The same weights, threshold and preprocessing on every set', head, rows, (1, 2, 3), layout='stack')
 
+# %% ../../nbs/report/page.ipynb #local
+_RATES_HERE = ('accuracy', 'sensitivity', 'specificity')
+_KNOWN_LABELS = {'both classes': '{}, labels known', 'negatives': 'the {} among {}', 'none': '{}, labels not known'}
+
+def _known_of(r, negative):
+    "What was known of the local images of a row"
+    if not r.n: return 'none: the frozen threshold'
+    images = format_count(r.n, 'image')
+    of = (negative, images) if r.labels == 'negatives' else (images,)
+    return _KNOWN_LABELS[r.labels].format(*of)
+
+def _share_cell(m): return Cell(format_number(m.value), format_interval(m.low, m.high) if m.n else '')
+
+# %% ../../nbs/report/page.ipynb #local-table
+def local_images_table(
+    run: RunData,
+) -> Table:     # no rows where a place has too few images, or the run more than two classes
+    "Accuracy, sensitivity and specificity with a threshold that images of the place moved"
+    if run.analysis is None or not run.rows['split'].eq('valid').any(): return Table('', ['place'], [])
+    t = local_value(run)
+    rows = []
+    for (place, n, labels), r in t[t['metric'] != 'gain'].groupby(['place', 'n', 'labels'], sort=False):
+        of = {m.metric: _share_cell(m) for m in r.itertuples()}
+        known = _known_of(r.iloc[0], run.classes[0])
+        rows.append([Cell(place, known), of['accuracy'], of['recall'], of['specificity']])
+    return Table('What local images buy: the threshold moved with images of the place, measured on its other images; '
+                 '95 % of 200 draws', ['place and local images', *_RATES_HERE], rows, (1, 2, 3))
+
+def held_out_sentences(
+    run: RunData,
+) -> list[str]:     # empty without an audit that asked it
+    "What happens to look-alike patients that were not trained on, as the audit found it"
+    verdicts = run.audit.verdicts if run.audit else ()
+    return [describe_verdict(v) for v in verdicts if v.rule == 'held_out_cluster']
+
 # %% ../../nbs/report/page.ipynb #error-cards
 @dataclass(frozen=True)
 class ErrorCard:
@@ -526,6 +563,7 @@ def page_context(
         metrics=metrics_table(run), curves=draw_curves(run),
         baselines=baseline_chart(run), leakage=leakage_table(run), rules=audit_rules_table(),
         external_chart=external_chart(run), external_sets=external_sets_table(run), expected_fall=EXPECTED_FALL,
+        local_images=local_images_table(run), held_out=held_out_sentences(run),
         errors=errors, error_attributes=error_attributes_table(run),
         precision=precision_table_of(run),
         limits=limits_table(run), checklist=checklist_table(items), signed=signed,

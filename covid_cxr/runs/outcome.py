@@ -18,6 +18,7 @@ from ..findings.labels import LABEL, labels_of, stored_labels
 from ..recipe import Recipe
 from .folder import evaluate_rows
 from ..stats.calibration import apply_temperature, fit_temperature
+from ..stats.recalibration import Reference, reference_of
 from ..words import format_count, format_number, join_words
 
 # %% auto #0
@@ -76,6 +77,7 @@ class Outcome(Protocol):
     @property
     def calibration(self) -> FittedTemperature | None: "How probabilities were calibrated"
     def headline(self) -> dict[str, Estimate]: "The numbers that a reader asks for first"
+    def reference(self) -> Reference | None: "What a local calibration needs; None: there is no one threshold"
     def to_dict(self) -> dict[str, Any]: "Its part of evaluation.json"
     def decision(self) -> Decision: "What a bundle needs to decide in the same way"
     def lines(self) -> list[str]: "Its part of summary.txt"
@@ -120,6 +122,12 @@ class ClassesOutcome:
 
     def headline(self) -> dict[str, Estimate]:
         return {m: self.result.estimates[m] for m in _HEADLINE if m in self.result.estimates}
+
+    def reference(self) -> Reference | None:
+        v = self.predictions[self.predictions['split'] == 'valid']
+        if self.point is None or v['label'].nunique() < 2: return None
+        classes = self.result.classes
+        return reference_of(v['label'], v[f'prob_{classes[-1]}'], self.point.threshold, classes)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(operating_point=_plain(self.point), **{self.split: _plain(self.result)},
@@ -205,6 +213,8 @@ class FindingsOutcome:
 
     def headline(self) -> dict[str, Estimate]:
         return {f'mean_{m}': self.result.macro[m] for m in ('auc', 'recall', 'specificity')}
+
+    def reference(self) -> Reference | None: return None
 
     def to_dict(self) -> dict[str, Any]:
         points = {f: _plain(self.points.get(f)) for f in self.findings}

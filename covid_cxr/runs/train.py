@@ -352,7 +352,9 @@ def _provenance(job, table, found, declined):
     "Where a bundle comes from"
     headline = {m: e.value for m, e in found.headline().items()}
     hashes = {k: job.state[k] for k in ('recipe_hash', 'table_sha256')}
-    return dict(recipe=job.recipe.name, **hashes, split=found.split, ood_check=declined, headline=headline,
+    reference = found.reference()
+    known = {} if reference is None else dict(reference=reference._asdict())
+    return dict(recipe=job.recipe.name, **hashes, **known, split=found.split, ood_check=declined, headline=headline,
                 unknown_patients=count_unknown_patients(table))
 
 def _export(job, learn, table, found: Outcome):
