@@ -9,7 +9,7 @@ from typing import Iterable, NamedTuple
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from .baselines import estimate_auc
-from .case import RULES, Case, Verdict, VerdictWord, register
+from .case import RULES, Case, NotAsked, Verdict, VerdictWord, register
 from ..core import choices
 from .stress import StressTest, picture_features, stress_test
 from ..evaluate import Estimate, wilson
@@ -305,7 +305,7 @@ def check_held_out_clusters(case: Case) -> list[Verdict]:
     "A25: what happens to a kind of picture that was never trained on?"
     known = case.table['split'].isin({'train', case.chosen_on}).to_numpy() & ~case.evaluated
     if case.table['label'][known].nunique() < 2:
-        why = 'one class' if known.any() else 'one split'
+        why: NotAsked = 'one class' if known.any() else 'one split'
         return [case.not_applicable('A25', 'held_out_cluster', 'clusters of look-alike patients', why)]
     found = stress_test(picture_features(case.small[known]), case.y_all[known], case.groups_all[known], case.classes,
                         seed=case.seed)

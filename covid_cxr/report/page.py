@@ -365,7 +365,8 @@ def external_sets_table(
 
 # %% ../../nbs/report/page.ipynb #local
 _RATES_HERE = ('accuracy', 'sensitivity', 'specificity')
-_KNOWN_LABELS = {'both classes': '{}, labels known', 'negatives': 'the {} among {}', 'none': '{}, labels not known'}
+_KNOWN_LABELS = {'both classes': '{}, labels known', 'negatives': "those of class '{}' among {}",
+                 'none': '{}, labels not known'}
 
 def _known_of(r, negative):
     "What was known of the local images of a row"
@@ -387,16 +388,16 @@ def local_images_table(
     for (place, n, labels), r in t[t['metric'] != 'gain'].groupby(['place', 'n', 'labels'], sort=False):
         of = {m.metric: _share_cell(m) for m in r.itertuples()}
         known = _known_of(r.iloc[0], run.classes[0])
-        rows.append([Cell(place, known), of['accuracy'], of['recall'], of['specificity']])
+        where = 'own test split' if place == run.split else place
+        rows.append([Cell(where, known), of['accuracy'], of['recall'], of['specificity']])
     return Table('What local images buy: the threshold moved with images of the place, measured on its other images; '
                  '95 % of 200 draws', ['place and local images', *_RATES_HERE], rows, (1, 2, 3))
 
 def held_out_sentences(
-    run: RunData,
+    audit: Audit | None,
 ) -> list[str]:     # empty without an audit that asked it
     "What happens to look-alike patients that were not trained on, as the audit found it"
-    verdicts = run.audit.verdicts if run.audit else ()
-    return [describe_verdict(v) for v in verdicts if v.rule == 'held_out_cluster']
+    return [describe_verdict(v) for v in (audit.verdicts if audit else ()) if v.rule == 'held_out_cluster']
 
 # %% ../../nbs/report/page.ipynb #error-cards
 @dataclass(frozen=True)
@@ -563,7 +564,7 @@ def page_context(
         metrics=metrics_table(run), curves=draw_curves(run),
         baselines=baseline_chart(run), leakage=leakage_table(run), rules=audit_rules_table(),
         external_chart=external_chart(run), external_sets=external_sets_table(run), expected_fall=EXPECTED_FALL,
-        local_images=local_images_table(run), held_out=held_out_sentences(run),
+        local_images=local_images_table(run), held_out=held_out_sentences(run.audit),
         errors=errors, error_attributes=error_attributes_table(run),
         precision=precision_table_of(run),
         limits=limits_table(run), checklist=checklist_table(items), signed=signed,
