@@ -89,11 +89,12 @@ MEASURES = ('dice', 'boundary', 'boundary_p95', 'dice_64', 'machine_dice', 'mach
 def summarise(t, n_boot=2000):
     "Mean and interval over patients of every measure; t: columns of lists, with patient"
     t = pd.DataFrame(t)
+    def worst(v): return float(v.min() if 'dice' in v.name else v.max())
     def one(values, rows):
         known = rows[values].notna()
         e = patient_mean(rows[values][known].astype(float), rows['patient'][known], n_boot)
         return dict(mean=round(e.value, 4), low=round(e.low, 4), high=round(e.high, 4), images=int(known.sum()),
-                    patients=int(rows['patient'][known].nunique()), least=float(rows[values].min()))
+                    patients=int(rows['patient'][known].nunique()), worst=worst(rows[values]))
     views = {view: one('dice', t[t['view'] == view]) for view in sorted(t['view'].unique())}
     return dict({m: one(m, t) for m in MEASURES}, dice_by_view=views)
 

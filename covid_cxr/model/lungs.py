@@ -4,7 +4,7 @@
 
 # %% ../../nbs/model/lungs.ipynb #imports
 from __future__ import annotations
-import json, math
+import json, math, pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
@@ -285,13 +285,20 @@ def _save_checkpoint(folder, net, opt, settings):
     state = dict(net=net.state_dict(), opt=opt.state_dict(), history=net.history, settings=settings)
     with atomic_path(Path(folder) / _CHECKPOINT) as tmp: torch.save(state, tmp)
 
+def _read_checkpoint(file):
+    "What `_save_checkpoint` wrote; nothing that is in the file is run"
+    try:
+        state = torch.load(file, weights_only=True)
+        if set(state) != {'net', 'opt', 'history', 'settings'}: raise ValueError('it holds something else')
+        return state
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError, ValueError) as e:
+        raise RunError(f'{file} cannot be read ({error_text(e)[:80]}); delete it and train anew.') from e
+
 def _load_checkpoint(folder, net, opt, settings):
     "Go on where a training was stopped; nothing happens where there is no checkpoint"
     file = Path(folder) / _CHECKPOINT
     if not file.is_file(): return
-    try: state = torch.load(file, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise RunError(f'{file} cannot be read ({error_text(e)}); delete it and train anew.') from e
+    state = _read_checkpoint(file)
     if state['settings'] != settings:
         odd = next(k for k in settings if state['settings'].get(k) != settings[k])
         raise RunError(f"{file} belongs to a training with {odd}={state['settings'].get(odd)}, not {settings[odd]}; "
