@@ -417,8 +417,8 @@ def _audit_options(p):
     p.add_argument('--quick', action='store_true', help='only what takes a few minutes on two cores')
     p.add_argument('--cache', metavar='DIR', help='decoded images and fingerprints (default: RUN/cache)')
     p.add_argument('--lungs', metavar='WEIGHTS',
-                   help='folder of a network that finds lungs (python benchmarks/lungs.py --final makes one), or its name '
-                   'in the folder of weights: also hide the lungs of each image')
+                   help='folder of a network that finds lungs (python benchmarks/lungs.py --final makes one), or its '
+                   'name in the folder of weights: also hide the lungs of each image')
     _boot_option(p)
 
 @command(_audit_options, 'covid-cxr audit runs/first --quick')
