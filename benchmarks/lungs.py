@@ -18,7 +18,7 @@ from covid_cxr.images import ImageRule, fit_to, load_image
 from covid_cxr.model.lungs import (AREA, SMALLER_LUNG, LungFault, boundary_error, dice, find_lung_masks, find_lungs, load_lung_net,
                                    lung_fault, read_lung_masks, save_lung_net, train_lung_net)
 from covid_cxr.sources import read_covid_chestxray, read_kaggle_pneumonia, read_nih
-from covid_cxr.stats.bootstrap import patient_mean
+from covid_cxr.stats.bootstrap import patient_mean, patient_wilson
 from covid_cxr.table import fold_by_group, group_leaksafe
 
 OUT, WORK = RESULTS / 'lungs.json', ROOT / 'runs' / 'lungs'
@@ -110,6 +110,9 @@ def run_folds(data, work):
 
 
 # ---- other collections
+def shown(e): return dict(mean=round(e.value, 4), low=round(e.low, 4), high=round(e.high, 4))
+
+
 def sample(table, n=SAMPLE, seed=0):
     "One image of each of n patients"
     rows = used(table)
@@ -133,9 +136,8 @@ def outside_box(masks):
 def measure_outside(masks, patients):
     "What the box leaves visible: mean with interval over patients, and how often it is much"
     share = outside_box(masks)
-    e, often = patient_mean(share, patients), patient_mean((share > VISIBLE).astype(float), patients)
-    shown = lambda e: dict(mean=round(e.value, 4), low=round(e.low, 4), high=round(e.high, 4))
-    return dict(images=len(masks), visible=shown(e), largest=round(float(share.max()), 4), share_above=dict(shown(often), above=VISIBLE))
+    mean, often = patient_mean(share, patients), patient_wilson(share > VISIBLE, patients)
+    return dict(images=len(masks), visible=shown(mean), largest=round(float(share.max()), 4), share_above=dict(shown(often), above=VISIBLE))
 
 
 def try_elsewhere(net, data, pictures=None):
@@ -149,8 +151,7 @@ def try_elsewhere(net, data, pictures=None):
         faults = np.array([lung_fault(m) for m in found])
         counts = Counter(faults)
         good = faults == 'none'
-        fails = patient_mean((~good).astype(float), rows['patient'])
-        rate = dict(mean=round(fails.value, 4), low=round(fails.low, 4), high=round(fails.high, 4))
+        rate = shown(patient_wilson(~good, rows['patient']))
         area = np.round(np.quantile(found[good].mean((1, 2)), [.05, .5, .95]), 3).tolist()
         out[name] = dict(images=len(images), faults={f: counts.get(f, 0) for f in choices(LungFault)}, failure_rate=rate,
                          seconds_per_image=round(seconds, 4), area=area,
@@ -186,5 +187,4 @@ if __name__ == '__main__':
     half = dict(final=run_final(a.data, a.work, a.final, a.pictures)) if a.final else dict(folds=run_folds(a.data, a.work))
     kept = json.loads(Path(a.out).read_text(encoding='utf-8')) if Path(a.out).exists() else {}
     write_result(a.out, {**kept, **half})
-    shown = half.get('final') or half['folds']['summary']
-    print(json.dumps(shown, indent=1))
+    print(json.dumps(half.get('final') or half['folds']['summary'], indent=1))

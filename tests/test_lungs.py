@@ -236,6 +236,16 @@ def test_what_is_kept_of_other_collections_adds_up(numbers):
         assert found['seconds_per_image'] < .1
 
 
+def test_the_page_says_what_was_kept(numbers):
+    page, s = json.loads((ROOT / 'nbs/model/lungs.ipynb').read_text(encoding='utf-8')), numbers['folds']['summary']
+    prose = ' '.join(''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'markdown')
+    for k in ('dice', 'hand_machine_dice', 'machine_dice'): assert f"({s[k]['mean']:.3f})".replace('0.', '.') in prose, k
+    children = next(v for k, v in numbers['final']['collections'].items() if 'children' in k)
+    assert 'one child in twenty' in prose and round(1 / children['box']['share_above']['mean']) in (20, 21)
+    assert '428 hand-drawn masks but one keep' in prose and numbers['final']['bounds']['hand_drawn_outside'] == 1
+    assert s['dice']['mean'] - s['dice_64']['mean'] < .01                      # 'little is lost'
+
+
 @needs_data
 def test_the_two_kinds_of_masks_of_the_collection():
     for kind, n, patients in (('hand-drawn', 428, 258), ('machine-made', 196, 116)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 import numpy as np, pandas as pd, torch
 from numpy.typing import ArrayLike
-from safetensors.torch import save_file
+from safetensors.torch import save
 from scipy import ndimage
 from torch import nn
 from ..core import (ImageError, RunError, SourceError, WeightsError, atomic_path, check_choice, sha256_file,
@@ -409,7 +409,8 @@ def save_lung_net(
 ) -> Path:                         # the folder
     "Write the tensors and the card of a lung network"
     folder = Path(folder)
-    with atomic_path(folder / TENSORS) as tmp: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp)
+    tensors = {k: v.detach().contiguous() for k, v in net.state_dict().items()}
+    with atomic_path(folder / TENSORS) as tmp: tmp.write_bytes(save(tensors))
     net.sha256 = sha256_file(folder / TENSORS)
     card = dict(format=_FORMAT, version=_VERSION, arch=ARCH, size=net.size, encoder=asdict(net.spec), note=note,
                 tensors=dict(file=TENSORS, sha256=net.sha256), started_from=asdict(net.record),
