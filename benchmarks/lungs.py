@@ -12,7 +12,8 @@ from collections import Counter
 from pathlib import Path
 from record import RESULTS, ROOT, about, machine, write_result
 import numpy as np, pandas as pd, torch
-from covid_cxr.audit.regions import lung_box
+from covid_cxr.audit.baselines import estimate_auc, split_scores
+from covid_cxr.audit.regions import blacken, common_lungs, dilate_masks, lung_box
 from covid_cxr.core import choices, data_folder, used, write_json
 from covid_cxr.images import ImageRule, fit_to, load_image
 from covid_cxr.model.lungs import (AREA, SMALLER_LUNG, LungFault, boundary_error, dice, find_lung_masks, find_lungs, load_lung_net,
@@ -160,6 +161,28 @@ def try_elsewhere(net, data, pictures=None):
     return out
 
 
+CHILDREN, BASELINE, SEEDS = 600, 64, 5     # images, one per child; pixels that a small network sees; networks whose mean scores
+
+
+def measure_outline(net, data):
+    "Children, half to learn from: what the outline of the found lungs tells by itself, and what is told with lungs hidden in four ways"
+    rows = sample(read_kaggle_pneumonia(Path(data) / 'chest-xray-pneumonia'), CHILDREN)
+    images = np.stack([load_image(p, ImageRule(net.size, 'squash')) for p in rows['path']])
+    shrink = lambda x: np.stack([fit_to(one, BASELINE, 'squash') for one in x])
+    small, masks = shrink(images), shrink(255 * find_lungs(net, images).astype(np.uint8)) > 127
+    wide, box, region = dilate_masks(masks, shape='diamond'), lung_box(BASELINE, BASELINE), common_lungs(masks)
+    seen = {'the outline of the lungs alone': 255 * wide.astype(np.uint8), 'all outside the lungs': blacken(small, wide),
+            'all outside the box and the lungs': blacken(small, wide | box), 'all outside the box': blacken(small, box),
+            'all outside one region for all': blacken(small, region)}
+    y = (rows['finding'] != 'No Finding').to_numpy().astype(int)
+    learn = np.random.default_rng(0).permutation(len(y)) < len(y) // 2
+    mean_score = lambda x: np.mean([split_scores(x, y, learn, ~learn, 'small_cnn', seed) for seed in range(SEEDS)], 0)
+    auc = {name: estimate_auc(y[~learn], mean_score(x)) for name, x in seen.items()}
+    hidden = dict(box=round(float(box.mean()), 4), region=round(float(region.mean()), 4))
+    counts = dict(seeds=SEEDS, learned=int(learn.sum()), evaluated=int((~learn).sum()))
+    return dict(counts, hidden=hidden, auc={name: shown(e) for name, e in auc.items()})
+
+
 def run_final(data, work, folder, pictures=None):
     rows = find_lung_masks(data)
     drawn = read_lung_masks(rows, SETTINGS['size'])
@@ -171,7 +194,7 @@ def run_final(data, work, folder, pictures=None):
     return dict(about(), machine=machine(), settings=SETTINGS, cpu_minutes=round(json.loads(clock.read_text()) / 60, 1), network=net.name,
                 megabytes=round(sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e6, 2),
                 bounds=dict(area=AREA, smaller_lung=SMALLER_LUNG, hand_drawn_outside=sum(lung_fault(m) != 'none' for m in drawn.masks)),
-                box_on_hand_drawn=own, collections=try_elsewhere(net, data, pictures))
+                box_on_hand_drawn=own, collections=try_elsewhere(net, data, pictures), outline=measure_outline(net, data))
 
 
 if __name__ == '__main__':

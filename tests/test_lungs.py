@@ -182,8 +182,20 @@ def test_the_marker_phantom_is_unmasked_with_found_lungs_too(marker, net):
     named = {v.name: v for v in verdicts}
     assert named['lungs hidden (lung box, mean)'].verdict == 'FAIL' and named['lungs hidden (lung box, mean)'].facts['mask'] == 'lung box'
     own = named['lungs hidden (lung masks, mean)']
-    assert own.verdict == 'INFO' and own.facts['found'] == 'FAIL' and own.value > .8
+    assert own.verdict == 'INFO' and own.facts['found'] == 'FAIL' and own.value > .8 and 'outline is still seen' in describe_verdict(own)
     assert describe_verdict(own).endswith(f'(mask: lungs found by {net.name}).')
+
+
+def test_one_region_for_all_tells_nothing_where_an_outline_would(phantoms):
+    from covid_cxr.audit.baselines import estimate_auc, split_scores
+    from covid_cxr.audit.regions import blacken, common_lungs, lung_box
+    rng, y = np.random.default_rng(0), np.arange(120) % 2
+    images, masks = rng.integers(90, 110, (120, 32, 32)).astype(np.uint8), np.zeros((120, 32, 32), bool)
+    for i, ill in enumerate(y): masks[i, 8:(20 if ill else 26), 6:26] = True           # smaller lungs, and nothing else
+    learn = np.arange(120) < 60
+    def auc(x): return estimate_auc(y[~learn], split_scores(x, y, learn, ~learn, 'small_cnn', 0), n_boot=0).value
+    assert auc(blacken(images, masks)) > .95 and abs(auc(blacken(images, common_lungs(masks))) - .5) < .2
+    assert (common_lungs(phantoms.lungs) >= lung_box(64, 64)).all()
 
 
 def test_every_row_that_used_a_mask_names_it(marker, net):
@@ -195,7 +207,7 @@ def test_every_row_that_used_a_mask_names_it(marker, net):
     assert alone.facts['mask'] == found and alone.value < .75                                         # no letter, no answer
     base = fit_baselines(marker.table, marker.small, 'ill', masks=marker.masks, n_boot=200)
     rows = {v.name: v for v in run_check(CHECKS['check_image_without_lungs'], dataclasses.replace(marker, baselines=base))}
-    assert rows[WITHOUT_BOX].facts['mask'] == 'lung box' and rows[WITHOUT_MASKS].facts['mask'] == found
+    assert rows[WITHOUT_BOX].facts['mask'] == 'lung box' and rows[WITHOUT_MASKS].facts['mask'] == f'one region from {found}'
     assert rows[WITHOUT_MASKS].verdict == 'FAIL' and rows[WITHOUT_MASKS].value > .8                   # the letter is left in the picture
     assert 'mask' not in rows['four corners'].facts
 
@@ -243,6 +255,10 @@ def test_the_page_says_what_was_kept(numbers):
     children = next(v for k, v in numbers['final']['collections'].items() if 'children' in k)
     assert 'one child in twenty' in prose and round(1 / children['box']['share_above']['mean']) in (20, 21)
     assert '428 hand-drawn masks but one keep' in prose and numbers['final']['bounds']['hand_drawn_outside'] == 1
+    told = {seen: e['mean'] for seen, e in numbers['final']['outline']['auc'].items()}
+    outline, own, box, region = (told[f'all outside {what}'] if what != 'outline' else told['the outline of the lungs alone']
+                                 for what in ('outline', 'the lungs', 'the box', 'one region for all'))
+    assert f'{outline:.2f}' == '0.90' and 'alone reaches .90' in prose and region < box < outline < own
     assert s['dice']['mean'] - s['dice_64']['mean'] < .01                      # 'little is lost'
 
 

@@ -18,7 +18,7 @@ from ..images import file_facts
 from ..runs.folder import BaselineKind, baseline_kind, baseline_name
 from ..stats.paired import compare_auc
 from ..words import as_number, format_percent, join_words
-from .regions import LUNG_MARGIN, blacken, check_image_stack, corners, dilate_masks, lung_box
+from .regions import LUNG_MARGIN, blacken, check_image_stack, common_lungs, corners, lung_box
 
 # %% auto #0
 __all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'WITHOUT_BOX', 'WITHOUT_MASKS', 'ChosenOn', 'small_cnn',
@@ -386,8 +386,8 @@ def _network_jobs(small, masks):
                blacken(small, lung_box(*small.shape[1:])), 'small_cnn')
     if masks is not None:
         yield _Job(WITHOUT_MASKS, 'image_without_lungs',
-                   "everything outside each person's own lungs, made wider",
-                   blacken(small, dilate_masks(masks, shape='diamond')), 'small_cnn')
+                   'everything outside one region that covers the lungs of nearly every image',
+                   blacken(small, common_lungs(masks)), 'small_cnn')
 
 # %% ../../nbs/audit/baselines.ipynb #jobs-table
 def _file_jobs(paths):

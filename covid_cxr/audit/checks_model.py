@@ -64,7 +64,7 @@ def check_image_without_lungs(case: Case) -> list[Verdict]:
 
 def _mask_of_baseline(case, name):
     "What hid the lungs from a baseline, where something did"
-    hidden_by = {WITHOUT_BOX: 'lung box', WITHOUT_MASKS: case.masks_from}
+    hidden_by = {WITHOUT_BOX: 'lung box', WITHOUT_MASKS: f'one region from {case.masks_from}'}
     return dict(mask=hidden_by[name]) if name in hidden_by else {}
 
 def _without_lungs_answer(case, b, above_chance):

@@ -227,7 +227,8 @@ def _hidden(v):
     auc, fall = _said(v, 'auc', 'fall')
     found = f'with everything but the lungs hidden the AUC falls by {fall} to {auc}'
     if v.facts['hidden'] == 'lungs': found = f'with the lungs hidden the model still reaches AUC {auc}'
-    return found + _READS[v.facts['found']]
+    outlined = v.facts['hidden'] == 'lungs' and v.facts.get('mask', 'lung box') != 'lung box'
+    return found + ('; their outline is still seen' if outlined else _READS[v.facts['found']])
 
 # %% ../../nbs/audit/sentences.ipynb #say-markers
 @_about('marker_pasted')
