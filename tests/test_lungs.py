@@ -3,9 +3,10 @@ import dataclasses, json, os, shutil, subprocess, sys
 import numpy as np
 import pytest
 from conftest import DATA, ROOT, here, needs_data
-from covid_cxr.audit.baselines import WITHOUT_BOX, WITHOUT_MASKS, fit_baselines
+from covid_cxr.audit.baselines import WITHOUT_BOX, WITHOUT_MASKS, Baseline, estimate_auc, fit_baselines, split_scores
 from covid_cxr.audit.case import CHECKS, phantom_case, run_check
 from covid_cxr.audit.checks_model import check_maps, check_occlusion
+from covid_cxr.audit.regions import blacken, common_lungs, lung_box
 from covid_cxr.audit.run import case_of_run
 from covid_cxr.audit.sentences import describe_verdict
 from covid_cxr.core import ImageError, RunError, SourceError, WeightsError
@@ -25,7 +26,7 @@ def phantoms(): return phantom_family('P1', 40, (1, 1), size=64, seed=2)
 @pytest.fixture(scope='module')
 def net(phantoms):
     "Trained on 28 phantoms, from random weights"
-    return train_lung_net(phantoms.images[:28], phantoms.lungs[:28], size=64, epochs=8, bs=4, weights='none')
+    return train_lung_net(phantoms.images[:28], phantoms.lungs[:28], size=64, epochs=7, bs=4, weights='none')
 
 
 @pytest.fixture(scope='module')
@@ -187,8 +188,6 @@ def test_the_marker_phantom_is_unmasked_with_found_lungs_too(marker, net):
 
 
 def test_one_region_for_all_tells_nothing_where_an_outline_would(phantoms):
-    from covid_cxr.audit.baselines import estimate_auc, split_scores
-    from covid_cxr.audit.regions import blacken, common_lungs, lung_box
     rng, y = np.random.default_rng(0), np.arange(120) % 2
     images, masks = rng.integers(90, 110, (120, 32, 32)).astype(np.uint8), np.zeros((120, 32, 32), bool)
     for i, ill in enumerate(y): masks[i, 8:(20 if ill else 26), 6:26] = True           # smaller lungs, and nothing else
@@ -198,6 +197,16 @@ def test_one_region_for_all_tells_nothing_where_an_outline_would(phantoms):
     assert (common_lungs(phantoms.lungs) >= lung_box(64, 64)).all()
 
 
+def test_the_baseline_with_masks_hides_the_common_region(monkeypatch, marker):
+    from covid_cxr.audit import baselines
+    seen = []
+    def remember(job, y, groups, at, n_boot, seed): seen.append(job)
+    monkeypatch.setattr(baselines, '_fit_baseline', remember)
+    fit_baselines(marker.table, marker.small, 'ill', masks=marker.masks)
+    job, = [j for j in seen if j.name == WITHOUT_MASKS]
+    assert (job.features == blacken(marker.small, common_lungs(marker.masks))).all()
+
+
 def test_every_row_that_used_a_mask_names_it(marker, net):
     found = f'lungs found by {net.name}'
     maps = {v.rule: v for v in check_maps(marker)}
@@ -205,7 +214,10 @@ def test_every_row_that_used_a_mask_names_it(marker, net):
     assert maps['map_in_lung_masks'].verdict == 'INFO' and maps['map_in_lung_masks'].value < 1        # the letter is in a corner
     alone, = run_check(CHECKS['check_lungs_only'], marker)
     assert alone.facts['mask'] == found and alone.value < .75                                         # no letter, no answer
-    base = fit_baselines(marker.table, marker.small, 'ill', masks=marker.masks, n_boot=200)
+    hidden = blacken(marker.small, common_lungs(marker.masks))
+    scores = split_scores(hidden, marker.y_all, marker.train, marker.evaluated, 'small_cnn', 0)
+    auc = estimate_auc(marker.y, scores, marker.groups, 200)
+    base = [Baseline(name, 'image_without_lungs', 'a test', auc, scores) for name in (WITHOUT_BOX, WITHOUT_MASKS, 'four corners')]
     rows = {v.name: v for v in run_check(CHECKS['check_image_without_lungs'], dataclasses.replace(marker, baselines=base))}
     assert rows[WITHOUT_BOX].facts['mask'] == 'lung box' and rows[WITHOUT_MASKS].facts['mask'] == f'one region from {found}'
     assert rows[WITHOUT_MASKS].verdict == 'FAIL' and rows[WITHOUT_MASKS].value > .8                   # the letter is left in the picture
