@@ -67,6 +67,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/measure_facts.py
 	$(BIN)/python benchmarks/check_articles.py
 	$(BIN)/python benchmarks/lung_box.py
+	$(BIN)/python benchmarks/lungs.py
 	$(BIN)/python benchmarks/ood_check.py
 	$(BIN)/python benchmarks/make_tables.py
 

@@ -2,7 +2,7 @@
 
     python benchmarks/lung_box.py
 
-Drawn lung masks of radiographs (annotations/lungVAE-masks), padded to a square, and the masks of 60 phantom patients.
+Machine-made lung masks of radiographs (annotations/lungVAE-masks), padded to a square, and the masks of 60 phantom patients.
 The result replaces benchmarks/results/lung_box.json.
 """
 import argparse, json, sys
@@ -19,7 +19,7 @@ MASKS = 'covid-chestxray-dataset/annotations/lungVAE-masks'
 
 
 def read_masks(data, size=SIDE, how='pad'):
-    "(n, size, size) bool: the lung masks that people drew"
+    "(n, size, size) bool: the machine-made lung masks, without the shadow of the heart"
     files = sorted((Path(data) / MASKS).glob('*.png'))
     if not files: sys.exit(f'no lung masks below {data}; give the folder that holds covid-chestxray-dataset with --data.')
     return np.stack([fit_to(read_grey(f), size, how) > 127 for f in files])

@@ -416,6 +416,9 @@ def _audit_options(p):
     p.add_argument('--all', action='store_true', help='print every check, also those that pass')
     p.add_argument('--quick', action='store_true', help='only what takes a few minutes on two cores')
     p.add_argument('--cache', metavar='DIR', help='decoded images and fingerprints (default: RUN/cache)')
+    p.add_argument('--lungs', metavar='WEIGHTS',
+                   help='folder of a network that finds lungs (python benchmarks/lungs.py --final makes one), or its '
+                   'name in the folder of weights: also hide the lungs of each image')
     _boot_option(p)
 
 @command(_audit_options, 'covid-cxr audit runs/first --quick')
@@ -424,9 +427,11 @@ def _audit(args):
     from covid_cxr.audit.run import audit_findings, audit_run
     from covid_cxr.audit.sentences import describe_audit, describe_findings_audit
     from covid_cxr.runs.folder import open_run
-    how = dict(cache_dir=args.cache, n_boot=args.n_boot)
-    if open_run(args.run).several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
-    else: print(describe_audit(audit_run(args.run, quick=args.quick, **how), every=args.all))
+    how, several = dict(cache_dir=args.cache, n_boot=args.n_boot), open_run(args.run).several
+    if several and args.lungs:
+        raise RunError(f'{args.run} predicts several findings, and their audit hides no lungs; leave out --lungs.')
+    if several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
+    else: print(describe_audit(audit_run(args.run, quick=args.quick, lungs=args.lungs, **how), every=args.all))
     _make_report(args.run)
 
 # %% ../nbs/cli.ipynb #report

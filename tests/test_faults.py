@@ -20,7 +20,8 @@ from covid_cxr.phantom import FAMILY, make_phantom
 
 KEPT = json.loads((ROOT / 'benchmarks/results/faults.json').read_text())
 FAULTS = [f for f in choices(FaultName) if PLANTED[f]]
-REPORT_ONLY = {'check_lungs_only', 'check_precision', 'check_predictive_values', 'check_history'}     # A5 lungs alone, A11, A15, A19
+REPORT_ONLY = {'check_lungs_only', 'check_precision', 'check_predictive_values', 'check_history',
+               'check_held_out_clusters'}     # A5 lungs alone, A11, A15, A19, A25
 
 # check -> the phantom that it must find something in, and the phantom that it must pass. 'P2' and the like: covid_cxr.phantom.FAMILY, in
 # test_audit.ON_PHANTOMS, in MADE_OF (what becomes of them) or in a test of its own there; else a fault of this file.
@@ -167,7 +168,7 @@ def test_no_check_alarms_beyond_its_stated_rate(name):
     "20 collections with nothing planted; where the labels mean nothing, A12 is right to say that the model is not better"
     kept, stated = KEPT['false_alarms'][name], stated_rates()
     n = len(kept['seeds'])
-    assert n >= 20 and kept['stated_rates'] == stated
+    assert n >= 20 and kept['stated_rates'] | {'A25': 0.} == stated        # A25 only reports, and was not there yet
     for check, rate in stated.items():
         if (name, check) == ('nothing', 'A12'): continue
         alarms = sum(any(a.split()[0] == check for a in r['alarms']) for r in kept['collections'])
@@ -176,7 +177,7 @@ def test_no_check_alarms_beyond_its_stated_rate(name):
 
 def test_what_cannot_err_by_chance_states_no_rate_and_what_can_states_one():
     stated = stated_rates()
-    assert {code for code, rate in stated.items() if rate == 0} == {'A2', 'A11', 'A15', 'A19', 'A20'} and max(stated.values()) <= .1
+    assert {code for code, rate in stated.items() if rate == 0} == {'A2', 'A11', 'A15', 'A19', 'A20', 'A25'} and max(stated.values()) <= .1
     for rule in RULES.values():
         if not rule.thresholds: assert rule.false_alarms == 0 or rule.id == 'external_rate', rule.id
 

@@ -18,13 +18,14 @@ from ..images import file_facts
 from ..runs.folder import BaselineKind, baseline_kind, baseline_name
 from ..stats.paired import compare_auc
 from ..words import as_number, format_percent, join_words
-from .regions import LUNG_MARGIN, blacken, check_image_stack, corners, dilate_masks, lung_box
+from .regions import LUNG_MARGIN, blacken, check_image_stack, common_lungs, corners, lung_box
 
 # %% auto #0
-__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'ChosenOn', 'small_cnn', 'SmallCNN', 'fit_small_cnn',
-           'estimate_auc', 'calibrate_scores', 'group_folds', 'held_out_scores', 'split_scores', 'file_features',
-           'metadata_columns', 'metadata_features', 'intensity_numbers', 'body_outline', 'Baseline', 'fit_baselines',
-           'best_baseline', 'BestGain', 'gain_over_best', 'external_baselines']
+__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'WITHOUT_BOX', 'WITHOUT_MASKS', 'ChosenOn', 'small_cnn',
+           'SmallCNN', 'fit_small_cnn', 'estimate_auc', 'calibrate_scores', 'group_folds', 'held_out_scores',
+           'split_scores', 'file_features', 'metadata_columns', 'metadata_features', 'intensity_numbers',
+           'body_outline', 'Baseline', 'fit_baselines', 'best_baseline', 'BestGain', 'gain_over_best',
+           'external_baselines']
 
 # %% ../../nbs/audit/baselines.ipynb #net
 class _Pools(nn.Module):
@@ -378,13 +379,15 @@ def _edge_jobs(small):
     yield _Job('size of the body', 'image_without_lungs', 'width and place of the body, from its outline alone',
                body_outline(small), 'forest')
 
+WITHOUT_BOX, WITHOUT_MASKS = 'network trained without lungs', 'network trained without lungs (masks)'
+
 def _network_jobs(small, masks):
-    yield _Job('network trained without lungs', 'image_without_lungs', 'everything outside one fixed box',
+    yield _Job(WITHOUT_BOX, 'image_without_lungs', 'everything outside one fixed box',
                blacken(small, lung_box(*small.shape[1:])), 'small_cnn')
     if masks is not None:
-        yield _Job('network trained without lungs (masks)', 'image_without_lungs',
-                   "everything outside each person's own lungs, made wider",
-                   blacken(small, dilate_masks(masks, shape='diamond')), 'small_cnn')
+        yield _Job(WITHOUT_MASKS, 'image_without_lungs',
+                   'everything outside one region that covers the lungs of nearly every image',
+                   blacken(small, common_lungs(masks)), 'small_cnn')
 
 # %% ../../nbs/audit/baselines.ipynb #jobs-table
 def _file_jobs(paths):

@@ -170,6 +170,7 @@ _RULES_MODEL = (
          'on images of the class that it explains, a map surely above {ratio} and above that of random weights is a '
          'PASS, else UNDERPOWERED: a network that sees lungs alone may draw its map elsewhere',
          dict(ratio=1)),
+    Rule('map_in_lung_masks', _REPORTED),
     Rule('map_of_random_weights', 'above {correlation} the map shows the picture and not the model: WARN',
          dict(correlation=.5), .025),
 )
@@ -287,6 +288,7 @@ class Case:
     network: Any = None                            # what `explain.network_input` takes: a Predictor or a SmallCNN
     masks: np.ndarray | None = None                # (n, h, w) bool, lung masks of all rows
     image_masks: np.ndarray | None = None          # (m, h, w) bool, of the evaluated images; all False: it has none
+    masks_from: str = 'masks of the collection'    # who drew both: 'lungs found by 1a2b3c4d'
     pairs: pd.DataFrame | None = None              # near duplicates among the rows, from `duplicates.find_near`
     baselines: Sequence[Baseline] | None = None    # of `fit_baselines`; None: not fitted yet
     fingerprints: Path | None = None               # keeps what identifies image files; None: files are not read

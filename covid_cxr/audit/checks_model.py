@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from PIL import Image
 from scipy import stats
-from .baselines import estimate_auc, fit_small_cnn, held_out_scores, split_scores
+from .baselines import (WITHOUT_BOX, WITHOUT_MASKS, estimate_auc, fit_small_cnn, held_out_scores,
+                                       split_scores)
 from .case import RULES, Case, Verdict, VerdictWord, given, pass_if_precise, register
 from .explain import grad_cam, network_input, randomise_weights, rank_correlation, share_in_region
 from .perturb import (MarkerEffect, OcclusionEffect, measure_acquisition, measure_markers,
@@ -61,13 +62,18 @@ def check_image_without_lungs(case: Case) -> list[Verdict]:
     sure = p < RULES['image_without_lungs'].thresholds['p']
     return [_without_lungs_answer(case, b, bool(above_chance)) for b, above_chance in zip(blind, sure)]
 
+def _mask_of_baseline(case, name):
+    "What hid the lungs from a baseline, where something did"
+    hidden_by = {WITHOUT_BOX: 'lung box', WITHOUT_MASKS: f'one region from {case.masks_from}'}
+    return dict(mask=hidden_by[name]) if name in hidden_by else {}
+
 def _without_lungs_answer(case, b, above_chance):
     if b.constant: return case.not_applicable('A5', 'image_without_lungs', b.name, 'constant')
     chance = RULES['better_than_chance'].thresholds['auc']
     share = (b.auc.value - chance) / (case.auc.value - chance) if case.better_than_chance else np.nan
     verdict = without_lungs_verdict(b.auc, above_chance, share)
     return case.answer('A5', 'image_without_lungs', b.name, 'AUC', b.auc, verdict, above_chance=above_chance,
-                       share_of_gain=share)
+                       share_of_gain=share, **_mask_of_baseline(case, b.name))
 
 # %% ../../nbs/audit/checks_model.ipynb #lungs-only
 @register('A5', 'lungs alone', needs=['masks'], rules=['lungs_only'], cost='minutes', quick=False)
@@ -77,7 +83,7 @@ def check_lungs_only(case: Case) -> list[Verdict]:
     scores = split_scores(lungs, case.y_all, case.train, case.evaluated, 'small_cnn', case.seed)
     auc = estimate_auc(case.y, scores, case.groups, case.n_boot, case.seed)
     return [case.answer('A5', 'lungs_only', 'network trained on the lungs alone', 'AUC', auc, 'INFO',
-                        model_auc=case.auc.value)]
+                        model_auc=case.auc.value, mask=case.masks_from)]
 
 # %% ../../nbs/audit/checks_model.ipynb #occlusion-verdict
 def hiding_verdict(
@@ -101,7 +107,8 @@ def _occlusion_answer(case, effect: OcclusionEffect, n):
     if not decides: rule = 'other_hiding'
     return case.answer('A6', rule, f'{what} hidden ({effect.region}, {effect.fill})', statistic, e,
                        found if decides else 'INFO', n, hidden=effect.hidden, auc=effect.auc.value,
-                       fall=effect.fall.value, found=found)
+                       fall=effect.fall.value, found=found,
+                       mask='lung box' if effect.region == 'lung box' else case.masks_from)
 
 # %% ../../nbs/audit/checks_model.ipynb #occlusion
 MIN_MASKED = 5      # images of each class with a lung mask, for a look at the masks
@@ -415,6 +422,8 @@ class MapEffect(NamedTuple):
     random_in_box: Estimate  # of the network with random weights
     likeness: float          # mean rank correlation of the two maps; NaN: one of them is empty
     images: int
+    in_masks: Estimate = Estimate()    # as in_box, in each image's own lungs; NaN: too few images have a mask
+    masked: int = 0                    # images that have one
 
 def measure_maps(
     case: Case,      # with a network
@@ -428,7 +437,16 @@ def measure_maps(
     own, random = (share_in_region(m, box, case.groups[at], case.n_boot, case.seed) for m in (maps, random_maps))
     likeness = np.array([rank_correlation(a, b) for a, b in zip(maps, random_maps)])
     known = likeness[np.isfinite(likeness)]
-    return MapEffect(own, random, float(known.mean()) if len(known) else np.nan, len(at))
+    mean = float(known.mean()) if len(known) else np.nan
+    return MapEffect(own, random, mean, len(at), *_in_masks(case, maps, at))
+
+def _in_masks(case, maps, at):
+    "How densely maps lie in the lungs of their own images, and how many images have a mask"
+    if case.image_masks is None: return Estimate(), 0
+    masks, groups = case.image_masks[at], case.groups[at]
+    n = int(masks.any((1, 2)).sum())
+    if n < MIN_MASKED: return Estimate(), n
+    return share_in_region(maps, masks, groups, case.n_boot, case.seed), n
 
 # %% ../../nbs/audit/checks_model.ipynb #maps-verdict
 def map_in_box_verdict(
@@ -445,7 +463,7 @@ def map_likeness_verdict(
     return 'WARN' if likeness > RULES['map_of_random_weights'].thresholds['correlation'] else 'PASS'
 
 @register('A21', 'maps of Grad-CAM', needs=['network'],
-          rules=['better_than_chance', 'map_in_lung_box', 'map_of_random_weights'], cost='minutes')
+          rules=['better_than_chance', 'map_in_lung_box', 'map_in_lung_masks', 'map_of_random_weights'], cost='minutes')
 def check_maps(case: Case) -> list[Verdict]:
     "A21: where Grad-CAM lies, beside a network whose weights are random"
     if not case.better_than_chance: return [_nothing_to_explain(case, 'A21', 'Grad-CAM')]
@@ -454,10 +472,17 @@ def check_maps(case: Case) -> list[Verdict]:
     if math.isnan(found.in_box.value): return [case.not_applicable('A21', 'map_in_lung_box', 'Grad-CAM', 'empty maps')]
     return [case.answer('A21', 'map_in_lung_box', 'Grad-CAM in the lung box', 'share of the map over share of the area',
                         found.in_box, map_in_box_verdict(found.in_box, found.random_in_box), n,
-                        random=found.random_in_box.value),
-            _likeness_answer(case, found, n)]
+                        random=found.random_in_box.value, mask='lung box'),
+            _likeness_answer(case, found, n), *_own_masks_answer(case, found)]
 
 # %% ../../nbs/audit/checks_model.ipynb #likeness-answer
+def _own_masks_answer(case, found):
+    "How densely the maps lie in the lungs of their own images; nothing where too few have a mask"
+    if math.isnan(found.in_masks.value): return []
+    return [case.answer('A21', 'map_in_lung_masks', 'Grad-CAM in the lung masks',
+                        'share of the map over share of the area', found.in_masks, 'INFO', dict(images=found.masked),
+                        mask=case.masks_from)]
+
 def _likeness_answer(case, found, n):
     "Do the maps depend on the weights?"
     name = 'map against the map of random weights'

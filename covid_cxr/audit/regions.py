@@ -12,8 +12,8 @@ from scipy.sparse.linalg import splu
 from ..core import ImageError, VocabularyError, check_choice
 
 # %% auto #0
-__all__ = ['LUNG_MARGIN', 'DilationShape', 'Fill', 'check_image_stack', 'check_region', 'lung_box', 'border_ring',
-           'corners', 'dilate_masks', 'blacken', 'hide', 'inpaint']
+__all__ = ['LUNG_MARGIN', 'DilationShape', 'MOST_LUNGS', 'Fill', 'check_image_stack', 'check_region', 'lung_box',
+           'border_ring', 'corners', 'dilate_masks', 'common_lungs', 'blacken', 'hide', 'inpaint']
 
 # %% ../../nbs/audit/regions.ipynb #check
 _MAKE_BOOL = 'compare a mask of numbers with > 0 first'
@@ -92,6 +92,19 @@ def dilate_masks(
     yy, xx = np.mgrid[-k:k + 1, -k:k + 1]
     element = yy ** 2 + xx ** 2 <= k * k if shape == 'disc' else abs(yy) + abs(xx) <= k
     return ndimage.binary_dilation(masks, element[None])
+
+# %% ../../nbs/audit/regions.ipynb #common
+MOST_LUNGS = .01     # of the images: a pixel that is lung more often belongs to the common region
+
+def common_lungs(
+    masks: ArrayLike,                # (n, h, w) bool, lungs of all images
+    share: float = MOST_LUNGS,       # of the images in which a pixel may be lung and still stay visible
+) -> np.ndarray:                     # (h, w) bool
+    "One region that covers the lungs of nearly every image: the lung box and what is lung often"
+    masks = np.asarray(masks)
+    if masks.ndim != 3 or masks.dtype != bool or not len(masks):
+        raise ImageError(f'masks are (n, h, w) bool, not {masks.shape} {masks.dtype}; {_MAKE_BOOL}.')
+    return lung_box(*masks.shape[1:]) | (masks.mean(0) > share)
 
 # %% ../../nbs/audit/regions.ipynb #blacken
 def blacken(

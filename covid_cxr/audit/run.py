@@ -16,12 +16,15 @@ from .case import (CHECKS, RULES, Audit, Case, Headline, NotRun, Verdict, given,
 from .checks_numbers import compare_metrics, compare_probabilities
 from .explain import network_input
 from .findings import FindingsAudit, correct_verdicts
+from .regions import lung_box
 from .sentences import describe_audit, describe_findings_audit
 from ..bundle import writing_files
 from ..cache import ImageCache
 from ..core import RunError, atomic_path, utc_now, versions, write_json, write_text
 from ..duplicates import find_near
 from ..images import ImageRule, fit_to, read_grey
+from ..model.lungs import find_lungs, load_lung_net, lung_fault
+from ..words import format_count
 from ..predict import Predictor, load_predictor
 from ..runs.external import read_external_tests
 from ..evaluate import Estimate, allow_undefined
@@ -107,18 +110,41 @@ def _read_images(folder, cache):
         if split == folder.split: evaluated.append(pixels)
     return np.stack(small), np.stack(evaluated)
 
-def _small_masks(rows):
-    "(n, SMALL, SMALL) lung masks of all rows; None where a row has none"
-    if 'mask' not in rows or rows['mask'].isna().any(): return None
-    return np.stack([fit_to(read_grey(m), SMALL) > 127 for m in rows['mask']])
+# %% ../../nbs/audit/run.ipynb #masks
+class _Masks(NamedTuple):
+    "Lung masks of the images of a run"
+    small: np.ndarray | None        # (n, h, w) bool of all rows, at the size of the small images
+    evaluated: np.ndarray | None    # (m, h, w) bool of the evaluated ones, as the model sees them; all False: none
+    drawn_by: str
 
-def _image_masks(rows, rule: ImageRule):
-    "Lung masks at the size of the model's images, all False where one has none; None where no image has one"
+def _read_masks(rows, size, how):
+    "Masks at one size, all False where an image has none; None where no image has one"
     if 'mask' not in rows or rows['mask'].isna().all(): return None
     def read(file):
-        if not (isinstance(file, str) and Path(file).is_file()): return np.zeros((rule.size, rule.size), bool)
-        return fit_to(read_grey(file), rule.size, rule.how) > 127
+        if not (isinstance(file, str) and Path(file).is_file()): return np.zeros((size, size), bool)
+        return fit_to(read_grey(file), size, how) > 127
     return np.stack([read(m) for m in rows['mask']])
+
+def _drawn_masks(folder, rule: ImageRule):
+    "The masks that came with the collection"
+    rows, evaluated = folder.rows, folder.rows[folder.rows['split'] == folder.split]
+    whole = 'mask' in rows and rows['mask'].notna().all()
+    small = _read_masks(rows, min(SMALL, rule.size), rule.how) if whole else None
+    return _Masks(small, _read_masks(evaluated, rule.size, rule.how), 'masks of the collection')
+
+# %% ../../nbs/audit/run.ipynb #found-masks
+def _found_masks(folder, cache, weights):
+    "Lungs found on every image; the lung box stands in for what does not look like two lungs"
+    net, small, evaluated, lost = load_lung_net(weights), [], [], 0
+    for path, split in zip(folder.rows['path'], folder.rows['split']):
+        lungs, = find_lungs(net, cache.get(path)[None])
+        failed = lung_fault(lungs) != 'none'
+        lost += failed
+        whole = lung_box(*lungs.shape) if failed else lungs
+        small.append(fit_to(255 * whole.astype(np.uint8), min(SMALL, len(lungs)), 'squash') > 127)
+        if split == folder.split: evaluated.append(lungs & (not failed))
+    doubt = f', not believed on {lost:,} of {format_count(len(small), "image")}' if lost else ''
+    return _Masks(np.stack(small), np.stack(evaluated), f'lungs found by {net.name}{doubt}')
 
 # %% ../../nbs/audit/run.ipynb #model
 def _probabilities(predictor, images, bs=16):
@@ -156,6 +182,7 @@ def case_of_run(
     cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
     copies: bool = True,                  # search for near duplicates among all its images
     n_boot: int = 2000,                   # resamples of patients
+    lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
 ) -> Case:
     "Everything that an audit may look at, from a run's folder and its exported model"
     folder = RunFolder.open(run)
@@ -164,16 +191,18 @@ def case_of_run(
                        "networks, so there is nothing to audit it on; audit its folds, and test it with 'covid-cxr "
                        "external'.")
     predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
-    small, images = _read_images(folder, ImageCache(cache / 'images', predictor.rule))
+    pictures = ImageCache(cache / 'images', predictor.rule)
+    small, images = _read_images(folder, pictures)
+    masks = _drawn_masks(folder, predictor.rule) if lungs is None else _found_masks(folder, pictures, lungs)
     rows, classes = _last_against_rest(folder.rows, folder.classes)
     point, prints = folder.operating_point, cache / 'fingerprints.npz'
     return Case(
         rows, small, rows[f'prob_{classes[-1]}'].to_numpy(float), classes, point.threshold if point else .5,
         point.to_dict() if point else None, folder.split, images, score=lambda x: _probabilities(predictor, x)[:, -1],
-        features=lambda x: last_features(predictor, x), network=predictor, masks=_small_masks(rows),
-        image_masks=_image_masks(rows[rows['split'] == folder.split], predictor.rule),
-        pairs=find_near(rows, prints) if copies else None, fingerprints=prints, folder=folder, ood=predictor.ood_check,
-        external_tests=read_external_tests(folder), n_boot=n_boot, seed=folder.recipe.seed)
+        features=lambda x: last_features(predictor, x), network=predictor, masks=masks.small,
+        image_masks=masks.evaluated, masks_from=masks.drawn_by, pairs=find_near(rows, prints) if copies else None,
+        fingerprints=prints, folder=folder, ood=predictor.ood_check, external_tests=read_external_tests(folder),
+        n_boot=n_boot, seed=folder.recipe.seed)
 
 # %% ../../nbs/audit/run.ipynb #baselines
 def _scores_table(case, baselines):
@@ -231,11 +260,12 @@ def audit_run(
     n_boot: int = 2000,                   # resamples of patients
     copies: bool = True,                  # search for near copies among all its images
     log: Callable[[str], object] = print, # takes lines of text
+    lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
 ) -> Audit:
     "Audit a finished run; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     start, folder = time.perf_counter(), RunFolder.open(run)
     log('reading the images and the exported model')
-    case = case_of_run(folder, cache_dir, copies, n_boot)
+    case = case_of_run(folder, cache_dir, copies, n_boot, lungs)
     case.quick, case.most = quick, affordable_images(case) if quick else None
     log_test_evaluation(folder.path, 'audit', case.split, dict(auc=case.auc), case.threshold, once=True)
     found = audit_case(case, log)

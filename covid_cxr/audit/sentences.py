@@ -237,7 +237,8 @@ def _hidden(v):
     auc, fall = _said(v, 'auc', 'fall')
     found = f'with everything but the lungs hidden the AUC falls by {fall} to {auc}'
     if v.facts['hidden'] == 'lungs': found = f'with the lungs hidden the model still reaches AUC {auc}'
-    return found + _READS[v.facts['found']]
+    outlined = v.facts['hidden'] == 'lungs' and v.facts.get('mask', 'lung box') != 'lung box'
+    return found + ('; their outline is still seen' if outlined else _READS[v.facts['found']])
 
 # %% ../../nbs/audit/sentences.ipynb #say-markers
 @_about('marker_pasted')
@@ -423,6 +424,10 @@ def _map(v):
     favour = '' if v.verdict == 'PASS' else '; it is not shown to favour the lungs more than chance does'
     return f'the map lies {own} times as densely in the lung box as in the picture, {beside}{favour}'
 
+@_about('map_in_lung_masks')
+def _map_in_masks(v):
+    return f'the map lies {format_number(v.value, 2)} times as densely in the lungs of each image as in the picture'
+
 @_about('map_of_random_weights')
 def _random_map(v):
     if v.verdict == 'PASS': return 'the map changes when the weights are random'
@@ -433,7 +438,8 @@ def describe_verdict(v: Verdict) -> str:
     "What a verdict means here, in a sentence"
     if 'why' in v.facts: return sentence(_NOT_ASKED[v.facts['why']])
     if 'uncorrected' in v.facts: return _describe_corrected(v)
-    return sentence(_SENTENCES[v.rule](v)) if v.facts else sentence(f'{v.name}: {describe_value(v)}')
+    if not v.facts: return sentence(f'{v.name}: {describe_value(v)}')
+    return sentence(_SENTENCES[v.rule](v) + (f' (mask: {v.facts["mask"]})' if 'mask' in v.facts else ''))
 
 def _describe_corrected(v):
     "What a verdict was before it was corrected for the number of findings"
@@ -502,7 +508,8 @@ def _over_metadata(h):
 _MISSING: dict[str, str] = {
     'time': 'takes minutes; run the audit without --quick', 'pairs': 'copies were not searched for',
     'subject': 'nothing is recorded that it could ask about',
-    'masks': 'not every image has a lung mask', 'external tests': "none was made; run 'covid-cxr external RUN SOURCE'",
+    'masks': 'not every image has a lung mask; find lungs with --lungs WEIGHTS',
+    'external tests': "none was made; run 'covid-cxr external RUN SOURCE'",
     'out-of-distribution check': 'the bundle carries none', 'image files': 'no image files were read',
     'images and model': 'the images or the model were not given', 'network': 'no network was given',
     'features': 'the features of the model were not given', 'run folder': 'no run directory was given',
