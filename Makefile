@@ -19,7 +19,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q
 PROPERTIES = $(shell grep -l max_examples tests/test_*.py)
 FAST := tests/test_structure.py tests/test_words.py tests/test_table.py tests/test_evaluate.py tests/test_sources.py tests/test_cache.py tests/test_plots.py tests/test_docs.py
 
-.PHONY: demo check test test-static test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
+.PHONY: demo check test test-sync-types test-static test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -28,7 +28,14 @@ demo: .venv/installed
 check: test-static
 	$(PYTEST) -n 2 --dist worksteal $(FAST)
 
-test: test-static test-notebooks test-pytest
+# The static checks fill the time in which one of the two workers of the notebooks waits.
+test: .venv/installed
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-sync-types test-notebooks
+	@$(MAKE) --no-print-directory test-pytest
+
+test-sync-types: .venv/installed
+	@$(MAKE) --no-print-directory test-sync
+	@$(MAKE) --no-print-directory test-types
 
 test-static: .venv/installed
 	@$(MAKE) --no-print-directory -j 2 --output-sync test-sync test-types

@@ -46,10 +46,10 @@ def as_dict(found):
 
 def published(x, y, groups, test):
     "The same classifier, trained on all training images, on the published test"
-    train, comp = ~test, stress._components(x, 60)
-    p = stress._scores(comp[train], y[train], groups[train], 0, folds=5)
+    train = ~test
+    p = stress._scores(x[train], y[train], groups[train], 0, folds=5)
     threshold = choose_threshold(y[train], p).threshold
-    q = stress._fit(comp[train], y[train]).predict_proba(comp[test])[:, 1]
+    q = stress._fit(x[train], y[train]).predict_proba(x[test])[:, 1]
     right = (q < threshold)[y[test] == 0]
     share = patient_wilson(right, groups[test][y[test] == 0])
     return dict(stress._found(y[test], q, threshold), specificity_low=share.low, specificity_high=share.high, images=int(test.sum()),
@@ -78,13 +78,13 @@ def balanced(y, predicted): return ((predicted == 1)[y == 1].mean() + (predicted
 
 def compare_ways(x, y, groups, sizes, draws):
     "Mean balanced accuracy of every way over the held-out clusters, each playing the new place"
-    comp, rows = stress._components(x, 60), []
+    rows = []
     for k, (c, own, beside) in enumerate(stress._held_out(x, y, groups, 5, 0)):
         at = np.r_[own, beside]
         rest = ~np.isin(groups, np.unique(groups[at]))
-        p = stress._scores(comp[rest], y[rest], groups[rest], 0)
+        p = stress._scores(x[rest], y[rest], groups[rest], 0)
         v, w, t = logit(p), y[rest], float(logit(choose_threshold(y[rest], p).threshold))
-        q = stress._fit(comp[rest], y[rest]).predict_proba(comp[at])[:, 1]
+        q = stress._fit(x[rest], y[rest]).predict_proba(x[at])[:, 1]
         z, s, rng = logit(q), check_two_classes(y[at], q, groups[at]), np.random.default_rng(k)
         rows.append(dict(fold=k, labels='', way='frozen threshold', n=0, value=balanced(y[at], z >= t)))
         for n in sizes:

@@ -369,7 +369,7 @@ def test_check_ood(audited):
 
 
 def test_check_held_out_clusters():
-    "Normals of the site of the ill, held out whole, are predicted ill; without sites the clusters are as good as chance allows"
+    "The ill of the site of the well, held out whole, are predicted well; the worst cluster is never better than patients at random"
     fall = {}
     for name in ('P4b', 'P1'):
         images, t, _ = phantom_family(name, 420, (1, 1), size=48, seed=5)
@@ -378,8 +378,8 @@ def test_check_held_out_clusters():
         case = Case(t, images, np.full(len(t), .5), ('well', 'ill'))
         specificity, sensitivity = run_check(CHECKS['check_held_out_clusters'], case)
         assert {specificity.verdict, sensitivity.verdict} == {'INFO'} and specificity.low <= specificity.value <= specificity.high
-        fall[name] = specificity.facts['usual'] - specificity.value
-    assert fall['P4b'] > .1
+        fall[name] = max(v.facts['usual'] - v.value for v in (specificity, sensitivity))
+    assert fall['P4b'] > .3 and fall['P1'] > 0
     short = dataclasses.replace(case, table=case.table.assign(split=np.where(np.arange(len(t)) < 60, 'train', 'test')))
     assert [v.verdict for v in run_check(CHECKS['check_held_out_clusters'], short)] == ['UNDERPOWERED']
 

@@ -17,22 +17,23 @@ __all__ = ['picture_features', 'cluster_patients', 'StressFold', 'StressTest', '
 # %% ../../nbs/audit/stress.ipynb #features
 def picture_features(
     images: np.ndarray,        # (n, h, w) uint8, sides of about 64 pixels
-) -> np.ndarray:               # (n, 1024) float32: mean shades of a grid of 32 x 32
+) -> np.ndarray:               # (n, 576) float32: mean shades of a grid of 24 x 24
     "Features by which look-alike pictures are found"
     images = check_image_stack(images)
-    if min(images.shape[1:]) < 32:
-        raise ImageError(f'images of {images.shape[1]} x {images.shape[2]} pixels are too small here; give 32 or more.')
-    rows, columns = (np.linspace(0, s, 33).astype(int)[:-1] for s in images.shape[1:])
+    if min(images.shape[1:]) < 24:
+        raise ImageError(f'images of {images.shape[1]} x {images.shape[2]} pixels are too small here; give 24 or more.')
+    rows, columns = (np.linspace(0, s, 25).astype(int)[:-1] for s in images.shape[1:])
     sums = np.add.reduceat(np.add.reduceat(images.astype(np.float32), rows, 1), columns, 2)
     area = np.diff(rows, append=images.shape[1])[:, None] * np.diff(columns, append=images.shape[2])
     return (sums / area).reshape(len(images), -1)
 
 # %% ../../nbs/audit/stress.ipynb #clusters
 def _components(x, most):
-    "(n, <= most) principal components of standardised features"
+    "Standardised features and their principal components, not yet fitted"
     from sklearn.decomposition import PCA
-    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
-    return PCA(min(most, *x.shape), random_state=0).fit_transform(x)
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    return make_pipeline(StandardScaler(), PCA(min(most, *x.shape), random_state=0))
 
 def cluster_patients(
     features: np.ndarray,      # (n, f)
@@ -43,7 +44,8 @@ def cluster_patients(
     "The cluster of every image; all images of a patient are in one"
     from sklearn.cluster import KMeans
     patient, of = np.unique(np.asarray(groups, str), return_inverse=True)
-    means = pd.DataFrame(_components(np.asarray(features, float), 20)).groupby(of).mean().to_numpy()
+    features = np.asarray(features, float)
+    means = pd.DataFrame(_components(features, 20).fit_transform(features)).groupby(of).mean().to_numpy()
     return KMeans(min(k, len(patient)), n_init=5, random_state=seed).fit_predict(means)[of]
 
 # %% ../../nbs/audit/stress.ipynb #folds
@@ -69,8 +71,10 @@ def _held_out(x, y, groups, k, seed) -> Iterator[tuple[int, np.ndarray, np.ndarr
 
 # %% ../../nbs/audit/stress.ipynb #classifier
 def _fit(x, y):
+    "Principal components and a logistic regression; nothing of the held-out images enters"
     from sklearn.linear_model import LogisticRegression
-    return LogisticRegression(C=.01, class_weight='balanced', max_iter=500).fit(x, y)
+    from sklearn.pipeline import make_pipeline
+    return make_pipeline(_components(x, 60), LogisticRegression(C=.01, class_weight='balanced', max_iter=500)).fit(x, y)
 
 def _scores(x, y, groups, seed, folds=3):
     "(n,) probabilities of images whose patients were held out in turn"
@@ -125,9 +129,8 @@ def stress_test(
     seed: int = 0,
 ) -> StressTest:
     "Hold out every cluster of look-alike patients in turn, and patients at random for comparison"
-    y, groups = np.asarray(y, int), np.asarray(groups, str)
-    x = _components(np.asarray(features, float), 60)
-    every = list(_held_out(np.asarray(features, float), y, groups, k, seed))
+    x, y, groups = np.asarray(features, float), np.asarray(y, int), np.asarray(groups, str)
+    every = list(_held_out(x, y, groups, k, seed))
     kept = [f for f in every if _enough(y, groups, np.r_[f[1], f[2]], least)]
     if {f[0] for f in kept} != {0, 1}:
         raise EvaluationError(f'no cluster of one class holds {least} patients, with {least} of the other class '
