@@ -11,13 +11,12 @@ import numpy as np, pandas as pd
 from scipy.special import expit, logit
 from covid_cxr.audit import stress
 from covid_cxr.audit.stress import picture_features, stress_test
-from covid_cxr.evaluate import choose_threshold
 from covid_cxr.core import data_folder
+from covid_cxr.evaluate import check_two_classes, choose_threshold
 from covid_cxr.images import ImageRule, load_image
 from covid_cxr.recipe import build_table, load_recipe
 from covid_cxr.stats.bootstrap import patient_wilson
 from covid_cxr.stats.recalibration import _draw, _usable, divide_in_two
-from covid_cxr.evaluate import check_two_classes
 
 
 def pictures(table, size):

@@ -171,7 +171,8 @@ def calibrate_for_site(
 ) -> SiteCalibration:
     "Write a bundle whose threshold and probabilities are those of a place"
     reference, predictor = find_reference(folder), Predictor(folder, device)
-    rows, p = _answers(predictor, read_local_images(images, predictor.classes, patient_pattern))
+    every = read_local_images(images, predictor.classes, patient_pattern)
+    rows, p = _answers(predictor, every)
     if not len(p): raise RunError(f'none of the images below {images} is answered by this model.')
     y, groups, classes = rows['label'].to_numpy(object), rows['group'].to_numpy(object), predictor.classes
     found = calibrate_locally(None if y[0] is None else y, p, reference, groups, classes)
@@ -180,7 +181,6 @@ def calibrate_for_site(
         before = _shares(y, p, groups, reference.threshold, classes)
         moved = _cross_fitted(y, p, reference, groups, classes)
         after = {} if moved is None else _shares(y, moved, groups, .5, classes)
-    declined = len(list_images(images)) - len(p)
-    out = SiteCalibration(site, found, declined, bool(patient_pattern), before, after)
+    out = SiteCalibration(site, found, len(every) - len(p), bool(patient_pattern), before, after)
     adapt_bundle(folder, to, found.threshold, found.temperature, out.to_dict())
     return out
