@@ -10,7 +10,8 @@ from record import RESULTS, about, machine, write_result
 import numpy as np, pandas as pd
 from scipy.special import expit, logit
 from covid_cxr.audit import stress
-from covid_cxr.audit.stress import picture_features, stress_test
+from covid_cxr.audit.stress import stress_test
+from covid_cxr.curate.clusters import picture_features
 from covid_cxr.core import data_folder
 from covid_cxr.evaluate import check_two_classes, choose_threshold
 from covid_cxr.images import ImageRule, load_image

@@ -12,6 +12,7 @@ from PIL import Image
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, TransformBlock
 from fastai.vision.augment import AffineCoordTfm, RandTransform, affine_mat, aug_transforms
 from fastai.vision.core import TensorImage, TensorImageBW
+from torch.nn import functional as F
 import fastai.callback.data      # adds weighted_dataloaders to DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from .core import RecipeError, TableError, require_columns, used
@@ -21,8 +22,8 @@ from .table import check_split
 from .model.settings import MEAN, STD
 
 # %% auto #0
-__all__ = ['LoadImage', 'read_label', 'split_column', 'RandomGamma', 'HideBox', 'cxr_augment', 'cxr_block',
-           'trainable_rows', 'class_order', 'cxr_dls']
+__all__ = ['LoadImage', 'read_label', 'split_column', 'RandomGamma', 'HideBox', 'RandomScanner', 'cxr_augment',
+           'cxr_block', 'trainable_rows', 'class_order', 'cxr_dls']
 
 # %% ../nbs/data.ipynb #load-image
 class LoadImage(DisplayedTransform):
@@ -80,6 +81,37 @@ class HideBox(RandTransform):
             x[i, :, a:a + int(tall[i]), b:b + int(wide[i])] = 0
         return x
 
+# %% ../nbs/data.ipynb #scanner
+def _smooth(x):
+    "Each picture blurred by a kernel of 5 x 5 pixels"
+    line = x.new_tensor([1., 4., 6., 4., 1.]) / 16
+    kernel = (line[:, None] * line[None])[None, None]
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel)
+
+def _shading(x, angle):
+    "(n, 1, h, w) planes from -1 to 1 that rise in a direction of their own"
+    down, right = (torch.linspace(-1, 1, s, device=x.device, dtype=x.dtype) for s in x.shape[-2:])
+    turn = angle.view(-1, 1, 1, 1)
+    return (turn.sin() * down[:, None] + turn.cos() * right[None]) / (turn.sin().abs() + turn.cos().abs())
+
+class RandomScanner(RandTransform):
+    "Change sharpness, noise, contrast and shading of every training image, as if another machine had made it"
+    order, split_idx = 36, 0                   # behind IntToFloatTensor, before Normalize
+    def __init__(self, strength: float):       # 0 nothing, 1 strong
+        super().__init__(p=1.)
+        self.strength = strength
+
+    def encodes(self, x: TensorImage) -> TensorImage:
+        n, s = len(x), self.strength
+        sharp, contrast, shade = ((2 * torch.rand(n, 1, 1, 1, device=x.device) - 1) * s for _ in range(3))
+        noise, angle = torch.rand(n, 1, 1, 1, device=x.device) * s, torch.rand(n, device=x.device) * 2 * torch.pi
+        detail = x - _smooth(x)
+        x = x + torch.where(sharp < 0, .9 * sharp, 2 * sharp) * detail
+        middle = x.mean((2, 3), keepdim=True)
+        x = middle + (x - middle) * torch.exp(.5 * contrast)
+        x = x + .15 * shade * _shading(x, angle) + .04 * noise * torch.randn_like(x)
+        return x.clamp(0, 1)
+
 # %% ../nbs/data.ipynb #augment
 def _shift_mat(x, share, p=.75):
     "(n, 3, 3) moves by up to a share of the side, each way, for a share p of the images; fastai counts a side as 2"
@@ -98,14 +130,16 @@ def cxr_augment(
     zoom_out: float = 1.,  # largest reduction, factor, e.g. .85
     gamma: float = 0.,     # largest change of the logarithm of gamma, e.g. .3
     erase: float = 0.,     # share of images in which a random box is hidden
+    scanner: float = 0.,   # largest change by another machine: sharpness, noise, contrast, shading; 0: none, 1: strong
 ) -> list:                 # fastai batch transforms
     "The batch augmentations that a frontal chest radiograph allows; never a vertical flip, never a warp"
     if not 0 <= shift < .5: raise RecipeError(f'shift = {shift}; give a share of the side from 0 (off) to below 0.5.')
     move = [AffineCoordTfm(aff_fs=partial(_shift_mat, share=shift), pad_mode='zeros')] if shift else []
     tone, hide = [RandomGamma(gamma)] if gamma else [], [HideBox(erase)] if erase else []
+    machine = [RandomScanner(scanner)] if scanner else []
     moved = aug_transforms(do_flip=flip, flip_vert=False, max_rotate=rotate, min_zoom=zoom_out, max_zoom=zoom,
                            max_warp=0., max_lighting=lighting, pad_mode='zeros', xtra_tfms=move)
-    return [*moved, *tone, *hide]
+    return [*moved, *tone, *machine, *hide]
 
 # %% ../nbs/data.ipynb #cxr-block
 def cxr_block(

@@ -8,11 +8,11 @@ import dataclasses, functools, importlib.resources, os, re, sys, textwrap, types
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Mapping
+from typing import Any, Callable, Iterable, Iterator, Literal, Mapping
 import numpy as np, pandas as pd
 from .core import (LeakError, Reason, RecipeError, SourceError, canonical_finding, check_choice, choices,
                             exclude, is_finding, nearest, sha256_file, sha256_text, used)
-from .images import How, ImageRule, Stretch, Suppress
+from .images import How, ImageRule, Stretch, Suppress, load_image
 from .cache import ImageCache, OnBad, check_images
 from .sources import SOURCES, check_options, find_source, read_source, reader_options
 from .table import (TASKS, Duplicates, Task, as_task, check_split, drop_repeats, filter_ages, filter_views,
@@ -21,6 +21,7 @@ from .table import (TASKS, Duplicates, Task, as_task, check_split, drop_repeats,
 from .findings.labels import (FindingsTask, LabelsIn, Uncertain, label_findings, split_by_findings,
                                  stored_labels)
 from .curate.licences import LicenceRule, filter_licences
+from .curate.clusters import fold_by_cluster
 from .bundle import MOST_MEMBERS
 from .model.settings import (HeadKind, Imbalance, Keep, Monitor, OnDoubt, Opt, Schedule, Stage,
                                       check_cost_matrix, fit_epochs)
@@ -75,7 +76,7 @@ class ImageSpec:
     suppress: Suppress = 'none'     # parts of every image that are blackened
 
 # %% ../nbs/recipe.ipynb #fields-split
-SplitKind = Literal['group', 'official', 'published', 'fold', 'source', 'time', 'image']
+SplitKind = Literal['group', 'official', 'published', 'fold', 'cluster', 'source', 'time', 'image']
 
 @dataclass(frozen=True)
 class SplitSpec:
@@ -83,8 +84,8 @@ class SplitSpec:
     kind: SplitKind = 'group'       # how the images are split; 'image' leaks
     valid_pct: float = .2           # share of the images for validation; not used by 'published'
     test_pct: float = .2            # share of the images for the test; 'group', 'time' and 'image' only
-    n_folds: int = 5                # 'fold': so many folds
-    fold: int = 0                   # 'fold': the one that is the test split, from 0
+    n_folds: int = 5                # 'fold' and 'cluster': so many folds
+    fold: int = 0                   # 'fold' and 'cluster': the one that is the test split, from 0
     source: str = ''                # 'source': the collection that is the test split
     allow_leak: bool = False        # go on although a group stands on both sides; the results then say so
 
@@ -144,6 +145,7 @@ class TrainingSpec:
     zoom_out: float = field(default=1., metadata=_LATER)          # augmentation: smallest factor, e.g. .85
     gamma: float = field(default=0., metadata=_LATER)             # augmentation: largest change of log gamma, e.g. .3
     erase: float = field(default=0., metadata=_LATER)             # augmentation: share of images with a hidden box
+    scanner: float = field(default=0., metadata=_LATER)           # augmentation: as if by other machines, up to 1
     seeds: int = field(default=1, metadata=_LATER)                # networks with seeds in a row whose mean answers
 
 # %% ../nbs/recipe.ipynb #fields-task
@@ -325,7 +327,7 @@ def _check_training(t, n_classes):
                   label_smoothing=(0 <= t.label_smoothing < 1, 'a share from 0 to below 1'),
                   mixup=(0 <= t.mixup <= 10, 'from 0 to 10'), cutmix=(0 <= t.cutmix <= 10, 'from 0 to 10'),
                   zoom_out=(.2 < t.zoom_out <= 1, 'above 0.2 and at most 1'), gamma=(0 <= t.gamma < 3, 'from 0 to 3'),
-                  erase=(0 <= t.erase <= 1, 'a share from 0 to 1'),
+                  erase=(0 <= t.erase <= 1, 'a share from 0 to 1'), scanner=(0 <= t.scanner <= 1, 'from 0 to 1'),
                   seeds=(1 <= t.seeds <= MOST_MEMBERS, f'from 1 to {MOST_MEMBERS}'))
     for name, (ok, want) in wanted.items():
         if not ok: raise RecipeError(f'training.{name} = {getattr(t, name)}; it must be {want}.')
@@ -343,7 +345,8 @@ _SMALLEST = {'seed': 0, 'training.bs': 2, 'training.num_it': 40, 'evaluation.n_b
 
 # %% ../nbs/recipe.ipynb #check-recipe
 _ONE_CLASS = {'training.imbalance': 'oversample', 'training.cost_matrix': None, 'training.label_smoothing': None,
-              'training.mixup': None, 'training.cutmix': None, 'training.frozen_encoder': None, 'evaluation.tta': None}
+              'training.mixup': None, 'training.cutmix': None, 'training.frozen_encoder': None, 'evaluation.tta': None,
+              'split.kind': 'cluster'}
 
 def _check_several(recipe):
     "Refuse what makes sense for one class per image alone; the word that is refused, None: all but the default"
@@ -731,18 +734,26 @@ def read_one_source(
     return sample_patients(filter_ages(t, spec.min_age or None), spec.sample, seed)
 
 # %% ../nbs/recipe.ipynb #apply-split
+def _with_folds(table, spec, seed, read):
+    "The column `fold`: of patients at random, or of look-alike patients"
+    if spec.kind == 'fold': return fold_by_group(table, spec.n_folds, seed)
+    if read is None:
+        raise RecipeError("split.kind = 'cluster' looks at the images; give apply_split a function that reads them.")
+    return fold_by_cluster(table, read, spec.n_folds, seed)
+
 def apply_split(
     table: pd.DataFrame,  # with its groups
     spec: SplitSpec,
     seed: int,
+    read: Callable[[Any], np.ndarray] | None = None,  # path -> (h, w) uint8; for 'cluster' alone
 ) -> pd.DataFrame:        # `split` filled in for used rows
     "The split that a recipe asks for"
     valid, test = spec.valid_pct, spec.test_pct
     if spec.kind == 'published': return split_published(table)
     if spec.kind == 'official': return split_official(table, valid_pct=valid, seed=seed)
     if spec.kind == 'source': return split_by_source(table, spec.source, valid_pct=valid, seed=seed)
-    if spec.kind == 'fold':
-        return use_fold(fold_by_group(table, spec.n_folds, seed), spec.fold, valid_pct=valid, seed=seed)
+    if spec.kind in ('fold', 'cluster'):
+        return use_fold(_with_folds(table, spec, seed, read), spec.fold, valid_pct=valid, seed=seed)
     if spec.kind == 'time': return split_by_time(table, test_pct=test, valid_pct=valid, seed=seed)
     split = split_by_group if spec.kind == 'group' else split_random
     return split(table, valid_pct=valid, test_pct=test, seed=seed)
@@ -797,10 +808,10 @@ def label_rows(
     "A table with what it says about a question"
     return label_findings(table, question) if isinstance(question, FindingsTask) else label_for(table, question)
 
-def _split(table, recipe):
+def _split(table, recipe, read):
     "The split of a recipe; by patient, every finding gets its share in every split"
     spec, several = recipe.split, recipe.several
-    if not several: return apply_split(table, spec, recipe.seed)
+    if not several: return apply_split(table, spec, recipe.seed, read)
     if spec.kind == 'group':
         labels = stored_labels(table, recipe.question.classes)
         return split_by_findings(table, labels, spec.valid_pct, spec.test_pct, recipe.seed)
@@ -824,7 +835,7 @@ def build_table(
     t = check_images(t, rule, cache, on_bad=d.on_bad)
     t = group_leaksafe(t, duplicates=d.duplicates, cache_file=cache_file)
     if d.duplicates != 'none' and d.repeats == 'drop': t = drop_repeats(t, cache_file=cache_file)
-    t = _split(t, recipe)
+    t = _split(t, recipe, cache.get if cache else functools.partial(load_image, rule=rule))
     check_split(t, allow_leak=recipe.split.allow_leak)
     check_pretrained(recipe.model.weights, t)
     return t

@@ -100,6 +100,7 @@ def evaluated_on(runs: Sequence[RunFolder]) -> str:
     s, first = runs[0].recipe.split, runs[0]
     if len(runs) > 1: return f'every image once, {len(runs)} folds by patient'
     if s.kind == 'fold': return f'test split of fold {s.fold}, by patient'
+    if s.kind == 'cluster': return f'look-alike patients of fold {s.fold}'
     if s.kind == 'source': return f'{s.source}, left out of training'
     if s.kind in _PUBLISHED: return 'published test split'
     split = 'validation' if first.split == 'valid' else first.split

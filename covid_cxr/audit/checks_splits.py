@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from .baselines import estimate_auc
 from .case import RULES, Case, NotAsked, Verdict, VerdictWord, register
 from ..core import choices
-from .stress import StressTest, picture_features, stress_test
+from ..curate.clusters import picture_features
+from .stress import StressTest, stress_test
 from ..evaluate import Estimate, wilson
 from ..stats.bootstrap import patient_wilson
 from ..table import age_bands

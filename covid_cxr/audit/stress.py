@@ -7,46 +7,11 @@ from __future__ import annotations
 from typing import Iterator, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
-from ..core import ImageError
+from ..curate.clusters import cluster_patients, standard_components
 from ..evaluate import EvaluationError, choose_threshold
-from .regions import check_image_stack
 
 # %% auto #0
-__all__ = ['picture_features', 'cluster_patients', 'StressFold', 'StressTest', 'stress_test']
-
-# %% ../../nbs/audit/stress.ipynb #features
-def picture_features(
-    images: np.ndarray,        # (n, h, w) uint8, sides of about 64 pixels
-) -> np.ndarray:               # (n, 576) float32: mean shades of a grid of 24 x 24
-    "Features by which look-alike pictures are found"
-    images = check_image_stack(images)
-    if min(images.shape[1:]) < 24:
-        raise ImageError(f'images of {images.shape[1]} x {images.shape[2]} pixels are too small here; give 24 or more.')
-    rows, columns = (np.linspace(0, s, 25).astype(int)[:-1] for s in images.shape[1:])
-    sums = np.add.reduceat(np.add.reduceat(images.astype(np.float32), rows, 1), columns, 2)
-    area = np.diff(rows, append=images.shape[1])[:, None] * np.diff(columns, append=images.shape[2])
-    return (sums / area).reshape(len(images), -1)
-
-# %% ../../nbs/audit/stress.ipynb #clusters
-def _components(x, most):
-    "Standardised features and their principal components, not yet fitted"
-    from sklearn.decomposition import PCA
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), PCA(min(most, *x.shape), random_state=0))
-
-def cluster_patients(
-    features: np.ndarray,      # (n, f)
-    groups: ArrayLike,         # (n,) patient groups
-    k: int = 5,                # clusters; fewer where there are fewer patients
-    seed: int = 0,
-) -> np.ndarray:               # (n,) 0..k-1
-    "The cluster of every image; all images of a patient are in one"
-    from sklearn.cluster import KMeans
-    patient, of = np.unique(np.asarray(groups, str), return_inverse=True)
-    features = np.asarray(features, float)
-    means = pd.DataFrame(_components(features, 20).fit_transform(features)).groupby(of).mean().to_numpy()
-    return KMeans(min(k, len(patient)), n_init=5, random_state=seed).fit_predict(means)[of]
+__all__ = ['StressFold', 'StressTest', 'stress_test']
 
 # %% ../../nbs/audit/stress.ipynb #folds
 class StressFold(NamedTuple):
@@ -74,7 +39,8 @@ def _fit(x, y):
     "Principal components and a logistic regression; nothing of the held-out images enters"
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    return make_pipeline(_components(x, 60), LogisticRegression(C=.01, class_weight='balanced', max_iter=500)).fit(x, y)
+    logistic = LogisticRegression(C=.01, class_weight='balanced', max_iter=500)
+    return make_pipeline(standard_components(x, 60), logistic).fit(x, y)
 
 def _scores(x, y, groups, seed, folds=3):
     "(n,) probabilities of images whose patients were held out in turn"
@@ -120,7 +86,7 @@ def _one_fold(x, y, groups, names, fold, seed):
     return StressFold(names[c], len(own), len(np.unique(groups[own])), **found)
 
 def stress_test(
-    features: np.ndarray,      # (n, f) of training images, from `picture_features`
+    features: np.ndarray,      # (n, f) of training images, from `clusters.picture_features`
     y: ArrayLike,              # (n,) 0 or 1
     groups: ArrayLike,         # (n,) patient groups
     classes: Sequence[str] = ('negative', 'positive'),

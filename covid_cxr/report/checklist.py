@@ -171,6 +171,8 @@ _HOW_SPLIT: dict[SplitKind, tuple[str, str]] = {  # how, and which shares
     'published': ("by the collection's own three splits", ''),
     'fold': ('by {unit} into {s.n_folds} folds, of which fold {s.fold} (counted from 0) is the test',
              _OF_THE_REST),
+    'cluster': ('into {s.n_folds} folds of look-alike {unit}s, of which fold {s.fold} (counted from 0) is the test',
+                _OF_THE_REST),
     'source': ('by collection: {s.source} is the test, whole; validation by {unit}', _OF_THE_REST),
     'time': ('by time: the latest images are the test, validation by {unit}', _BOTH_SHARES),
     'image': ('by image at random, which leaks', _BOTH_SHARES),

@@ -195,7 +195,7 @@ def _mixing(t):
 # %% ../../nbs/runs/train.ipynb #learner
 def _augmentations(t):
     from covid_cxr.data import cxr_augment
-    return cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift, t.zoom_out, t.gamma, t.erase)
+    return cxr_augment(t.rotate, t.zoom, t.lighting, t.flip, t.shift, t.zoom_out, t.gamma, t.erase, t.scanner)
 
 def _learner(job, table, network=0):
     "The fastai Learner that the recipe describes; of several networks, each starts from a seed of its own"
