@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
-from .core import BundleError, CxrError, RunError, choices, nearest, sha256_file, versions, write_json
+from .core import (BundleError, CxrError, RunError, check_choice, choices, nearest, sha256_file, versions,
+                            write_json)
 from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
@@ -18,13 +19,15 @@ from .words import format_bytes, format_count, join_words, printable
 if TYPE_CHECKING:
     from fastai.learner import Learner
     from torch import nn
+    from covid_cxr.model.onnx import OnnxNetwork
 
 # %% auto #0
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
-           'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR',
-           'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files', 'check_manifest', 'describe_integrity',
-           'BundleField', 'check_description', 'export_pickle', 'save_bundle', 'find_bundle', 'read_description',
-           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'adapt_bundle', 'export_bundle']
+           'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
+           'NOT_FOR', 'BundleFormat', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
+           'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
+           'find_bundle', 'read_description', 'read_bundle', 'load_model', 'check_joinable', 'join_bundles',
+           'adapt_bundle', 'load_onnx', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -178,8 +181,8 @@ def describe_integrity(
     return f'UNVERIFIED: {folder} has no {MANIFEST}, so nothing says whether its files are those that were written.'
 
 # %% ../nbs/bundle.ipynb #limits
-FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 2
-READABLE_VERSIONS = (1, 2)    # version 1 knows no activation: always softmax
+FORMAT, FORMAT_VERSION = 'covid_cxr bundle', 3
+READABLE_VERSIONS = (1, 2, 3)    # version 1 knows no activation: always softmax; 1 and 2 know no ONNX file
 LARGEST_JSON = 4_000_000      # bytes of bundle.json
 MOST_CLASSES = 1000
 LARGEST_IMAGE = 2048          # pixels, side
@@ -202,10 +205,15 @@ def _are_classes(v):
 def _is_image_rule(v):
     return isinstance(v, dict) and _is_number(v.get('size')) and v['size'] <= LARGEST_IMAGE
 
-def _are_weights(v):
-    if not isinstance(v, dict) or v.get('file', WEIGHTS) != WEIGHTS: return False
-    sha = v.get('sha256')
-    return isinstance(sha, str) and len(sha) == 64 and set(sha) <= set('0123456789abcdef')
+# %% ../nbs/bundle.ipynb #schema-files
+def _is_hash(v): return isinstance(v, str) and len(v) == 64 and set(v) <= set('0123456789abcdef')
+
+def _are_weights(v): return isinstance(v, dict) and v.get('file', WEIGHTS) == WEIGHTS and _is_hash(v.get('sha256'))
+
+def _is_onnx(v):
+    if not isinstance(v, dict) or v.get('file') != ONNX or not _is_hash(v.get('sha256')): return False
+    scale = v.get('temperatures')
+    return isinstance(scale, list) and 1 <= len(scale) <= MOST_MEMBERS and all(map(_between(.001, 1000), scale))
 
 # %% ../nbs/bundle.ipynb #schema-decision
 def _are_thresholds(v):
@@ -224,7 +232,7 @@ def _check_decision(b, where):
     if b.get('tta'): raise BundleError(f'{where} has several findings and tta={b["tta"]}; set tta to 0.')
 
 # %% ../nbs/bundle.ipynb #schema
-WEIGHTS, DESCRIPTION, PICKLE = 'weights.safetensors', 'bundle.json', 'export.pkl'
+WEIGHTS, ONNX, DESCRIPTION, PICKLE = 'weights.safetensors', 'model.onnx', 'bundle.json', 'export.pkl'
 
 @dataclass(frozen=True)
 class BundleField:
@@ -252,7 +260,8 @@ SCHEMA = (
     BundleField('threshold', 'a number from 0 to 1; of several findings, a list with a number or null for each',
                 _are_thresholds),
     BundleField('temperature', 'a number from .001 to 1,000', _between(.001, 1000)),
-    BundleField('weights', f"the name '{WEIGHTS}' and its SHA-256", _are_weights),
+    BundleField('weights', f"the name '{WEIGHTS}' and its SHA-256", _are_weights, needed=False),
+    BundleField('onnx', f"the name '{ONNX}', its SHA-256 and the temperature of every network", _is_onnx, needed=False),
     BundleField('activation', join_words(choices(Activation), last='or'), lambda v: v in choices(Activation),
                 needed=False),
     BundleField('encoder', 'a dictionary of few, short fields', _is_encoder, needed=False),
@@ -282,6 +291,7 @@ def _check_fields(b, where):
     for f in SCHEMA:
         if f.name in b and not f.fits(b[f.name]):
             raise BundleError(f"{where} has {f.name} {reprlib.repr(b[f.name])}; it must be {f.must_be}.")
+    if not {'weights', 'onnx'} & {*b}: raise BundleError(f"{where} lacks 'weights' and 'onnx'; export the run again.")
     _check_decision(b, where)
 
 def _check_parts(b, where):
@@ -418,11 +428,13 @@ def _tensors(model):
     return save(state)
 
 # %% ../nbs/bundle.ipynb #save-bundle
-def _write_bundle(folder, state, description, more=None):
-    "Both files and the manifest, whole or not at all; `more` writes further files into the folder"
+def _written(b): return {k: v for k, v in b.items() if k != 'folder' and v is not None} | dict(version=FORMAT_VERSION)
+
+def _write_bundle(folder, files, description, more=None):
+    "The files, the description and the manifest, whole or not at all; `more` writes further files into the folder"
     check_description(description, f'{folder}')
     with _whole_folder(folder) as tmp:
-        (tmp / WEIGHTS).write_bytes(state)
+        for name, data in files.items(): (tmp / name).write_bytes(data)
         write_json(tmp / DESCRIPTION, description)
         if more is not None: more(tmp)
         write_manifest(tmp, os.listdir(tmp))
@@ -447,7 +459,7 @@ def save_bundle(
         info, state, ood_check, **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
         temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
     def add_pickle(tmp): export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
-    _write_bundle(folder, state, description, add_pickle if pickle else None)
+    _write_bundle(folder, {WEIGHTS: state}, description, add_pickle if pickle else None)
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
@@ -493,14 +505,19 @@ def read_description(
     return b
 
 # %% ../nbs/bundle.ipynb #read-bundle
-def _check_weights(b, folder):
-    "Refuse weights that are missing or are not those that were written"
-    weights = folder / WEIGHTS
-    if not weights.is_file(): raise BundleError(f'{weights} is missing; copy the whole folder or export the run again.')
-    try: found = sha256_file(weights)
-    except OSError as e: raise BundleError(f'{weights} cannot be read ({e.strerror}); check its permissions.') from e
-    if found != b['weights']['sha256']:
-        raise BundleError(f'{weights} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
+def _networks_of(b):
+    "The files that hold the network, and their SHA-256; early bundles do not name the file"
+    return {name: b[k]['sha256'] for k, name in (('weights', WEIGHTS), ('onnx', ONNX)) if k in b}
+
+def _check_networks(b, folder):
+    "Refuse weights and ONNX files that are missing or are not those that were written"
+    for name, sha256 in _networks_of(b).items():
+        file = folder / name
+        if not file.is_file(): raise BundleError(f'{file} is missing; copy the whole folder or export the run again.')
+        try: found = sha256_file(file)
+        except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); check its permissions.') from e
+        if found == sha256: continue
+        raise BundleError(f'{file} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
 
 def read_bundle(
     folder: str | os.PathLike,  # a bundle, or a run directory
@@ -509,7 +526,7 @@ def read_bundle(
     folder = find_bundle(folder)
     b = read_description(folder)
     _check_parts(b, str(folder / DESCRIPTION))
-    _check_weights(b, folder)
+    _check_networks(b, folder)
     return dict(b, folder=str(folder))
 
 # %% ../nbs/bundle.ipynb #header
@@ -626,6 +643,9 @@ def load_model(
     module: nn.Module | None = None,    # the person's own encoder, where the bundle was made with one
 ) -> nn.Sequential:                     # in evaluation mode
     "The network of a bundle; torch is imported here and fastai is not"
+    if 'weights' not in bundle:
+        raise BundleError(f"{bundle['folder']} holds {ONNX} alone, which answers without torch; "
+                          f'what was asked for needs {WEIGHTS}: export the run again with --format both.')
     model = _network(bundle, module, 'meta')
     wanted = _wanted(model)
     data = _read_weights(bundle, wanted)
@@ -672,11 +692,11 @@ def join_bundles(
                            several=first.get('activation') == 'sigmoid')
     state = _tensors(model)
     weights = dict(first['weights'], sha256=hashlib.sha256(state).hexdigest())
-    description = {k: v for k, v in first.items() if k != 'folder' and v is not None} | dict(
-        version=FORMAT_VERSION, members=n, weights=weights, threshold=threshold, temperature=temperature,
+    description = {k: v for k, v in _written(first).items() if k != 'onnx'} | dict(
+        members=n, weights=weights, threshold=threshold, temperature=temperature,
         synthetic=any(b['synthetic'] for b in bundles), operating_point=operating_point or {},
         provenance=provenance or {}, versions=versions())
-    _write_bundle(to, state, description)
+    _write_bundle(to, {WEIGHTS: state}, description)
     return Path(to)
 
 # %% ../nbs/bundle.ipynb #adapt-bundle
@@ -691,12 +711,56 @@ def adapt_bundle(
     b, p = read_bundle(folder), min(max(threshold, 1e-6), 1 - 1e-6)
     if len(b['classes']) != 2 or 'site' in b:
         raise BundleError(f'{folder} is no bundle of two classes that waits for its place.')
-    state = (Path(b['folder']) / WEIGHTS).read_bytes()
-    description = {k: v for k, v in b.items() if k != 'folder' and v is not None} | dict(
-        version=FORMAT_VERSION, threshold=.5, temperature=b['temperature'] * temperature,
+    files = {name: (Path(b['folder']) / name).read_bytes() for name in _networks_of(b)}
+    description = _written(b) | dict(
+        threshold=.5, temperature=b['temperature'] * temperature,
         bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions())
-    _write_bundle(to, state, description)
+    _write_bundle(to, files, description)
     return Path(to)
+
+# %% ../nbs/bundle.ipynb #formats
+BundleFormat = Literal['both', 'safetensors', 'onnx', 'onnx-half']
+_LARGEST_DIFFERENCE = {'single': 1e-4, 'half': 5e-3}     # of a probability, between the ONNX file and torch
+
+def _add_onnx(b, tmp, precision):
+    "Write the ONNX file of a bundle; its entry in the description"
+    from covid_cxr.model.onnx import largest_difference, onnx_bytes
+    model, size = load_model(b), b['image']['size']
+    data = onnx_bytes(model, size, precision)
+    difference = largest_difference(model, data, size)
+    if not difference <= _LARGEST_DIFFERENCE[precision]:
+        raise BundleError(f"{ONNX} of {b['folder']} answers otherwise than its weights (a probability differs by "
+                          f'{difference:.2g}); give it away as safetensors.')
+    (tmp / ONNX).write_bytes(data)
+    scale = getattr(model[1], 'temperatures', None)
+    return dict(file=ONNX, sha256=hashlib.sha256(data).hexdigest(), precision=precision, largest_difference=difference,
+                temperatures=[1.] if scale is None else scale.tolist())
+
+def _described_as(b, files, tmp, format):
+    "The description of a bundle with the network in this format, whose ONNX file is written if it is not there"
+    d = _written(b)
+    if WEIGHTS not in files: d.pop('weights', None)
+    if format == 'safetensors': d.pop('onnx', None)
+    elif ONNX not in files: d['onnx'] = _add_onnx(b, tmp, 'half' if format == 'onnx-half' else 'single')
+    if format in ('both', 'safetensors') and 'weights' not in d:
+        raise BundleError(f"{b['folder']} holds {ONNX} alone; export the run that it was made of.")
+    return d
+
+# %% ../nbs/bundle.ipynb #load-onnx
+_LARGEST_ONNX = 2_000_000_000     # bytes
+
+def load_onnx(
+    bundle: dict[str, Any],   # from `read_bundle`, with an ONNX file
+    threads: int = 0,         # 0: as many as there are cores
+) -> OnnxNetwork:
+    "The ONNX network of a bundle; torch is not imported"
+    from covid_cxr.model.onnx import OnnxNetwork
+    file = Path(bundle['folder']) / ONNX
+    if file.stat().st_size > _LARGEST_ONNX: raise BundleError(f'{file} is larger than {format_bytes(_LARGEST_ONNX)}.')
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != bundle['onnx']['sha256']:
+        raise BundleError(f'{file} is no longer the file that was described (SHA-256 differs); open the bundle again.')
+    return OnnxNetwork(data, threads)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):
@@ -706,23 +770,33 @@ def _copied(files, tmp):
             raise RunError(f'{file} is missing or a link; give the run directory that holds {PICKLE}.')
         shutil.copyfile(file, tmp / n)
 
+def _files_to_give(b, folder, src, pickle, format):
+    "{name: file} that are copied as they are"
+    kept = set() if format == 'safetensors' else {ONNX}
+    if format in ('both', 'safetensors'): kept.add(WEIGHTS)
+    files = {n: src / n for n in _networks_of(b) if n in kept}
+    return {**files, PICKLE: Path(folder) / PICKLE} if pickle else files
+
 def export_bundle(
     folder: str | os.PathLike,   # a bundle, or a run directory
     to: str | os.PathLike,       # a new folder
     pickle: bool = False,        # also export.pkl of the run (opening a pickle runs its code)
+    format: BundleFormat = 'both',   # what holds the network
 ) -> Path:
-    "Copy a bundle to a folder that can be given away"
+    "Copy a bundle to a folder that can be given away, and write its ONNX file"
+    check_choice('format', format, BundleFormat, BundleError)
     src, to = find_bundle(folder), Path(to)
     b, integrity = read_bundle(src), check_manifest(src)
     if to.exists() or to.is_symlink(): raise RunError(f'{to} exists already; name a new folder.')
     if integrity.status == 'altered': raise BundleError(describe_integrity(integrity, src))
     if pickle and PICKLE in check_manifest(folder).altered:
         raise BundleError(describe_integrity(Integrity('altered', (PICKLE,)), folder))
-    files = {n: src / n for n in (DESCRIPTION, WEIGHTS)}
-    if pickle: files[PICKLE] = Path(folder) / PICKLE
+    files = _files_to_give(b, folder, src, pickle, format)
     with _whole_folder(to) as tmp:
         _copied(files, tmp)
-        if dict(read_bundle(tmp), folder=b['folder']) != b:
-            raise BundleError(f'{src} was replaced while it was copied; export again.')
-        if integrity.status == 'verified': write_manifest(tmp, files)
+        description = _described_as(b, files, tmp, format)
+        if read_bundle(src) != b: raise BundleError(f'{src} was replaced while it was copied; export again.')
+        write_json(tmp / DESCRIPTION, description)
+        read_bundle(tmp)                    # what was copied is what is described
+        if integrity.status == 'verified': write_manifest(tmp, os.listdir(tmp))
     return to

@@ -9,12 +9,11 @@ from typing import Sequence, cast
 import torch
 from torch import nn
 from ..core import WeightsError, check_choice
-from .settings import MEAN, STD, EncoderSpec, HeadKind, OnDoubt
+from .settings import MEAN, STD, TTA_VIEWS, EncoderSpec, HeadKind, OnDoubt
 from .backbones import OWN, build_encoder, find_encoder, he_weights, load_encoder
 
 # %% auto #0
-__all__ = ['TTA_VIEWS', 'ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'seen_as',
-           'MeanOfViews']
+__all__ = ['ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'seen_as', 'MeanOfViews']
 
 # %% ../../nbs/model/network.ipynb #head
 class ConcatPool(nn.Module):
@@ -155,9 +154,6 @@ class MeanOfNetworks(nn.Sequential):
         return cast(_Heads, self[1]).mean(logits)
 
 # %% ../../nbs/model/network.ipynb #views
-TTA_VIEWS = ((0, 1., 0., 0.), (4, 1., 0., 0.), (-4, 1., 0., 0.), (0, 1.05, 0., 0.), (0, .95, 0., 0.), (0, 1., .04, 0.),
-             (0, 1., -.04, 0.), (0, 1., 0., .04), (0, 1., 0., -.04))    # degrees, zoom, shift right and down (share)
-
 def seen_as(
     x: torch.Tensor,     # (n, 1, h, w)
     k: int,              # which of `TTA_VIEWS`; 0 is the image as it is

@@ -12,11 +12,14 @@ from ..brightness import error_text
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['Precision', 'OUTPUTS', 'mean_logits', 'turned_view', 'onnx_bytes', 'NetworkOutputs', 'OnnxNetwork',
-           'largest_difference']
+__all__ = ['Precision', 'OUTPUTS', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes', 'NetworkOutputs',
+           'OnnxNetwork', 'largest_difference']
 
 # %% ../../nbs/model/onnx.ipynb #answers
-def _softmax(x):
+def softmax(
+    x: np.ndarray,   # (..., k) logits
+) -> np.ndarray:     # the same shape
+    "Probabilities over the last axis"
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -27,13 +30,13 @@ def mean_logits(
 ) -> np.ndarray:                      # (n, k): the logits of the mean probability
     "One answer from several views and several networks"
     views, networks = logits.shape[:2]
-    each = logits[0] if views == 1 else np.log(np.maximum(_softmax(logits).mean(0), 1e-30))
+    each = logits[0] if views == 1 else np.log(np.maximum(softmax(logits).mean(0), 1e-30))
     if networks == 1: return each[0]
     scaled = each / np.asarray(temperatures, logits.dtype)[:, None, None]
     if several:
         p = np.clip((1 / (1 + np.exp(-scaled))).mean(0), 1e-7, 1 - 1e-7)
         return np.log(p) - np.log1p(-p)
-    return np.log(np.maximum(_softmax(scaled).mean(0), 1e-30))
+    return np.log(np.maximum(softmax(scaled).mean(0), 1e-30))
 
 # %% ../../nbs/model/onnx.ipynb #views
 def turned_view(
@@ -110,7 +113,8 @@ def onnx_bytes(
     "A network as an ONNX file with the outputs `OUTPUTS`; any number of images at a time"
     check_choice('precision', precision, Precision, BundleError)
     try: import onnx
-    except ImportError as e: raise BundleError('writing an ONNX file needs a package that is missing: pip install onnx') from e
+    except ImportError as e:
+        raise BundleError('writing an ONNX file needs a package that is missing: pip install onnx') from e
     data = _exported(model, size)
     return data if precision == 'single' else _to_half(onnx.load_from_string(data)).SerializeToString()
 
@@ -135,7 +139,7 @@ class OnnxNetwork:
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         try: self.session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
         except Exception as e:          # onnxruntime has no common class of errors
-            raise BundleError(f'this is no ONNX file that can be opened ({error_text(e)}); export the run again.') from e
+            raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
         given = [o.name for o in self.session.get_outputs()]
         if given != list(OUTPUTS):
             raise BundleError(f'this ONNX file gives {given}, not {list(OUTPUTS)}; export the run again.')
@@ -158,4 +162,4 @@ def largest_difference(
     import torch
     x = np.random.default_rng(0).normal(size=(n, 1, size, size)).astype(np.float32)
     with torch.inference_mode(): expected = _all_outputs(model)(torch.from_numpy(x))[0].numpy()
-    return float(np.abs(_softmax(OnnxNetwork(data)(x).logits) - _softmax(expected)).max())
+    return float(np.abs(softmax(OnnxNetwork(data)(x).logits) - softmax(expected)).max())

@@ -11,7 +11,8 @@ from ..core import RecipeError, WeightsError, check_choice
 
 # %% auto #0
 __all__ = ['Imbalance', 'Opt', 'Schedule', 'Monitor', 'HeadKind', 'Activation', 'OnDoubt', 'Keep', 'ARTICLE_STAGES',
-           'MEAN', 'STD', 'EncoderKind', 'Stage', 'fit_epochs', 'epoch_lr', 'check_cost_matrix', 'EncoderSpec']
+           'MEAN', 'STD', 'TTA_VIEWS', 'EncoderKind', 'Stage', 'fit_epochs', 'epoch_lr', 'check_cost_matrix',
+           'EncoderSpec']
 
 # %% ../../nbs/model/settings.ipynb #choices
 Imbalance = Literal['none', 'weighted_loss', 'oversample']   # loss weighted by class, or rare classes drawn more often
@@ -88,6 +89,8 @@ def check_cost_matrix(
 
 # %% ../../nbs/model/settings.ipynb #encoder
 MEAN, STD = 0.449, 0.226      # means of ImageNet's (.485, .456, .406) and (.229, .224, .225)
+TTA_VIEWS = ((0, 1., 0., 0.), (4, 1., 0., 0.), (-4, 1., 0., 0.), (0, 1.05, 0., 0.), (0, .95, 0., 0.), (0, 1., .04, 0.),
+             (0, 1., -.04, 0.), (0, 1., 0., .04), (0, 1., 0., -.04))    # degrees, zoom, shift right and down (share)
 EncoderKind = Literal['torchvision', 'timm', 'own', 'vit', 'module']
 
 @dataclass(frozen=True)
