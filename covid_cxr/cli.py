@@ -294,7 +294,7 @@ def _download(args):
 
 # %% ../nbs/cli.ipynb #predict-options
 def _predict_options(p):
-    from covid_cxr.predict import OnBadFile, OODMode
+    from covid_cxr.predict import Backend, OnBadFile, OODMode
     p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
     p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
     p.add_argument('--out', metavar='FILE', help='also write one row per image to this CSV')
@@ -304,6 +304,8 @@ def _predict_options(p):
                    help="an image unlike the training images: 'decline' it (default), 'warn' and answer, or 'off'")
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
+    p.add_argument('--backend', choices=choices(Backend), default='auto',
+                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
 
 def _say_unverified(integrity, folder):
     "A note on a run or a bundle without a manifest"
@@ -329,7 +331,7 @@ def _say_unknown_patients(bundle):
 def _predict(args):
     "predict image files with a trained run or an exported bundle"
     from covid_cxr.predict import list_images, load_predictor, save_predictions
-    predictor = load_predictor(args.run, args.device)
+    predictor = load_predictor(args.run, args.device, backend=args.backend)
     _say_unverified(predictor.integrity, args.run)
     found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
     if args.out: save_predictions(found, args.out)
@@ -524,16 +526,19 @@ def _reproduce(args):
 
 # %% ../nbs/cli.ipynb #export
 def _export_options(p):
+    from covid_cxr.bundle import BundleFormat
     _run_argument(p)
     p.add_argument('--out', required=True, metavar='DIR', help='new folder')
     p.add_argument('--pickle', action='store_true',
                    help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
+    p.add_argument('--format', choices=choices(BundleFormat), default='both',
+                   help='what holds the network: safetensors for torch, onnx for onnxruntime, or both (default)')
 
 @command(_export_options, 'covid-cxr export runs/first --out my-model')
 def _export(args):
     "copy the bundle of a run to a folder that can be given away"
     from covid_cxr.bundle import export_bundle
-    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle))}')
+    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle, args.format))}')
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
 # %% ../nbs/cli.ipynb #recipes

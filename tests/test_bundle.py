@@ -1,8 +1,8 @@
 """Bundles: every field is bounded, what is hashed is loaded; what is exported, replaced and pickled (changed at random: test_attack)."""
-import hashlib, json, os, shutil, threading, warnings
+import hashlib, json, os, shutil, subprocess, sys, threading, warnings
 from pathlib import Path
 import numpy as np, pytest
-from covid_cxr.bundle import (DESCRIPTION, LARGEST_IMAGE, MANIFEST, MOST_CLASSES, PICKLE, SCHEMA, WEIGHTS, check_description,
+from covid_cxr.bundle import (DESCRIPTION, LARGEST_IMAGE, MANIFEST, MOST_CLASSES, ONNX, PICKLE, SCHEMA, WEIGHTS, check_description,
                               check_manifest, export_bundle, find_bundle, load_model, read_bundle, write_manifest)
 from covid_cxr.cli import main
 from covid_cxr.core import BundleError, RunError, write_json
@@ -122,7 +122,7 @@ def test_export_copies_what_the_format_names(bundle, copied, tmp_path, capsys):
     (copied / 'notes.txt').symlink_to(tmp_path / 'secret')
     (copied / 'planted.pkl').write_bytes(b'pickle')
     assert main(['export', str(copied), '--out', str(tmp_path / 'out')]) == 0
-    assert sorted(os.listdir(tmp_path / 'out')) == [DESCRIPTION, MANIFEST, WEIGHTS]
+    assert sorted(os.listdir(tmp_path / 'out')) == [DESCRIPTION, MANIFEST, ONNX, WEIGHTS]
     assert check_manifest(tmp_path / 'out').status == 'verified' and 'KEY' not in (tmp_path / 'out' / DESCRIPTION).read_text()
     assert main(['export', str(copied), '--pickle', '--out', str(tmp_path / 'all')]) == 0 and (tmp_path / 'all' / PICKLE).exists()
     assert check_manifest(tmp_path / 'all').status == 'verified' and 'only the bundle declines' in capsys.readouterr().out
@@ -135,6 +135,32 @@ def test_export_copies_what_the_format_names(bundle, copied, tmp_path, capsys):
     _edit(copied, reseal=True)
     _edit(copied, threshold=.9)
     with pytest.raises(BundleError, match='ALTERED'): export_bundle(copied, tmp_path / 'no')
+
+
+FRESH = '''
+import json, sys
+from covid_cxr.predict import load_predictor
+predictor = load_predictor(sys.argv[1])
+answers = [predictor.predict(f, ood='off').probabilities for f in sys.argv[2:]]
+print(json.dumps(dict(answers=answers, backend=predictor.backend, heavy=sorted({'torch', 'fastai', 'pandas', 'sklearn'} & {*sys.modules}))))
+'''
+
+
+def test_an_onnx_bundle_answers_in_a_fresh_process_without_torch(bundle, tmp_path):
+    "The same numbers as the Learner to 1e-4, and nothing heavy imported"
+    from covid_cxr.core import new_table
+    from covid_cxr.learner import predict_table
+    folder, learn, rows = bundle
+    given = export_bundle(folder, tmp_path / 'onnx', format='onnx')
+    assert sorted(os.listdir(given)) == [DESCRIPTION, MANIFEST, ONNX] and read_bundle(given)['onnx']['largest_difference'] < 1e-5
+    out = subprocess.run([sys.executable, '-c', FRESH, str(given), *(r['path'] for r in rows)], capture_output=True, text=True, check=True)
+    said = json.loads(out.stdout)
+    assert (said['backend'], said['heavy']) == ('onnx', [])
+    want = predict_table(learn, new_table(rows, 'x'))[['prob_no', 'prob_yes']].to_numpy()
+    answers = np.array([[*p.values()] for p in said['answers']])
+    z = np.log(want) / read_bundle(folder)['temperature']
+    want = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    assert np.abs(answers - want).max() < 1e-4
 
 
 def test_the_pickle_says_what_the_bundle_says(bundle, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/model/onnx.ipynb #imports
 from __future__ import annotations
-import math, warnings
+import copy, math, warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Sequence
 import numpy as np
 from ..core import BundleError, check_choice
@@ -65,19 +65,46 @@ Precision = Literal['single', 'half']
 OUTPUTS = ('logits', 'features', 'maps')
 _OPSET, _LARGE = 17, 1024      # operator set of the file; tensors with so many numbers are halved
 
-def _all_outputs(model):
+# %% ../../nbs/model/onnx.ipynb #write-outputs
+def _parts(size, n):
+    "(n, size) the matrix that takes means of n parts of a side, as adaptive pooling cuts them"
+    import torch
+    out = torch.zeros(n, size)
+    for i in range(n):
+        start, end = i * size // n, -(-(i + 1) * size // n)
+        out[i, start:end] = 1 / (end - start)
+    return out
+
+def _with_fixed_pools(head, shape):
+    "A copy of a head whose pools to a grid are products of matrices, which every runtime knows"
+    import torch
+    class Parts(torch.nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.register_buffer('rows', _parts(shape[-2], n))
+            self.register_buffer('columns', _parts(shape[-1], n).T.contiguous())
+        def forward(self, x): return torch.matmul(torch.matmul(self.rows, x), self.columns)
+    head = copy.deepcopy(head)
+    pools = [(parent, name, m.output_size) for parent in head.modules() for name, m in parent.named_children()
+             if isinstance(m, torch.nn.AdaptiveAvgPool2d) and m.output_size not in (1, (1, 1))]
+    for parent, name, n in pools: setattr(parent, name, Parts(n))
+    return head
+
+def _all_outputs(model, size):
     "The network with all outputs: (networks, n, k) logits, (n, f) features, (n, f, h, w) maps"
     import torch
+    with torch.no_grad(): shape = model[0](torch.zeros(1, 1, size, size)).shape
     class Outputs(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.head = model[0], model[1]
+            self.body, self.head = model[0], _with_fixed_pools(model[1], shape)
         def forward(self, x):
             maps = self.body(x)
             logits = self.head.each(maps) if hasattr(self.head, 'each') else self.head(maps)[None]
             return logits, maps.mean((2, 3)), maps
     return Outputs().eval()
 
+# %% ../../nbs/model/onnx.ipynb #write-half
 def _to_half(proto):
     "The same file with its large tensors in half precision, each followed by a cast"
     import onnx
@@ -96,13 +123,16 @@ def _to_half(proto):
 # %% ../../nbs/model/onnx.ipynb #write
 def _exported(model, size):
     "The ONNX file of a network, as bytes"
-    import io, torch
+    import contextlib, io, torch
     out, axes = io.BytesIO(), {'image': {0: 'n'}, 'logits': {1: 'n'}, 'features': {0: 'n'}, 'maps': {0: 'n'}}
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                # of the exporter, about itself
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):     # the exporter speaks of itself
+        warnings.simplefilter('ignore')
         x = torch.zeros(2, 1, size, size)
-        torch.onnx.export(_all_outputs(model), (x,), out, dynamo=False, input_names=['image'],
-                          output_names=list(OUTPUTS), dynamic_axes=axes, opset_version=_OPSET)
+        try: torch.onnx.export(_all_outputs(model, size), (x,), out, dynamo=False, input_names=['image'],
+                               output_names=list(OUTPUTS), dynamic_axes=axes, opset_version=_OPSET)
+        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as e:
+            raise BundleError(f'this network cannot be written as ONNX ({error_text(e)[:200]}); '
+                              'give it away as safetensors.') from e
     return out.getvalue()
 
 def onnx_bytes(
@@ -161,5 +191,5 @@ def largest_difference(
     "How far the answers of the file are from those of the network"
     import torch
     x = np.random.default_rng(0).normal(size=(n, 1, size, size)).astype(np.float32)
-    with torch.inference_mode(): expected = _all_outputs(model)(torch.from_numpy(x))[0].numpy()
+    with torch.inference_mode(): expected = _all_outputs(model, size)(torch.from_numpy(x))[0].numpy()
     return float(np.abs(softmax(OnnxNetwork(data)(x).logits) - softmax(expected)).max())
