@@ -384,6 +384,7 @@ def _external_options(p):
     p.add_argument('--views', nargs='+', metavar='V',
                    help="only these views, e.g. PA; 'all' for every view (default: those of the run's recipe)")
     p.add_argument('--min-age', type=float, metavar='YEARS', help='only people of this age or above')
+    p.add_argument('--below-age', type=float, metavar='YEARS', help='only people below this age, e.g. 18: children')
     p.add_argument('--name', metavar='N', help='name of the test (default: made from source, findings and age)')
     p.add_argument('--on-bad', choices=choices(OnBad), default='raise',
                    help="an unreadable or blank file: 'raise' an error (default), or 'exclude' it with its reason")
@@ -404,8 +405,8 @@ def _external(args):
     from covid_cxr.runs.folder import RunFolder
     from covid_cxr.runs.sentences import describe_external_test, format_external_table
     test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
-                         args.min_age, args.name, parse_options(args.option), args.on_bad, args.duplicates,
-                         baselines=external_baselines, check_files=not args.unchecked, device=args.device,
+                         args.min_age, args.below_age, args.name, parse_options(args.option), args.on_bad,
+                         args.duplicates, baselines=external_baselines, check_files=not args.unchecked, device=args.device,
                          n_boot=args.n_boot)
     run = RunFolder.open(args.run)
     own = run.result if run.split == 'test' else None

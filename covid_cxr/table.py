@@ -106,12 +106,16 @@ def age_bands(
 def filter_ages(
     table: pd.DataFrame,
     min_age: float | None, # years; rows below it, and rows whose age is not recorded, are excluded; None keeps all
+    below_age: float | None = None, # years; rows of this age and above are excluded likewise
 ) -> pd.DataFrame:
-    "Keep people of an age or above"
-    if min_age is None: return table.copy()
+    "Keep people of an age or above, or below one"
+    if min_age is None and below_age is None: return table.copy()
     require_columns(table, ['age_years', 'excluded'], 'filter_ages')
     table = exclude(table, table['age_years'].isna(), Reason('ages', 'age not recorded'))
-    return exclude(table, table['age_years'] < min_age, Reason('ages', f'age below {min_age:g}'))
+    if min_age is not None:
+        table = exclude(table, table['age_years'] < min_age, Reason('ages', f'age below {min_age:g}'))
+    if below_age is None: return table
+    return exclude(table, table['age_years'] >= below_age, Reason('ages', f'age {below_age:g} or above'))
 
 # %% ../nbs/table.ipynb #task
 @dataclass(frozen=True)

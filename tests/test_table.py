@@ -189,6 +189,8 @@ def test_an_age_stands_in_one_band_and_a_blank_one_under_ages(ages, min_age):
     for a, name in zip(t['age_years'], band): assert name == NOT_RECORDED if np.isnan(a) else AGE_BANDS[name][0] <= a < AGE_BANDS[name][1]
     after = filter_ages(t, min_age)
     assert (used(after)['age_years'] >= min_age).all() and len(used(after)) == (t['age_years'] >= min_age).sum()
+    below = used(filter_ages(t, min_age, 70))['age_years']
+    assert sorted(below) == sorted(t['age_years'][(t['age_years'] >= min_age) & (t['age_years'] < 70)])
     f = flow(after)
     assert set(f['step']) <= {'ages'} and f['excluded'].sum() == len(t) - len(used(after))
     assert f['excluded'][f['rule'] == 'age not recorded'].sum() == t['age_years'].isna().sum()

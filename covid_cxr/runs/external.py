@@ -68,6 +68,7 @@ class ExternalSource:
     findings: Sequence[str] = ()              # keep only these findings and their kinds; empty: all
     views: str | Sequence[str] | None = None  # views to keep; None: those of the run's recipe; 'all': every view
     min_age: float | None = None              # years; None: all ages
+    below_age: float | None = None            # years; None: all ages
     options: Mapping[str, Any] = field(default_factory=dict)   # more for the source's reader
 
     @property
@@ -79,7 +80,7 @@ class ExternalSource:
         "What was asked for, as external.json keeps it"
         views = self.views if self.views is None or isinstance(self.views, str) else list(self.views)
         return dict(source=self.name, data=str(self.data), root=self.root, metadata=self.metadata,
-                    findings=list(self.findings), views=views, min_age=self.min_age,
+                    findings=list(self.findings), views=views, min_age=self.min_age, below_age=self.below_age,
                     options={**getattr(self.source, 'options', {}), **self.options})
 
     def title(self) -> str:
@@ -89,8 +90,9 @@ class ExternalSource:
         findings = self.findings or getattr(self.source, 'findings', ())
         kinds = [str(canonical_finding(f)).split('/')[-1] for f in findings]
         views = self.views if isinstance(self.views, str) else ' '.join(self.views or [])
-        age = f'age {self.min_age:g} and above' if self.min_age is not None else ''
-        return ', '.join(filter(None, [' '.join([first, ' + '.join(kinds)]).strip(), age, views]))
+        ages = [f'age {self.min_age:g} and above' if self.min_age is not None else '',
+                f'below age {self.below_age:g}' if self.below_age is not None else '']
+        return ', '.join(filter(None, [' '.join([first, ' + '.join(kinds)]).strip(), *ages, views]))
 
 # %% ../../nbs/runs/external.ipynb #read
 def _read_source(asked, recipe):
@@ -120,7 +122,7 @@ def read_external(
     "An external collection in the classes of the run's task; it need not hold all of them"
     table, views = _read_source(asked, frozen.run.recipe), _views(asked, frozen.run.recipe)
     if views: table = filter_views(table, views)
-    table = label_for(filter_ages(table, asked.min_age), frozen.run.task, every_class=False)
+    table = label_for(filter_ages(table, asked.min_age, asked.below_age), frozen.run.task, every_class=False)
     if not len(used(table)):
         f = flow(table).sort_values('excluded', ascending=False)          # it names the views that there are
         reasons = ', '.join(f'{r} ({k})' for r, k in zip(f['rule'][:4], f['excluded'])) or 'it is empty'
@@ -269,6 +271,7 @@ class ExternalTest:
     predictions: str = ''                        # likewise
     predictions_sha256: str = ''
     unknown_patients: int | None = None          # images whose patient is not recorded; None: not known
+    below_age: float | None = None               # years
     options: dict[str, Any] = field(default_factory=dict)   # of the source's reader
 
     @property
@@ -419,6 +422,7 @@ def external_test(
     findings: Sequence[str] = (),              # keep only these findings and their kinds; empty: all
     views: str | Sequence[str] | None = None,  # views to keep; None: those of the run's recipe; 'all': every view
     min_age: float | None = None,              # years; None: all ages
+    below_age: float | None = None,            # years; None: all ages
     name: str | None = None,                   # of the test; None: made from source, findings, age and views
     options: Mapping[str, Any] | None = None,  # more for the reader, e.g. dict(patient=r'(p\d+)_') for source 'folder'
     on_bad: OnBad = 'raise',                   # a file that cannot be read: 'raise', or 'exclude' with its reason
@@ -433,7 +437,7 @@ def external_test(
     "Take a frozen model to another collection and keep what it does there"
     check_choice('on_bad', on_bad, OnBad, TableError)
     frozen = open_frozen(run, device)
-    asked = ExternalSource(source, data, root, metadata, findings, views, min_age, options or {})
+    asked = ExternalSource(source, data, root, metadata, findings, views, min_age, below_age, options or {})
     tests, name = read_external_tests(frozen.run), name or asked.title()
     _file_stem(name, tests)
     if n_boot is None: n_boot = frozen.run.recipe.evaluation.n_boot
