@@ -406,8 +406,8 @@ def _external(args):
     from covid_cxr.runs.sentences import describe_external_test, format_external_table
     test = external_test(args.run, args.source, args.data, args.root, args.metadata, args.findings, args.views,
                          args.min_age, args.below_age, args.name, parse_options(args.option), args.on_bad,
-                         args.duplicates, baselines=external_baselines, check_files=not args.unchecked, device=args.device,
-                         n_boot=args.n_boot)
+                         args.duplicates, baselines=external_baselines, check_files=not args.unchecked,
+                         device=args.device, n_boot=args.n_boot)
     run = RunFolder.open(args.run)
     own = run.result if run.split == 'test' else None
     print(f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n')

@@ -12,8 +12,8 @@ from ..brightness import error_text
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['Precision', 'OUTPUTS', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes', 'NetworkOutputs',
-           'OnnxNetwork', 'largest_difference']
+__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes', 'check_onnx',
+           'NetworkOutputs', 'OnnxNetwork', 'largest_difference']
 
 # %% ../../nbs/model/onnx.ipynb #answers
 def softmax(
@@ -148,6 +148,104 @@ def onnx_bytes(
     data = _exported(model, size)
     return data if precision == 'single' else _to_half(onnx.load_from_string(data)).SerializeToString()
 
+# %% ../../nbs/model/onnx.ipynb #wire
+def _varint(data, at):
+    "(number, place after it) of a variable-length number of Protocol Buffers"
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128: return value, at
+        if shift > 63: raise ValueError('a number is too long')
+
+def _fields(data):
+    "(number of the field, its value) of a message; a value is an int, or the bytes of text, lists and messages"
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _varint(data, at)
+        kind, n = key & 7, 0
+        if kind == 0: value, at = _varint(data, at)
+        elif kind in (1, 5): value, at = data[at:at + (8, 4)[kind == 5]], at + (8, 4)[kind == 5]
+        elif kind == 2:
+            n, at = _varint(data, at)
+            value, at = data[at:at + n], at + n
+        else: raise ValueError('it has a field of an unknown kind')
+        if at > end: raise ValueError('it is cut off')
+        yield key >> 3, value
+
+def _numbers(value):
+    "The whole numbers of a repeated field, packed or single"
+    if isinstance(value, int): return [value]
+    out, at = [], 0
+    while at < len(value):
+        n, at = _varint(value, at)
+        out.append(n)
+    return out
+
+# %% ../../nbs/model/onnx.ipynb #walk
+OPERATIONS = frozenset(
+    'Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div '
+    'DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool '
+    'Greater HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Less Log MatMul Max MaxPool Min Mish Mod Mul '
+    'Neg Not Or PRelu Pad Pow QuantizeLinear Range ReduceMax ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid '
+    'Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where'.split())
+_WIDTHS = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8}    # bytes of each data type
+_MOST_NODES, _LONGEST_SHAPE = 50_000, 1e9
+
+def _check_shape_tensor(name, raw):
+    "Refuse whole numbers that as a shape would need more memory than any image does"
+    values = np.frombuffer(raw, '<i8')
+    shape = values[(values > 0) & (values < 2**40)].astype(float)      # larger ones mean 'to the end'
+    if len(values) <= 8 and shape.prod() > _LONGEST_SHAPE: raise ValueError(f"'{name}' asks for too much memory")
+
+def _check_tensor(data):
+    "Refuse a tensor that lies elsewhere, or whose bytes are not those of its shape"
+    dims, kind, raw, name, typed = [], 0, None, '', False
+    for field, value in _fields(data):
+        if field == 1: dims += _numbers(value)
+        elif field == 2: kind = value
+        elif field == 8: name = value.decode(errors='replace')[:80]
+        elif field == 9: raw = value
+        elif field in (4, 5, 7, 10, 11): typed = True
+        elif field == 13 or field == 14 and value: raise ValueError(f"tensor '{name}' lies in another file")
+    if raw is None and not typed and 0 not in dims: raise ValueError(f"tensor '{name}' has no numbers")
+    if raw is None: return
+    if kind not in _WIDTHS or math.prod(dims) * _WIDTHS[kind] != len(raw):
+        raise ValueError(f"tensor '{name}' is not of the size that it says")
+    if kind == 7: _check_shape_tensor(name, raw)
+
+# %% ../../nbs/model/onnx.ipynb #walk-graph
+def _check_attribute(data):
+    "Tensors of an attribute are checked; graphs are refused"
+    for field, value in _fields(data):
+        if field in (6, 11): raise ValueError('it has a graph within a graph')
+        if field in (5, 10): _check_tensor(value)
+
+def _check_node(data):
+    for field, value in _fields(data):
+        if field == 4 and value.decode(errors='replace') not in OPERATIONS:
+            raise ValueError(f"it uses '{value.decode(errors='replace')[:40]}', which no image network here needs")
+        if field == 7 and value not in (b'', b'ai.onnx'): raise ValueError('it uses operations of another package')
+        if field == 5: _check_attribute(value)
+
+def check_onnx(
+    data: bytes,     # an ONNX file
+) -> None:
+    "Refuse a file that holds anything but a plain network; the file is not executed and nothing is allocated"
+    try:
+        nodes = 0
+        for field, value in _fields(data):
+            if field in (20, 25): raise ValueError('it has functions of its own')
+            if field != 7: continue
+            for part, inner in _fields(value):
+                if part == 1: nodes, _ = nodes + 1, _check_node(inner)
+                elif part == 5: _check_tensor(inner)
+                elif part == 15: raise ValueError('it has sparse tensors')
+        if not 0 < nodes <= _MOST_NODES: raise ValueError(f'it has {nodes:,} nodes')
+    except (ValueError, IndexError, TypeError, AttributeError, OverflowError) as e:
+        raise BundleError(f'this is no ONNX file of a network ({error_text(e)}); export the run again.') from e
+
 # %% ../../nbs/model/onnx.ipynb #run
 class NetworkOutputs(NamedTuple):
     "What a network gives for n images"
@@ -167,6 +265,7 @@ class OnnxNetwork:
             raise BundleError('answers without torch need a package that is missing: pip install onnxruntime') from e
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
+        check_onnx(data)
         try: self.session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
         except Exception as e:          # onnxruntime has no common class of errors
             raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
