@@ -297,7 +297,9 @@ def _predict_options(p):
     from covid_cxr.predict import Backend, OnBadFile, OODMode
     p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
     p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
-    p.add_argument('--out', metavar='FILE', help='also write one row per image to this CSV')
+    p.add_argument('--out', metavar='FILE',
+                   help='also write every answer to this file, .csv or .jsonl, as it comes; after a kill, the same '
+                        'command goes on')
     p.add_argument('--on-bad', choices=choices(OnBadFile), default='raise',
                    help="an unreadable file: 'raise' an error (default), or 'decline' it in its row and go on")
     p.add_argument('--ood', choices=choices(OODMode), default='decline',
@@ -327,21 +329,36 @@ def _say_unknown_patients(bundle):
         print(f'note: the patient of {format_count(images, "image")} of this model was not known, so its accuracy may '
               'be too good and is not per patient.', file=sys.stderr)
 
+# %% ../nbs/cli.ipynb #predict-say
+def _say(answer):
+    "One answer on the terminal"
+    print(_answer(answer), flush=True)
+    if answer.warning: print(f'warning: {printable(answer.path)}: {printable(answer.warning)}', file=sys.stderr)
+
+def _answer_all(predictor, files, args):
+    "Every answer, said and written as it comes; how many were answered and declined"
+    from covid_cxr.predict import AnswerCounts, predict_to_file
+    if args.out: return predict_to_file(predictor, files, args.out, args.bs, args.on_bad, args.ood, said=_say)
+    declined = 0
+    for answer in predictor.stream(files, args.bs, args.on_bad, args.ood):
+        _say(answer)
+        declined += answer.declined is not None
+    return AnswerCounts(len(files) - declined, declined)
+
 @command(_predict_options, 'covid-cxr predict runs/first chest.png folder/ --out out.csv')
 def _predict(args):
-    "predict image files with a trained run or an exported bundle"
-    from covid_cxr.predict import list_images, load_predictor, save_predictions
+    "predict image files with a trained run or an exported bundle; exit code 0: all answered, 3: some declined, 4: all"
+    from covid_cxr.predict import list_images, load_predictor
     predictor = load_predictor(args.run, args.device, backend=args.backend)
     _say_unverified(predictor.integrity, args.run)
-    found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
-    if args.out: save_predictions(found, args.out)
     if predictor.synthetic:
         print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
-    for p in found: print(_answer(p))
-    for p in found:
-        if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
+    counts = _answer_all(predictor, list_images(args.files), args)
+    if counts.resumed: print(f'note: {format_count(counts.resumed, "answer")} stood there already.', file=sys.stderr)
     _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
+    if not counts.declined: return 0
+    return 3 if counts.answered else 4
 
 # %% ../nbs/cli.ipynb #evaluate
 def _say_unrecorded(images):

@@ -4,13 +4,15 @@
 
 # %% ../nbs/predict.ipynb #imports
 from __future__ import annotations
-import importlib.util, os, warnings
+import importlib.util, json, os, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence, TypeAlias
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence, TypeAlias
 import numpy as np
-from .core import IMAGE_SUFFIXES, BundleError, ImageError, Reason, atomic_path, check_choice
+from .core import (IMAGE_SUFFIXES, BundleError, ImageError, Reason, RunError, atomic_path, check_choice,
+                            sha256_text, write_json)
 from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_picture, refuse_blank,
                               to_8bit)
 from .ood import OODCheck, check_colour
@@ -21,8 +23,9 @@ from .bundle import AlteredWarning, check_manifest, describe_integrity, load_mod
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['AnyPrediction', 'OODMode', 'OnBadFile', 'Backend', 'Prediction', 'FindingsPrediction', 'list_images',
-           'Predictor', 'load_predictor', 'predictions_frame', 'save_predictions']
+__all__ = ['AnyPrediction', 'OODMode', 'OnBadFile', 'Backend', 'AnswerFormat', 'Prediction', 'FindingsPrediction',
+           'list_images', 'Predictor', 'load_predictor', 'predictions_frame', 'save_predictions', 'AnswerCounts',
+           'predict_to_file']
 
 # %% ../nbs/predict.ipynb #prediction
 @dataclass(frozen=True)
@@ -335,3 +338,120 @@ def save_predictions(
     frame = frame.assign(path=frame['path'].map(safe_path)).map(safe_cell).rename(columns=safe_cell)
     with atomic_path(Path(path)) as tmp: frame.to_csv(tmp, index=False, errors='backslashreplace')
     return Path(path)
+
+# %% ../nbs/predict.ipynb #job-rows
+AnswerFormat = Literal['csv', 'jsonl']
+
+def _columns(decision, ood):
+    "The columns of a CSV, known before the first answer"
+    classes = decision.classes if isinstance(decision, _OneClass) else list(decision.thresholds)
+    one = isinstance(decision, _OneClass)
+    named = ['path', *(['predicted'] if one else []), *(f'prob_{c}' for c in classes)]
+    named += ['threshold'] if one else [f'predicted_{c}' for c in classes]
+    return [*named, 'declined', *(['warning'] if ood == 'warn' else [])]
+
+def _csv_line(row, columns):
+    "One row of a CSV, safe for a spreadsheet"
+    import csv, io
+    out = io.StringIO()
+    cells = [safe_cell(safe_path(row.get(c)) if c == 'path' else row.get(c)) for c in columns]
+    csv.writer(out, lineterminator='\n').writerow(['' if v is None else v for v in cells])
+    return out.getvalue().encode(errors='backslashreplace')
+
+# %% ../nbs/predict.ipynb #job-lines
+def _json_line(prediction):
+    "One answer as a line of JSON, with the rule by which it was declined"
+    why = dict(rule=prediction.reason.rule) if prediction.reason else {}
+    return json.dumps({**prediction.to_row(), **why}).encode() + b'\n'
+
+def _whole_rows(data):
+    "(number of whole rows, bytes that they take); a row ends with a line end outside quotes"
+    rows = end = quotes = 0
+    for line in data.splitlines(keepends=True):
+        quotes += line.count(b'"')
+        end += len(line)
+        if line.endswith(b'\n') and quotes % 2 == 0: rows, whole = rows + 1, end
+    return rows, whole if rows else 0
+
+# %% ../nbs/predict.ipynb #job
+class AnswerCounts(NamedTuple):
+    "What became of the files"
+    answered: int
+    declined: int
+    resumed: int = 0     # of these, already written by an earlier call
+
+def _job(predictor, files, ood, columns):
+    "What must be the same for a job to go on"
+    bundle = predictor.bundle
+    names = sha256_text('\0'.join(files).encode('utf-8', 'surrogatepass').hex())
+    networks = {k: bundle[k]['sha256'] for k in ('weights', 'onnx') if k in bundle}
+    return dict(format='covid_cxr answers', version=1, networks=networks, threshold=bundle['threshold'],
+                temperature=bundle['temperature'], bias=bundle.get('bias', 0.), files=names, n=len(files),
+                ood=ood, columns=columns)
+
+def _begun(out, part, job):
+    "(rows, bytes) that an earlier call has written, without its header; a half-written row is cut off"
+    note = out.with_name(f'{out.name}.job')
+    if not (part.is_file() and note.is_file()):
+        write_json(note, job)
+        part.write_bytes(b'')
+        return 0, 0
+    if json.loads(note.read_text(encoding='utf-8')) != json.loads(json.dumps(job)):
+        raise RunError(f'{part} was begun with another model, other files or other options; '
+                       f'give them again, or remove {part.name} and {note.name} to begin anew.')
+    rows, size = _whole_rows(part.read_bytes())
+    return rows, size
+
+# %% ../nbs/predict.ipynb #job-run
+@contextmanager
+def _held(part):
+    "The growing file, held alone"
+    with open(part, 'r+b') as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError: pass         # no such lock on Windows
+        except OSError as e: raise RunError(f'another process is writing {part}; wait for it.') from e
+        yield f
+
+def _counted(part, header, columns):
+    "Answered and declined rows of the whole file"
+    import csv
+    declined = rows = 0
+    with open(part, encoding='utf-8', newline='') as f:
+        if not header:
+            for line in f: rows, declined = rows + 1, declined + (json.loads(line)['declined'] is not None)
+        else:
+            for row in csv.DictReader(f): rows, declined = rows + 1, declined + bool(row['declined'])
+    return rows - declined, declined
+
+def predict_to_file(
+    predictor: Predictor,
+    files: Sequence[str],              # of `list_images`
+    out: str | os.PathLike,            # .csv or .jsonl
+    bs: int = 8,                       # images per batch
+    on_bad: OnBadFile = 'raise',
+    ood: OODMode = 'decline',
+    said: Callable[[AnyPrediction], object] = lambda answer: None,   # called with each new answer
+) -> AnswerCounts:
+    "Answer files one after the other, written as they come; the same call goes on after a kill"
+    out = Path(out)
+    kind = out.suffix.lstrip('.').lower()
+    check_choice('format', kind, AnswerFormat, RunError)
+    columns, part = _columns(predictor.decision, ood), out.with_name(f'{out.name}.part')
+    header = _csv_line(dict(zip(columns, columns)), columns) if kind == 'csv' else b''
+    try: rows, size = _begun(out, part, _job(predictor, files, ood, columns))
+    except OSError as e: raise RunError(f'cannot write {part}: {e.strerror}; choose another place.') from e
+    with _held(part) as f:
+        f.truncate(size)
+        f.seek(size)
+        if not size: f.write(header)
+        done = max(0, rows - bool(header))
+        for answer in predictor.stream(files[done:], bs, on_bad, ood):
+            f.write(_csv_line(answer.to_row(), columns) if header else _json_line(answer))
+            f.flush()
+            said(answer)
+        os.fsync(f.fileno())
+    os.replace(part, out)
+    out.with_name(f'{out.name}.job').unlink(missing_ok=True)
+    return AnswerCounts(*_counted(out, header, columns), resumed=done)
