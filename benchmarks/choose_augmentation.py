@@ -1,11 +1,11 @@
 """Which augmentation holds on patients who look like none that were trained on? Chosen before the published test is opened:
 
-    python benchmarks/choose_augmentation.py --out FOLDER      ->  benchmarks/results/choose_augmentation.json, in about an hour and a half
+    python benchmarks/choose_augmentation.py --out FOLDER      ->  benchmarks/results/choose_augmentation.json, in about an hour
 
-The official training images of the Kaggle set are sorted into three clusters of look-alike patients per class (`split.kind = "cluster"`). EfficientNet-Lite0
-from ImageNet weights is trained on two and asked about the third, its threshold frozen on a validation split by patient of the two. Every image is asked once.
-The rule, fixed beforehand: the highest balanced accuracy at the frozen threshold, mean of the three folds. The published test has no part in it.
-Killed, the same command goes on where it stopped.
+The official training images of the Kaggle set are sorted into three clusters of look-alike patients per class (`split.kind = "cluster"`).
+EfficientNet-Lite0 from ImageNet weights is trained on two and asked about the third, its threshold frozen on a validation split by patient of
+the two. Every image is asked once. The rule, fixed beforehand: the highest balanced accuracy at the frozen threshold, mean of the three
+folds. The published test has no part in it. Killed, the same command goes on where it stopped.
 """
 import argparse
 from pathlib import Path
@@ -18,33 +18,37 @@ from covid_cxr.runs.folder import RunFolder
 from covid_cxr.runs.train import train
 
 FOLDS = 3
-NETWORK = {'model.arch': 'efficientnet_lite0', 'model.weights': 'imagenet', 'image.size': 128, 'training.bs': 32, 'training.keep': 'last',
-           'training.average': .99, 'training.stages': [dict(epochs=1, frozen=True, lr=.002), dict(epochs=2, lr=.001)], 'split.kind': 'cluster', 'split.n_folds': FOLDS,
-           'split.valid_pct': .15, 'seed': 42, 'evaluation.n_boot': 100}
+NETWORK = {
+    'model.arch': 'efficientnet_lite0', 'model.weights': 'imagenet', 'image.size': 128, 'training.bs': 32, 'training.keep': 'last',
+    'training.average': .99, 'training.stages': [dict(epochs=1, frozen=True, lr=.002), dict(epochs=2, lr=.001)],
+    'split.kind': 'cluster', 'split.n_folds': FOLDS, 'split.valid_pct': .15, 'seed': 42, 'evaluation.n_boot': 100}
 PLAIN = {'training.rotate': 10, 'training.zoom': 1.1, 'training.lighting': .2, 'training.shift': 0.}
-WIDE = {**PLAIN, 'training.zoom': 1.2, 'training.zoom_out': .85, 'training.shift': .1, 'training.gamma': .3, 'training.lighting': .3, 'training.erase': .3}
+WIDE = {**PLAIN, 'training.zoom': 1.2, 'training.zoom_out': .85, 'training.shift': .1, 'training.gamma': .3, 'training.lighting': .3,
+        'training.erase': .3}
 CANDIDATES = {'plain': PLAIN, 'wide': WIDE, 'wide and other machines': {**WIDE, 'training.scanner': 1.}}
 METRICS = ('auc', 'balanced_accuracy', 'recall', 'specificity')
 
 
 def trained(name, fold, out, data):
     "The finished run of one candidate and one fold"
-    recipe = override(load_recipe('pneumonia-resnet'), {**NETWORK, **CANDIDATES[name], 'split.fold': fold, 'title': f'held-out clusters, augmentation {name}'})
-    return RunFolder.open(train(recipe, data=data, out=out / f"{name.replace(' ', '-')}-fold{fold}", device='cpu', cache_dir=out / 'cache', figures=False))
+    own = {**NETWORK, **CANDIDATES[name], 'split.fold': fold, 'title': f'held-out clusters, augmentation {name}'}
+    place = out / f"{name.replace(' ', '-')}-fold{fold}"
+    recipe = override(load_recipe('pneumonia-resnet'), own)
+    return RunFolder.open(train(recipe, data=data, out=place, device='cpu', cache_dir=out / 'cache', figures=False))
 
 
 def metrics_of(run, split):
     "At the frozen threshold, without intervals"
     t = run.predictions[run.predictions['split'] == split]
-    e = evaluate(t['label'].to_numpy(object), t[f'prob_{run.classes[1]}'].to_numpy(float), t['group'].to_numpy(object), run.frozen_threshold,
-                 run.classes, n_boot=0, metrics=METRICS)
+    e = evaluate(t['label'].to_numpy(object), t[f'prob_{run.classes[1]}'].to_numpy(float), t['group'].to_numpy(object),
+                 run.frozen_threshold, run.classes, n_boot=0, metrics=METRICS)
     return {m: e[m].value for m in METRICS}
 
 
 def found_on(run):
     "What one run found on patients at random (its validation split) and on the cluster that was held out"
-    e = run.evaluation['test']
-    return dict(fold=run.recipe.split.fold, images=e['n_images'], groups=e['n_groups'], minutes=round(float(run.history['seconds'].sum()) / 60, 1),
+    e, minutes = run.evaluation['test'], float(run.history['seconds'].sum()) / 60
+    return dict(fold=run.recipe.split.fold, images=e['n_images'], groups=e['n_groups'], minutes=round(minutes, 1),
                 held_out=metrics_of(run, 'test'), by_patient=metrics_of(run, 'valid'))
 
 
@@ -58,9 +62,10 @@ if __name__ == '__main__':
     found = {}
     for fold in range(FOLDS):                                  # fold by fold: a part of the work already compares all candidates
         for name in CANDIDATES: found.setdefault(name, []).append(found_on(trained(name, fold, Path(a.out), data_folder())))
-    rows = {name: dict(settings=CANDIDATES[name], folds=folds, held_out=mean_over(folds, 'held_out'), by_patient=mean_over(folds, 'by_patient'))
-            for name, folds in found.items()}
+    rows = {name: dict(settings=CANDIDATES[name], folds=folds, held_out=mean_over(folds, 'held_out'),
+                       by_patient=mean_over(folds, 'by_patient')) for name, folds in found.items()}
     chosen = max(rows, key=lambda name: rows[name]['held_out']['balanced_accuracy'])
-    for name, r in rows.items(): print(f"{name:24}", {k: {m: round(v, 3) for m, v in r[k].items()} for k in ('by_patient', 'held_out')})
+    for name, r in rows.items():
+        print(f'{name:24}', {k: {m: round(v, 3) for m, v in r[k].items()} for k in ('by_patient', 'held_out')})
     print('chosen:', chosen)
     write_result(RESULTS / 'choose_augmentation.json', dict(about(), machine=machine(), network=NETWORK, candidates=rows, chosen=chosen))
