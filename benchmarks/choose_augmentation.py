@@ -3,8 +3,8 @@
     python benchmarks/choose_augmentation.py --out FOLDER      ->  benchmarks/results/choose_augmentation.json, in about an hour
 
 The official training images of the Kaggle set are sorted into three clusters of look-alike patients per class (`split.kind = "cluster"`).
-EfficientNet-Lite0 from ImageNet weights is trained on two and asked about the third, its threshold frozen on a validation split by patient of
-the two. Every image is asked once. The rule, fixed beforehand: the highest balanced accuracy at the frozen threshold, mean of the three
+EfficientNet-Lite0 from ImageNet weights is trained on two and asked about the third, its threshold frozen on a validation split by patient
+of the two. Every image is asked once. The rule, fixed beforehand: the highest balanced accuracy at the frozen threshold, mean of the three
 folds. The published test has no part in it. Killed, the same command goes on where it stopped.
 """
 import argparse

@@ -185,8 +185,8 @@ def _numbers(value):
 
 # %% ../../nbs/model/onnx.ipynb #walk
 OPERATIONS = frozenset(
-    'Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div '
-    'DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool '
+    'Add And AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div '
+    'DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Gather Gelu Gemm GlobalAveragePool GlobalMaxPool '
     'Greater HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Less Log MatMul Max MaxPool Min Mish Mod Mul '
     'Neg Not Or PRelu Pad Pow QuantizeLinear Range ReduceMax ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid '
     'Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where'.split())
