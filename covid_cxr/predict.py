@@ -84,11 +84,18 @@ class FindingsPrediction:
 AnyPrediction: TypeAlias = Prediction | FindingsPrediction
 
 # %% ../nbs/predict.ipynb #list-images
+def _is_image(file):
+    "By its suffix; a file with another name, as archives give them, is an image when it says that it is DICOM"
+    if not file.is_file(): return False
+    if file.suffix.lower() in IMAGE_SUFFIXES: return True
+    try:
+        with open(file, 'rb') as f: return f.read(132)[128:] == b'DICM'
+    except OSError: return False
+
 def _images_below(folder):
     "The images below a folder, in sorted order"
     def hidden(f): return any(part.startswith(('.', '__MACOSX')) for part in f.relative_to(folder).parts)
-    named = (f for f in folder.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(str(f) for f in named if f.is_file() and not hidden(f))
+    return sorted(str(f) for f in folder.rglob('*') if not hidden(f) and _is_image(f))
 
 def list_images(
     inputs: str | os.PathLike | Iterable[str | os.PathLike],  # files and folders
