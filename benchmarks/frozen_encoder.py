@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from record import RESULTS, about, machine, write_result
 import numpy as np, pandas as pd
-from scipy import stats
 from covid_cxr.cache import ImageCache
 from covid_cxr.core import data_folder, used
 from covid_cxr.data import cxr_dls
-from covid_cxr.evaluate import auc_covariance, rarer_groups
+from covid_cxr.evaluate import auc_covariance, bounded_interval, rarer_groups
 from covid_cxr.images import ImageRule
 from covid_cxr.learner import cxr_learner, embed_images, fit_frozen, predict_frozen
 from covid_cxr.recipe import apply_split, build_table, load_recipe, override
@@ -108,8 +107,9 @@ def mean_auc(t, weights, seeds=SEEDS):
     w = np.repeat(list(weights.values()), len(seeds)) / len(seeds)
     y, group = t['positive'].to_numpy(), np.unique(t['group'], return_inverse=True)[1]
     auc, cov = auc_covariance(y, scores, group)
-    half = stats.t.ppf(.975, rarer_groups(y == 1, group) - 1) * np.sqrt(w @ cov @ w)
-    return dict(value=float(w @ auc), low=float(w @ auc - half), high=float(w @ auc + half))
+    bounds = (0., 1.) if min(w) > 0 else (-1., 1.)           # an AUC, or a difference of two
+    found = bounded_interval(w @ auc, np.sqrt(w @ cov @ w), *bounds, df=rarer_groups(y == 1, group) - 1)
+    return dict(value=float(w @ auc), low=float(found.low), high=float(found.high))
 
 
 def shares(t, arm, seed):
