@@ -164,9 +164,14 @@ class Here:
         return done
 
 
+def fork_readers():
+    "Processes that read images are forked, for every epoch anew; spawned ones would import everything each time"
+    multiprocessing.set_start_method('fork', force=True)
+
+
 def executor(jobs):
     if jobs == 1: return Here()
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn'))      # a GPU allows no fork
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn'), initializer=fork_readers)   # a GPU allows no fork
 
 
 def reason_against(job, place, needs, left, unfinished):

@@ -13,8 +13,8 @@ LEFT_OUT = 'published-test-lite2-seed42'
 
 
 def _main(work, *more):
-    gpu.main(['--tiny', '--work', str(work), '--out', str(work / 'out'), '--jobs', '1', '--workers', '0', '--seeds', '1', '--published', '1',
-              *more])
+    few = ['--jobs', '1', '--workers', '0', '--seeds', '1', '--published', '1']
+    gpu.main(['--tiny', '--work', str(work), '--out', str(work / 'out'), *few, *more])
 
 
 @pytest.fixture(scope='module')
@@ -106,4 +106,5 @@ def test_the_full_plan_is_that_of_the_articles():
     assert (flagship.model.arch, flagship.image.size, sum(s.epochs for s in flagship.training.stages)) == ('resnet50', 512, 88)
     assert recipes['covid-2020-in-domain-seed42'].model.weights.endswith('children/bundle/weights.safetensors')
     lite2 = recipes[LEFT_OUT]
-    assert (lite2.model.arch, lite2.model.weights, lite2.image.size, lite2.split.kind) == ('efficientnet_lite2', 'imagenet', 260, 'official')
+    assert (lite2.model.arch, lite2.model.weights, lite2.image.size) == ('efficientnet_lite2', 'imagenet', 260)
+    assert lite2.split.kind == 'official'
