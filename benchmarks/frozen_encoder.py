@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from record import RESULTS, about, machine, write_result
 import numpy as np, pandas as pd
+from covid_cxr.audit.baselines import fit_baselines
+from covid_cxr.audit.run import SMALL
 from covid_cxr.cache import ImageCache
 from covid_cxr.core import data_folder, used
 from covid_cxr.data import cxr_dls
 from covid_cxr.evaluate import auc_covariance, bounded_interval, rarer_groups
-from covid_cxr.images import ImageRule
+from covid_cxr.images import ImageRule, fit_to, load_image
 from covid_cxr.learner import cxr_learner, embed_images, fit_frozen, predict_frozen
 from covid_cxr.recipe import apply_split, build_table, load_recipe, override
 from covid_cxr.runs.crossval import pool_predictions, rank_scores
@@ -71,17 +73,56 @@ def evaluate_once(recipe, table, data, out, runs, encoder_seed):
                          export=lambda folder, found, provenance: None, data=str(data), figures=False, log=len)
 
 
+def unfinished(task, runs, seeds=SEEDS):
+    "(arm, seed, fold) of every run that is still to be made"
+    every = [(arm, seed, fold) for arm in ARMS for seed in seeds for fold in folds_of(task)]
+    folders = {key: runs / run_name(task, *key) for key in every}
+    return [k for k, d in folders.items() if not d.is_dir() or RunFolder.open(d, finished=False).state.get('status') != 'finished']
+
+
 def run_task(task, data, runs, seeds=SEEDS):
     "Every arm, seed and fold of a task that is not finished"
-    base = build_table(arm_recipe(task, 'imagenet', seeds[0]), data, runs / 'cache')
-    for arm in ARMS:
-        for seed in seeds:
-            encoder_seed = seed if len(folds_of(task)) > 1 else seeds[0]      # of random weights
-            for fold in folds_of(task):
-                recipe, out = arm_recipe(task, arm, seed, fold), runs / run_name(task, arm, seed, fold)
-                done = out.is_dir() and RunFolder.open(out, finished=False).state.get('status') == 'finished'
-                if not done: evaluate_once(recipe, apply_split(base, recipe.split, recipe.seed), data, out, runs, encoder_seed)
-            print(task, arm, seed, time.strftime('%H:%M'), flush=True)
+    left = unfinished(task, runs, seeds)
+    base = build_table(arm_recipe(task, 'imagenet', seeds[0]), data, runs / 'cache') if left else None
+    for arm, seed, fold in left:
+        recipe = arm_recipe(task, arm, seed, fold)
+        encoder_seed = seed if arm == 'random' and len(folds_of(task)) > 1 else seeds[0]
+        evaluate_once(recipe, apply_split(base, recipe.split, recipe.seed), data, runs / run_name(task, arm, seed, fold), runs, encoder_seed)
+        print(task, arm, seed, fold, time.strftime('%H:%M'), flush=True)
+
+
+def fold_baselines(run, small):
+    "What every lung-free baseline of one fold says of its test images; `small` holds the images by their path"
+    rows, rule = used(run.table), ImageRule(**asdict(run.recipe.image))
+    for path in rows['path']:
+        if path not in small: small[path] = fit_to(load_image(path, rule), SMALL, 'squash')
+    found = fit_baselines(rows, np.stack([small[p] for p in rows['path']]), run.classes[1], retrain=False, n_boot=0, seed=run.recipe.seed)
+    ids = rows.loc[rows['split'] == 'test', 'image_id'].to_numpy()
+    return [pd.DataFrame(dict(seed=run.recipe.seed, image_id=ids, baseline=b.name, kind=b.kind, score=rank_scores(b.scores))) for b in found]
+
+
+def baseline_scores(task, runs, seeds=SEEDS):
+    "seed, image_id, baseline, kind, score (rank within the fold) of the baselines that every fold allows; computed once"
+    file, small = runs / f'{task}-baselines.csv', {}
+    if not file.is_file():
+        of = [RunFolder.open(runs / run_name(task, 'imagenet', seed, fold)) for seed in seeds for fold in folds_of(task)]
+        pd.concat([t for run in of for t in fold_baselines(run, small)]).to_csv(file, index=False)
+    t = pd.read_csv(file, dtype={'image_id': str})
+    everywhere = t.groupby('baseline').size() == len(t[['seed', 'image_id']].drop_duplicates())
+    return t[t['baseline'].map(everywhere)]
+
+
+def add_baseline(scores, task, runs, seeds=SEEDS):
+    "The scores with those of the baseline from image or file that is best on these very images, and the mean AUC of every baseline"
+    if len(folds_of(task)) == 1: return scores, []
+    t, rows, wide = baseline_scores(task, runs, seeds), [], {}
+    for (name, kind), of in t.groupby(['baseline', 'kind']):
+        wide[name] = of.pivot(index='image_id', columns='seed', values='score').loc[scores['image_id']].add_prefix('baseline_').reset_index(drop=True)
+        auc = mean_auc(pd.concat([scores, wide[name]], axis=1), {'baseline': 1}, seeds)['value']
+        rows.append(dict(baseline=name, kind=kind, auc=auc))
+    rows.sort(key=lambda r: -r['auc'])
+    best = next(r['baseline'] for r in rows if r['kind'] != 'metadata')
+    return pd.concat([scores, wide[best]], axis=1), rows
 
 
 def task_scores(task, runs, seeds=SEEDS):
@@ -125,7 +166,7 @@ def seed_row(t, arm, seed):
 
 
 def summarise(t, seeds=SEEDS, n_boot=2000):
-    "Every number of a task from its kept scores: per arm and seed, their means over seeds, and the gain of ImageNet over random weights"
+    "Every number of a task from its kept scores: per arm and seed, their means over seeds, and gains in pairs"
     found = {}
     for arm in ARMS:
         mean, each = dict(auc=mean_auc(t, {arm: 1}, seeds)), [shares(t, arm, s) for s in seeds]
@@ -134,7 +175,10 @@ def summarise(t, seeds=SEEDS, n_boot=2000):
             mean[name] = dict(zip(('value', 'low', 'high'), patient_mean(right[rows], t['group'].to_numpy()[rows], n_boot)[:3]))
         found[arm] = dict(seeds=[seed_row(t, arm, s) for s in seeds], mean=mean)
     counts = dict(images=len(t), positive=int(t['positive'].sum()), groups=int(t['group'].nunique()))
-    return dict(counts, arms=found, gain=mean_auc(t, {'imagenet': 1, 'random': -1}, seeds))
+    gains = dict(gain=mean_auc(t, {'imagenet': 1, 'random': -1}, seeds))
+    if t[f'baseline_{seeds[0]}'].notna().all():
+        gains |= dict(baseline=mean_auc(t, {'baseline': 1}, seeds), baseline_gain=mean_auc(t, {'imagenet': 1, 'baseline': -1}, seeds))
+    return dict(counts, arms=found, **gains)
 
 
 def add_minutes(found, task, runs):
@@ -154,11 +198,13 @@ def main():
     p.add_argument('--out', type=Path, default=RESULTS / 'frozen_encoder.json')
     a = p.parse_args()
     for task in TASKS: run_task(task, data_folder(), a.runs)
-    scores, file = pd.concat([task_scores(task, a.runs) for task in TASKS]), a.out.with_suffix('.csv.gz')
+    parts = {task: add_baseline(task_scores(task, a.runs), task, a.runs) for task in TASKS}
+    scores, file = pd.concat([t for t, _ in parts.values()]), a.out.with_suffix('.csv.gz')
     scores.to_csv(file, index=False, float_format='%.6g', compression=dict(method='gzip', mtime=0))
     kept, found = pd.read_csv(file), {}
     for task in TASKS:
         found[task] = summarise(kept[kept['task'] == task].reset_index(drop=True))
+        found[task] |= dict(baselines=parts[task][1])
         add_minutes(found[task], task, a.runs)
     write_result(a.out, dict(about(), machine=machine(), encoder=COMMON['model.arch'], size=COMMON['image.size'], tasks=found))
 

@@ -807,7 +807,7 @@ def predict_frozen(
     "What `predict_table` says, from the features that are kept"
     body, head = learn.model[0], learn.model[1]
     if learner_info(learn).head != 'linear':
-        raise RecipeError("predict_frozen needs a linear head; use predict_table, or make the Learner with head='linear'.")
+        raise RecipeError("predict_frozen needs head='linear'; use predict_table for this Learner.")
     x, vocab = embed_images(learn, table['path'].tolist(), folder), list(learn.dls.vocab)
     if not len(x): return _with_answers(table, np.zeros((0, len(vocab))), vocab)
     place = next(head.parameters()).device

@@ -404,7 +404,7 @@ def _send_results(job, found):
     from covid_cxr.runs.tracking import final_values
     for tracker in job.trackers: tracker.finish(final_values(found.headline()))
 
-# %% ../../nbs/runs/train.ipynb #train-steps
+# %% ../../nbs/runs/train.ipynb #predict
 def _predict(job, learn, rows):
     "What the network says of every row; a frozen encoder does not see an image again whose features are kept"
     from covid_cxr.learner import predict_frozen, predict_table
@@ -412,6 +412,7 @@ def _predict(job, learn, rows):
     if frozen and not tta: return predict_frozen(learn, rows, job.cache_dir / 'features')
     return predict_table(learn, rows, tta=tta)
 
+# %% ../../nbs/runs/train.ipynb #train-steps
 def _run(job):
     "Every step of a training in its order; each leaves its file, and a resumed run repeats only what is missing"
     from covid_cxr.runs.tracking import flatten_settings
