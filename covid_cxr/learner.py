@@ -36,8 +36,8 @@ _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who
 __all__ = ['fit_rounds', 'FROZEN_CS', 'split_params', 'class_weights', 'auc_score', 'keep_random_state',
            'CostMatrixLoss', 'LearnerInfo', 'InfoCallback', 'learner_info', 'FrozenDecision', 'weights_word',
            'BuiltNetwork', 'build_network', 'assemble_learner', 'cxr_learner', 'Fit', 'suggest_lr', 'fit_stages',
-           'embed_images', 'fit_frozen', 'predict_table', 'ensemble_learner', 'join_fits', 'ARTICLE_STAGES', 'Stage',
-           'fit_epochs']
+           'embed_images', 'fit_frozen', 'predict_table', 'predict_frozen', 'ensemble_learner', 'join_fits',
+           'ARTICLE_STAGES', 'Stage', 'fit_epochs']
 
 # %% ../nbs/learner.ipynb #split-params
 def split_params(
@@ -673,30 +673,48 @@ def fit_stages(
 fit_rounds = fit_stages   # the name that early notebooks used
 
 # %% ../nbs/learner.ipynb #embed
-def embed_images(
-    learn: Learner,                        # from `cxr_learner`
-    paths: Sequence[str],                  # image files
-    folder: str | os.PathLike | None = None,   # keeps the features for the next call; None: computed anew
-    bs: int = 32,                          # images per batch
-) -> np.ndarray:                           # (n, 2c) float32: maximum and average of every map of the encoder
-    "Features of images by the encoder as it stands, without augmentation; computed once per encoder, rule and files"
-    info, body = learner_info(learn), learn.model[0]
-    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    weights = sha256_text(*(v.sum().item() for v in body.state_dict().values()))
-    key = sha256_text(info.spec, info.record.sha256, weights, info.rule, files)
-    kept = None if folder is None else Path(folder) / f'{key[:32]}.npy'
-    if kept is not None and kept.is_file(): return np.load(kept)
-    dl = learn.dls.test_dl(list(map(str, paths)), bs=bs)
-    pool, out, was = ConcatPool(), [], body.training
+def _read_features(file):
+    "Kept features by the name of their image"
+    if file is None or not file.is_file(): return {}
+    with np.load(file) as kept: return dict(zip(kept['names'].tolist(), kept['features']))
+
+def _keep_features(file, rows):
+    "Write features by the name of their image, whole or not at all"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file) as tmp, open(tmp, 'wb') as f:
+        np.savez(f, names=np.array(list(rows)), features=np.stack(list(rows.values())))
+
+def _encode(learn, paths, bs):
+    "(n, 2c) maximum and average of every map of the encoder as it stands"
+    pool, out, body = ConcatPool(), [], learn.model[0]
+    dl, was = learn.dls.test_dl(paths, bs=bs), body.training
     with torch.no_grad():
         body.eval()
         for (x,) in dl: out.append(pool(body(torch.as_tensor(x))).flatten(1).float().cpu().numpy())
         body.train(was)
-    found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(kept) as tmp, open(tmp, 'wb') as f: np.save(f, found)
-    return found
+    return np.concatenate(out)
+
+# %% ../nbs/learner.ipynb #embed-images
+def embed_images(
+    learn: Learner,                        # from `cxr_learner`
+    paths: Sequence[str],                  # image files
+    folder: str | os.PathLike | None = None,   # keeps the features of every image for other calls; None: computed anew
+    bs: int = 32,                          # images per batch
+) -> np.ndarray:                           # (n, 2c) float32: maximum and average of every map of the encoder
+    "Features of images by the encoder as it stands, without augmentation; computed once per encoder, rule and file"
+    info, paths = learner_info(learn), [str(p) for p in paths]
+    if not paths: return np.zeros((0, 0), np.float32)
+    weights = sha256_text(*(v.sum().item() for v in learn.model[0].state_dict().values()))
+    encoder = sha256_text(info.spec, info.record.sha256, weights, info.rule)
+    file = None if folder is None else Path(folder) / f'{encoder[:32]}.npz'
+    stats = [os.stat(p) for p in paths]
+    names = [sha256_text(p, s.st_size, s.st_mtime_ns)[:32] for p, s in zip(paths, stats)]
+    rows = _read_features(file)
+    new = {name: p for name, p in zip(names, paths) if name not in rows}
+    if new:
+        rows.update(zip(new, _encode(learn, list(new.values()), bs)))
+        if file is not None: _keep_features(file, rows)
+    return np.stack([rows[name] for name in names])
 
 # %% ../nbs/learner.ipynb #frozen-parts
 FROZEN_CS = (1e-4, 1e-3, 1e-2, .1, 1.)    # inverse strengths of the penalty that are tried
@@ -759,6 +777,12 @@ def _views(learn, n):
         yield
     finally: learn.model = model
 
+def _with_answers(table, probs, classes):
+    "Who an image is and what was answered, row by row"
+    rows = table.reset_index(drop=True)
+    out = rows[['path', 'image_id', 'source', 'patient', 'group', 'split', 'label']].copy()
+    return out.assign(**{f'prob_{c}': probs[:, i] for i, c in enumerate(classes)})
+
 def predict_table(
     learn: Learner,          # trained
     table: pd.DataFrame,     # rows to predict; used and excluded ones alike
@@ -766,15 +790,29 @@ def predict_table(
     tta: int = 0,            # views of every image whose mean is the answer (see `model.TTA_VIEWS`); 0: as it is
 ) -> pd.DataFrame:           # path, image_id, source, patient, group, split, label, prob_<class> for every class
     "Class probabilities of every row of a table, keyed by path"
-    rows = table.reset_index(drop=True)
-    out = rows[['path', 'image_id', 'source', 'patient', 'group', 'split', 'label']].copy()
-    if not len(rows): return out.assign(**{f'prob_{c}': [] for c in learn.dls.vocab})
-    dl = learn.dls.test_dl(rows['path'].tolist(), bs=bs or learn.dls.bs)
+    paths, vocab = table['path'].tolist(), list(learn.dls.vocab)
+    if not paths: return _with_answers(table, np.zeros((0, len(vocab))), vocab)
+    dl = learn.dls.test_dl(paths, bs=bs or learn.dls.bs)
     with learn.no_bar(), learn.no_logging(), _views(learn, tta): probs, _ = learn.get_preds(dl=dl)
-    if list(map(str, dl.items)) != rows['path'].tolist():
+    if list(map(str, dl.items)) != paths:
         raise RunError('the predictions came back in another order than the table; this must not happen.')
-    for i, c in enumerate(learn.dls.vocab): out[f'prob_{c}'] = probs[:, i].double().numpy()
-    return out
+    return _with_answers(table, probs.double().numpy(), vocab)
+
+# %% ../nbs/learner.ipynb #predict-frozen
+def predict_frozen(
+    learn: Learner,                            # after `fit_frozen`
+    table: pd.DataFrame,                       # rows to predict
+    folder: str | os.PathLike | None = None,   # that of `fit_frozen`
+) -> pd.DataFrame:                             # as of `predict_table`
+    "What `predict_table` says, from the features that are kept"
+    body, head = learn.model[0], learn.model[1]
+    if learner_info(learn).head != 'linear':
+        raise RecipeError("predict_frozen needs head='linear'; use predict_table for this Learner.")
+    x, vocab = embed_images(learn, table['path'].tolist(), folder), list(learn.dls.vocab)
+    if not len(x): return _with_answers(table, np.zeros((0, len(vocab))), vocab)
+    place = next(head.parameters()).device
+    with torch.no_grad(): logits = head.eval()[2:](torch.from_numpy(x).to(place))
+    return _with_answers(table, logits.double().softmax(1).cpu().numpy(), vocab)
 
 # %% ../nbs/learner.ipynb #ensemble-learner
 def _check_alike(infos):

@@ -80,7 +80,7 @@ def test_a_frozen_encoder_is_embedded_once_and_its_head_travels(frozen):
         assert torch.equal(weights[f'0.{k}'], v), k                                      # not one number of the encoder moved
     assert weights['1.4.weight'].shape == (2, 2 * (40 + 112 + 320)) and weights['1.4.weight'].any()
     assert 'frozen features' in (frozen / 'summary.txt').read_text()
-    assert len(list((frozen / 'cache' / 'features').glob('*.npy'))) == 2
+    assert len(list((frozen / 'cache' / 'features').glob('*.npz'))) == 1
     _same_answers(frozen)
 
 

@@ -404,16 +404,23 @@ def _send_results(job, found):
     from covid_cxr.runs.tracking import final_values
     for tracker in job.trackers: tracker.finish(final_values(found.headline()))
 
+# %% ../../nbs/runs/train.ipynb #predict
+def _predict(job, learn, rows):
+    "What the network says of every row; a frozen encoder does not see an image again whose features are kept"
+    from covid_cxr.learner import predict_frozen, predict_table
+    frozen, tta = job.recipe.training.frozen_encoder, job.recipe.evaluation.tta
+    if frozen and not tta: return predict_frozen(learn, rows, job.cache_dir / 'features')
+    return predict_table(learn, rows, tta=tta)
+
 # %% ../../nbs/runs/train.ipynb #train-steps
 def _run(job):
     "Every step of a training in its order; each leaves its file, and a resumed run repeats only what is missing"
-    from covid_cxr.learner import predict_table
     from covid_cxr.runs.tracking import flatten_settings
     for tracker in job.trackers: tracker.start(job.recipe.name, flatten_settings(job.recipe))
     table = _prepare(job)
     learn, fit = _train_networks(job, table)
     _keep_history(job, fit)
-    predictions = predict_table(learn, used(table), tta=job.recipe.evaluation.tta)
+    predictions = _predict(job, learn, used(table))
     _conclude(job, table, predictions, fit, _trained_line(job, fit.history), partial(_export, job, learn, table))
 
 def _finish(job, history):

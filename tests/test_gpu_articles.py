@@ -1,0 +1,110 @@
+"""benchmarks/gpu_articles.py in tiny form: phantoms, 32 px, one epoch, a budget that leaves something out, and what comes back from it."""
+import json, sys, tarfile
+import pytest
+from conftest import ROOT
+from covid_cxr.core import used
+from covid_cxr.recipe import build_table
+from covid_cxr.runs.folder import RunFolder
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import gpu_articles as gpu  # noqa: E402
+
+DONE = ['children', 'covid-2020-random-seed42', 'covid-2020-in-domain-seed42']
+LEFT_OUT = 'published-test-lite2-seed42'
+
+
+def _main(work, *more):
+    few = ['--jobs', '1', '--workers', '0', '--seeds', '1', '--published', '1']
+    gpu.main(['--tiny', '--work', str(work), '--out', str(work / 'out'), *few, *more])
+
+
+@pytest.fixture(scope='module')
+def tried(tmp_path_factory):
+    "The script once, within a budget that the published test would not keep; the children are measured, the others are given"
+    work, measured, real = tmp_path_factory.mktemp('gpu'), [], gpu.measure
+
+    def measure(job, place):
+        measured.append(real(job, place) if job.kind == gpu.CHILDREN else dict(seconds=90_000. if job.kind == gpu.PUBLISHED else 1.))
+        return measured[-1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(gpu, 'measure', measure)
+        _main(work, '--minutes', '60')
+    return work, json.loads((work / 'out/summary.json').read_text())
+
+
+def test_what_fits_is_trained_and_what_does_not_is_said(tried):
+    work, found = tried
+    assert [r['name'] for r in found['runs']] == DONE and found['failed'] == [] and found['tiny'] is True
+    assert [r['name'] for r in found['left_out']] == [LEFT_OUT]
+    assert found['left_out'][0]['why'].startswith('it needs about 1500.0 minutes, 5') and found['minutes_used'] < 60
+    assert {r['started_from'] for r in found['runs'][:2]} == {'none'} and found['runs'][2]['started_from'] not in ('none', 'imagenet')
+    assert all(r['epochs'] == 1 and r['device'] == 'cpu' and r['test_evaluations'] == 1 for r in found['runs'])
+    assert [a['arm'] for a in found['arms']] == ['children', 'covid-2020-random', 'covid-2020-in-domain']
+    assert found['arms'][1]['auc'] == found['runs'][1]['auc']['value'] and found['estimates']['children']['seconds_per_image'] > 0
+    assert not (work / 'runs' / LEFT_OUT).exists()
+
+
+def test_the_in_domain_stage_has_seen_no_image_of_the_flagship(tried):
+    tables = {name: used(RunFolder.open(tried[0] / 'runs' / name).table) for name in DONE}
+    assert set(tables['children']['label']) == {'bacterial', 'viral'}
+    assert not set(tables['children']['image_id']) & set(tables['covid-2020-in-domain-seed42']['image_id'])
+    split = lambda name: tables[name].set_index('image_id')['split'].to_dict()
+    assert split('covid-2020-random-seed42') == split('covid-2020-in-domain-seed42')        # the arms differ in their start alone
+
+
+def test_the_runs_come_back_without_weights_and_can_be_read(tried, tmp_path):
+    file = tried[0] / 'out/runs.tar.gz'
+    with tarfile.open(file) as tar:
+        names = tar.getnames()
+        tar.extractall(tmp_path, filter='data')
+    assert file.stat().st_size < 300_000 and not [n for n in names if n.endswith(('.pkl', '.safetensors', '.png', '.pt'))]
+    for r in tried[1]['runs']:
+        run = RunFolder.open(tmp_path / 'runs' / r['name'])
+        assert run.result.estimates['auc'].value == r['auc']['value'] and len(run.predictions) == len(used(run.table))
+
+
+def test_started_again_nothing_is_trained_twice(tried, monkeypatch):
+    work, found = tried
+    before = {n: (work / 'runs' / n / 'run.json').stat().st_mtime_ns for n in DONE}
+    monkeypatch.setattr(gpu, 'measure', lambda job, place: dict(seconds=1.))
+    monkeypatch.setattr(gpu, 'run_job', lambda job, place: 1 / 0)
+    _main(work, '--minutes', '1')
+    again = json.loads((work / 'out/summary.json').read_text())
+    assert again['runs'] == found['runs'] and {n: (work / 'runs' / n / 'run.json').stat().st_mtime_ns for n in DONE} == before
+    assert again['left_out'] == [] and again['failed'] == [dict(name=LEFT_OUT, error='ZeroDivisionError: division by zero')]
+
+
+def test_without_the_run_that_it_starts_from_a_run_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'measure', lambda job, place: dict(seconds=100. if job.kind == gpu.CHILDREN else 1.))
+    started = []
+    monkeypatch.setattr(gpu, 'run_job', lambda job, place: started.append(job.name) or 1.)
+    s = gpu.Schedule(gpu.plan(2, 1), gpu.Place(tmp_path, tmp_path), 1., 1, log=len)
+    s.work()
+    assert started == ['covid-2020-random-seed42', LEFT_OUT, 'covid-2020-random-seed43']
+    why = {r['name']: r['why'] for r in s.left_out}
+    assert why['children'] == 'it needs about 1.7 minutes, 1.0 were left'
+    assert why['covid-2020-in-domain-seed42'] == 'children is not there to start from' and len(why) == 3
+
+
+def test_the_packed_images_give_the_same_tables(tried, tmp_path):
+    place, jobs = gpu.Place(tried[0] / 'data', tried[0], tiny=True), gpu.plan(1, 1)
+    archives = gpu.pack_data(jobs, place, tmp_path / 'pack', .1)
+    assert len(archives) > 2 and max(f.stat().st_size for f in archives) <= 100_000
+    for f in archives:
+        with tarfile.open(f) as tar: tar.extractall(tmp_path / 'data', filter='data')
+    there = gpu.Place(tmp_path / 'data', tmp_path, tiny=True)
+    for job in jobs:
+        if job.after: continue
+        a, b = (used(build_table(gpu.recipe_of(job, p), p.data)).set_index('image_id')[['label', 'group', 'split']] for p in (place, there))
+        assert a.equals(b), job.name
+
+
+def test_the_full_plan_is_that_of_the_articles():
+    place = gpu.Place(ROOT, ROOT)
+    recipes = {j.name: gpu.recipe_of(j, place) for j in gpu.plan()}
+    assert len(recipes) == 1 + 2 * 5 + 3
+    flagship = recipes['covid-2020-random-seed46']
+    assert (flagship.model.arch, flagship.image.size, sum(s.epochs for s in flagship.training.stages)) == ('resnet50', 512, 88)
+    assert recipes['covid-2020-in-domain-seed42'].model.weights.endswith('children/bundle/weights.safetensors')
+    lite2 = recipes[LEFT_OUT]
+    assert (lite2.model.arch, lite2.model.weights, lite2.image.size) == ('efficientnet_lite2', 'imagenet', 260)
+    assert lite2.split.kind == 'official'
