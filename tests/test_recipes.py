@@ -6,7 +6,7 @@ from conftest import DATA, ROOT, here, needs_data, tiny_recipe
 from covid_cxr.core import LeakError, RecipeError
 from covid_cxr.recipe import (OF_FINDINGS, build_table, dump_recipe, list_recipes, load_recipe, override, parse_recipe,
                               recipe_fields, recipe_hash)
-from covid_cxr.runs.folder import RunFolder
+from covid_cxr.runs.folder import RunFolder, find_file
 
 NAMES = sorted(list_recipes().name)
 LEAKY = {'pneumonia-cnn', 'pneumonia-explained', 'covid-2020-article', 'covid-2020-asides', 'effusion-resnet'}
@@ -302,7 +302,7 @@ def test_there_are_kept_external_tests(): assert len(EXTERNAL) >= 8
 def test_kept_external_tests_follow_from_their_predictions(folder):
     classes = ['normal', 'pneumonia'] if 'pneumonia' in folder.name or 'coronahack' in folder.name else ['other', 'covid']
     for test in RunFolder(folder).external_json['tests']:
-        p = pd.read_csv(folder / test['predictions'])
+        p = pd.read_csv(find_file(folder, test['predictions']))
         assert len(p) == test['n_images'] and p.group.nunique() == test['n_groups'] and 'path' not in p
         positive = p[f'prob_{classes[1]}'] >= test['threshold']
         by_hand = dict(false_positive_rate=positive[p.label == classes[0]], recall=positive[p.label == classes[1]])
@@ -334,7 +334,7 @@ def test_the_table_of_reported_results_follows_from_the_files():
 
 def _right_by_hand(folder, result):
     "Is each evaluated image predicted rightly, and is it ill?"
-    e, p = json.loads((folder / 'evaluation.json').read_text()), pd.read_csv(folder / 'predictions.csv')
+    e, p = json.loads((folder / 'evaluation.json').read_text()), pd.read_csv(find_file(folder, 'predictions.csv'))
     p = p[p.split == e.get('split', e.get('part'))]
     probability = [c for c in p if c.startswith('prob_')][1]
     positive = p[probability] >= (.5 if result == 'protocol' else e['operating_point']['threshold'])

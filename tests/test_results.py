@@ -1,5 +1,5 @@
 """Every committed result is derived again from its predictions: no number in prose without a file, no file without its predictions."""
-import json, re, sys
+import gzip, json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT
 from covid_cxr.articles.reported import ABLATION, ARTICLES
@@ -16,9 +16,10 @@ from covid_cxr.runs.folder import BaselineKind, RunFolder
 from covid_cxr.words import format_number, format_percent
 for folder in ('benchmarks', 'tools'): sys.path.insert(0, str(ROOT / folder))
 import notebooks
+from record import kept_folders
 
 KEPT = ROOT / 'benchmarks' / 'results'
-RUNS = [RunFolder.open(p.parent) for d in (KEPT, KEPT / APART) for p in sorted(d.glob('*/predictions.csv'))]
+RUNS = [RunFolder.open(f) for f in kept_folders()]
 AUDITED = [r for r in RUNS if r.audit_json is not None]
 TESTED_OUTSIDE = [r for r in RUNS if r.external_json is not None]
 WITH_BASELINES = [r for r in RUNS if r.baseline_scores is not None]
@@ -37,8 +38,16 @@ def test_there_are_audits_external_tests_and_baselines(): assert AUDITED and TES
 
 
 def test_no_kept_file_names_a_place():
-    files = [f for kind in ('*.json', '*.toml', '*.txt', '*.csv') for f in KEPT.rglob(kind)]
-    for f in files: assert not re.search(r'/(home|work|tmp|root|Users)/', f.read_text(encoding='utf-8')), f
+    for f in (f for f in KEPT.rglob('*') if f.is_file()):
+        content = gzip.decompress(f.read_bytes()) if f.suffix == '.gz' else f.read_bytes()
+        assert not re.search(rb'/(home|work|tmp|root|Users)/', content), f
+
+
+def test_kept_results_are_compressed_and_stay_small():
+    files = [f for f in KEPT.rglob('*') if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 10e6
+    assert {f.name for f in files if f.suffix == '.csv'} <= {'history.csv', 'lr_find.csv'}
+    for f in (f for f in files if f.suffix == '.gz'): assert f.read_bytes()[3:8] == bytes(5), f'{f} holds a name or a time'
 
 
 # ---- a run
@@ -108,7 +117,7 @@ def test_a_kept_external_test_follows_from_its_predictions(run):
     tests = read_external_tests(run.path)
     assert tests
     for test in tests:
-        p = pd.read_csv(run.path / test.predictions)
+        p = pd.read_csv(run.file(test.predictions))
         prob = [c for c in p if c.startswith('prob_')][-1]
         assert len(p) == test.n_images and 'path' not in p
         if not test.one_class: continue

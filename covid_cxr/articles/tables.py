@@ -193,7 +193,7 @@ def score_external(
     n_boot: int = 2000,
 ) -> dict[str, Estimate]:    # by metric, as far as the classes allow
     "An external test at any threshold, from the predictions that it kept"
-    rows = pd.read_csv(run.path / test.predictions, dtype={'image_id': str, 'group': str, 'label': str})
+    rows = pd.read_csv(run.file(test.predictions), dtype={'image_id': str, 'group': str, 'label': str})
     return evaluate_external(rows, test.classes, threshold, n_boot, run.recipe.seed)
 
 def _external_baselines(test: ExternalTest) -> str:

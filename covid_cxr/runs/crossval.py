@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from ..core import RecipeError, RunError, check_choice, choices, nearest
 from ..evaluate import Evaluation, allow_undefined, evaluate
 from ..recipe import Recipe, list_recipes, load_recipe, override
-from .folder import RunFolder
+from .folder import RunFolder, find_file
 from ..stats.bootstrap import patient_mean
 from ..stats.paired import Difference, describe_paired, paired_difference
 from ..words import format_count
@@ -30,7 +30,7 @@ _NEEDED = ('recipe.toml', 'predictions.csv', 'evaluation.json', 'run.json')
 
 def _read_result(folder: Path) -> RunFolder | None:
     "A finished run, or None when the folder is none"
-    if not all((folder / f).is_file() for f in _NEEDED): return None
+    if not all(find_file(folder, f).is_file() for f in _NEEDED): return None
     run = RunFolder.open(folder, finished=False)
     if run.state.get('status') != 'finished': return None
     run.recipe, run.evaluation     # a damaged file is an error now, not in the middle of a table
