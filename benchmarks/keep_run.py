@@ -4,6 +4,7 @@
 
 predictions.csv.gz keeps ids instead of paths; run.json keeps versions, hashes, seconds per image and the command that was given. A recipe
 that starts from the weights of another run names that file from its folder on, and its hash is that of the recipe as it is kept.
+Probabilities of training images, from which no number is made, have four digits; all others are as they were written.
 Every number that is printed anywhere about the run can be derived again from these files (tests/test_results.py does).
 """
 import argparse, os, shutil
@@ -44,6 +45,8 @@ def as_text(file): return pd.read_csv(file, dtype=str, keep_default_na=False)   
 def keep_tables(r, out):
     "Predictions without paths, baselines, and the view of every used image where a run has several: a view can be a shortcut"
     pred = as_text(r.file('predictions.csv'))
+    trained = pred['split'] == 'train'
+    for c in (c for c in pred if c.startswith('prob_')): pred.loc[trained, c] = [f'{float(p):.4f}' for p in pred.loc[trained, c]]
     write_compressed(out / 'predictions.csv', pred[['image_id', *(c for c in pred if c not in ('path', 'image_id'))]])
     if r.file('baselines.csv').exists(): write_compressed(out / 'baselines.csv', as_text(r.file('baselines.csv')))
     t = used(r.table)

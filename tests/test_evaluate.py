@@ -19,7 +19,7 @@ from covid_cxr.stats.bootstrap import design_effect, patient_mean, patient_ratio
 from covid_cxr.stats.calibration import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit,
                                          predictive_values_at)
 from covid_cxr.stats.paired import (check_published, compare_accuracy, compare_auc, describe_paired,
-                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, mean_auc, n_needed, paired_difference,
+                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, auc_over_trainings, n_needed, paired_difference,
                                     sign_flip, subgroups, worst_gap)
 
 FEW = settings(max_examples=examples(150), deadline=None, derandomize=True)
@@ -588,7 +588,7 @@ def test_the_interval_of_a_mean_over_trainings_covers():
     for _ in range(250):
         patients, noise = rng.normal(0, .8, 60), rng.normal(0, .6, (trainings, 120))
         scores = 1 / (1 + np.exp(-(delta * label + patients)[group] - noise))
-        m = mean_auc(label[group], list(scores), group)
+        m = auc_over_trainings(label[group], list(scores), group)
         half = (m.high - m.low) / 2 / np.sqrt(trainings)
         covered.append(m.low <= truth <= m.high)
         independent.append(abs(m.value - truth) <= half)

@@ -20,8 +20,8 @@ from ..words import format_count, format_estimate, format_number, format_p
 # %% auto #0
 __all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'mean_auc_covariance',
            'compare_mean_auc', 'compare_auc', 'paired_difference', 'sign_flip', 'mcnemar_exact', 'compare_accuracy',
-           'mean_auc', 'mean_metrics', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width', 'precision_table',
-           'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup', 'check_published']
+           'auc_over_trainings', 'metrics_over_trainings', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
+           'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup', 'check_published']
 
 # %% ../../nbs/stats/paired.ipynb #difference
 PairedVerdict = Literal['first is better', 'second is better', 'not distinguishable', 'not estimable']
@@ -238,7 +238,7 @@ def compare_accuracy(
                       only_first=int((right[0] > right[1]).sum()), only_second=int((right[0] < right[1]).sum()))
 
 # %% ../../nbs/stats/paired.ipynb #mean-auc
-def mean_auc(
+def auc_over_trainings(
     y_true: ArrayLike,                  # (n,) labels
     trainings: Sequence,                # (n,) probabilities of each training, for the same images
     groups: ArrayLike | None = None,    # (n,) patient groups
@@ -261,7 +261,7 @@ def _mean_interval(name, value, draws, df, level):
     se, note = resample_spread(draws)
     return (*bounded_interval(value, se, *BOUNDS.get(name, (0., 1.)), level, df), note)
 
-def mean_metrics(
+def metrics_over_trainings(
     y_true: ArrayLike,                  # (n,) labels
     trainings: Sequence,                # (n,) probabilities of each training, for the same images
     groups: ArrayLike | None = None,    # (n,) patient groups
