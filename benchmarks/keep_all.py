@@ -41,6 +41,8 @@ def keep_anew(run, place, command):
     with tempfile.TemporaryDirectory() as tmp:
         new = Path(tmp) / run.name
         keep(run, new, command)
+        kept = place / 'baselines.csv.gz'
+        if kept.exists() and not (new / kept.name).exists(): shutil.copy(kept, new / kept.name)      # of `keep_baselines.py`
         if place.is_dir() and same(new, place): return 'unchanged'
         said = 'kept anew' if place.is_dir() else 'kept'
         if place.is_dir(): shutil.rmtree(place)

@@ -9,16 +9,15 @@ the network that is trained without lungs among them. A run of thousands of imag
 import argparse, dataclasses, os
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from record import RESULTS, kept_folders, write_compressed
+from record import RESULTS, write_compressed
 import numpy as np, pandas as pd
 from covid_cxr.audit.baselines import fit_baselines
 from covid_cxr.audit.run import SMALL
 from covid_cxr.core import data_folder
 from covid_cxr.images import ImageRule, fit_to, load_image
 from covid_cxr.recipe import read_one_source
+from covid_cxr.runs.crossval import find_results, share_baselines
 from covid_cxr.runs.folder import RunFolder
-
-SINGLE = ('image', 'group', 'official', 'published')     # splits of a run that stands for itself
 
 
 def rows_of(run, data):
@@ -51,15 +50,17 @@ def keep(name, data):
 
 
 def without_baselines():
-    "Names of the kept runs of two classes whose baselines are not kept, but for arms, which share those of their folds"
-    runs = [RunFolder.open(f) for f in kept_folders() if f.parent == RESULTS]
-    return [r.name for r in runs if len(r.classes) == 2 and r.baseline_scores is None and r.recipe.split.kind in SINGLE
-            and r.evaluated_predictions['label'].nunique() == 2]
+    "Names of the kept runs of two classes for which no baselines are kept: one for each split, since runs of one split share them"
+    every, first = find_results(RESULTS, every=True), {}
+    for r in (r for runs in every.values() for r in runs if len(r.classes) == 2 and not share_baselines([r], every)):
+        split = repr((r.recipe.name, r.recipe.data, r.recipe.split, r.recipe.seed))
+        if r.evaluated_predictions['label'].nunique() == 2: first.setdefault(split, r.name)
+    return list(first.values())
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('names', nargs='*', help='folders below benchmarks/results; none: every single run that has no baselines')
+    p.add_argument('names', nargs='*', help='folders below benchmarks/results; none: a run of every split that has none')
     p.add_argument('--data', type=Path, default=data_folder(), help='folder that holds the collections')
     a = p.parse_args()
     for name in a.names or without_baselines(): keep(name, a.data)

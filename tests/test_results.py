@@ -2,15 +2,14 @@
 import gzip, json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT
-from covid_cxr.articles.reported import ABLATION, ARTICLES
-from covid_cxr.articles.tables import (ABSENT, AUDITED as APART, TABLES, article_results, make_tables, markdown_table, read_measurement,
-                                       read_tables, select_rows)
+from covid_cxr.articles.conditions import ABSENT, find_networks, markdown_table
+from covid_cxr.articles.reported import ABLATION, ARTICLES, OWN
+from covid_cxr.articles.tables import TABLES, article_results, make_tables, read_measurement, read_tables, select_rows
 from covid_cxr.audit.baselines import best_baseline
 from covid_cxr.audit.case import read_audit
 from covid_cxr.audit.sentences import describe_headline, describe_verdict
 from covid_cxr.core import choices
 from covid_cxr.evaluate import choose_threshold, evaluate
-from covid_cxr.runs.crossval import find_arms, find_results
 from covid_cxr.runs.external import read_external_tests
 from covid_cxr.runs.folder import BaselineKind, RunFolder
 from covid_cxr.words import format_number, format_percent
@@ -19,6 +18,7 @@ import notebooks
 from record import kept_folders
 
 KEPT = ROOT / 'benchmarks' / 'results'
+NETWORKS = find_networks(KEPT)
 RUNS = [RunFolder.open(f) for f in kept_folders()]
 AUDITED = [r for r in RUNS if r.audit_json is not None]
 TESTED_OUTSIDE = [r for r in RUNS if r.external_json is not None]
@@ -178,9 +178,10 @@ def test_kept_baselines_scored_the_evaluated_images_of_this_run(run):
 
 
 def test_cross_validations_are_whole_and_test_every_image_once():
-    folded = {n: runs for n, runs in find_results(KEPT).items() if runs[0].recipe.split.kind == 'fold'}
-    assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= set(folded)
-    for name, runs in folded.items():
+    folded = [(n, runs) for of in NETWORKS.values() for n in of if n.of_folds for runs in n.trainings]
+    assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= {n.recipe for n, _ in folded}
+    for n, runs in folded:
+        name = n.title
         assert [r.recipe.split.fold for r in runs] == list(range(runs[0].recipe.split.n_folds)), name
         every = [r.predictions for r in runs]
         tested = pd.concat([p[p['split'] == 'test'] for p in every])
@@ -189,17 +190,31 @@ def test_cross_validations_are_whole_and_test_every_image_once():
 
 
 def test_no_arm_is_evaluated_on_what_its_weights_have_seen():
-    "The in-domain arms start from the kept `pretrain`; none of its images or groups is in any split of theirs; the arms share images"
-    seen = find_results(KEPT)['pretrain'][0].predictions
-    for name in ABLATION:
-        arms = find_arms(KEPT, name)
-        assert {'from scratch', 'in-domain'} <= set(arms) and len({len(runs) for runs in arms.values()}) == 1, name
-        for r in arms['in-domain']:
-            assert r.recipe.model.weights.endswith('pretrain/bundle/weights.safetensors')
+    "No image and no group of the kept `pretrain` is in any split of a recipe on which its weights are tried"
+    seen = NETWORKS['pretrain'][0].first
+    assert seen.recipe.model.weights == 'imagenet'
+    for n in (n for name in ABLATION for n in NETWORKS[name]):
+        for r in n.runs:
+            assert (n.arm == 'in-domain') == (r.recipe.model.weights == 'runs/pretrain/bundle/weights.safetensors')
             for column in ('image_id', 'group'):
-                assert not set(r.predictions[column].dropna()) & set(seen[column].dropna()), (name, column)
-        images = [{(r.recipe.split.fold, i) for r in runs for i in r.evaluated_predictions['image_id']} for runs in arms.values()]
-        assert all(i == images[0] for i in images)
+                assert not set(r.predictions[column].dropna()) & set(seen.predictions[column].dropna()), (r.name, column)
+
+
+def test_arms_of_one_seed_share_their_folds():
+    arms = [n for of in NETWORKS.values() for n in of if n.arm != OWN]
+    assert arms
+    folds = {}
+    for n in arms:
+        for runs in n.trainings:
+            images = {(r.recipe.split.fold, i) for r in runs for i in r.evaluated_predictions['image_id']}
+            s = runs[0].recipe
+            assert folds.setdefault((n.recipe, s.seed, s.split.source), images) == images, n.title
+
+
+def test_an_arm_is_what_it_is_called():
+    "A kept folder of an arm has the name that the plan gives it, and stands for that arm"
+    for n in (n for of in NETWORKS.values() for n in of if n.arm != OWN):
+        for r in n.runs: assert r.name.startswith(f'{n.recipe}-{n.arm}-seed{r.recipe.seed}'), r.name
 
 
 # ---- the tables of the documentation
@@ -248,8 +263,8 @@ def test_the_page_of_results_prints_every_article(tables, key):
 
 def test_the_page_of_results_prints_folds_and_runs(tables):
     text, folds, runs = printed(ROOT / 'nbs/results.ipynb'), tables['crossval'], tables['runs']
-    assert_rows(folds[folds['fold'] == 'together'].drop(columns='fold'), text)
-    shown = ['recipe', 'size', 'arch', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes']
+    assert_rows(folds[~folds['fold'].str.startswith('fold ')], text)
+    shown = ['recipe', 'arm', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes']
     for line in markdown_table(runs[shown]).splitlines()[2:]: assert line.removesuffix('|').strip() in text, line
 
 
@@ -259,7 +274,7 @@ STORIES = (   # notebook, table of tables.json, the rows that it prints
     ('effusion_resnet', 'articles', dict(article='effusion-resnet')), ('pneumonia_cnn', 'leaks', dict(run='pneumonia-cnn-64')),
     ('covid_2020', 'asides', {}), ('covid_2020', 'left_out', {}), ('covid_2020', 'crossval', dict(recipe='covid-2020-adults')),
     ('covid_2020', 'crossval', dict(recipe='covid-2020-within')), ('covid_2020', 'gains', dict(recipe='covid-2020-adults')),
-    ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', {}),
+    ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', dict(recipe='effusion-resnet-honest')),
     ('effusion_resnet', 'crossval', dict(recipe='effusion-resnet-honest')), ('effusion_resnet', 'leaks', dict(run='effusion-resnet-64')),
     ('effusion_resnet', 'gains', dict(recipe='effusion-resnet-honest')))
 

@@ -165,6 +165,7 @@ def arm_keys(
     asked, known = [arms] if isinstance(arms, str) else list(arms), choices(ArmName)
     for a in asked:
         if a in known: continue
+        if a in (ALL, OWN): raise RecipeError(f"arms={asked}; '{ALL}' and '{OWN}' stand alone.")
         raise RecipeError(f"unknown arm '{a}'{nearest(a, known)} (known: {', '.join((ALL, OWN, *known))})")
     return [a for a in known if a in asked]
 
@@ -190,7 +191,8 @@ AIMS = (
     Aim(_SEVERAL, 'all leak-safe recipes', 'auc', .985, 'ensemble'),
     Aim(_SEVERAL, 'all leak-safe recipes', 'accuracy', .94, 'ensemble'),
     Aim('effusion, five folds by patient', 'effusion-resnet-honest', 'auc', .85),
-    Aim('effusion, above the best baseline that sees no lung', 'effusion-resnet-honest', 'auc', 0., 'gain over baseline'),
+    Aim('effusion, above the best baseline that sees no lung', 'effusion-resnet-honest', 'auc', 0.,
+        'gain over baseline'),
     Aim('COVID-19 against adults without finding', 'covid-2020', 'false_positive_rate', .30, 'outside',
         where='NIH, adults without finding'),
     *(Aim(f'{_GAIN}: {what}', recipe, 'auc', 0., 'gain over random') for what, recipe in (

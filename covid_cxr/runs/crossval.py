@@ -64,9 +64,9 @@ def start_of(run: RunFolder) -> Start:
 
 # %% ../../nbs/runs/crossval.ipynb #follows-recipe
 _FORCED: dict[str, Any] = {   # fields in which a run may differ from the shipped recipe and still stand for it
-    'image.size': 64, 'model.arch': 'cnn3', 'model.weights': 'none', 'split.fold': 0, 'seed': 0, 'title': '',
-    'training.bs': 8, 'training.num_workers': 0, 'training.num_it': 100, 'training.stages': [dict(epochs=1)],
-    'evaluation.n_boot': 100}
+    'image.size': 64, 'model.arch': 'cnn3', 'model.weights': 'none', 'split.fold': 0, 'split.n_folds': 5, 'seed': 0,
+    'title': '', 'training.bs': 8, 'training.num_workers': 0, 'training.num_it': 100,
+    'training.stages': [dict(epochs=1)], 'evaluation.n_boot': 100}
 
 @cache
 def _shipped_recipe(name: str) -> Recipe | None:

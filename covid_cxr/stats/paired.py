@@ -268,7 +268,7 @@ def metrics_over_trainings(
     metrics: Sequence[str] = ('accuracy', 'recall', 'specificity'),   # of predictions: names of `METRICS`
     threshold: float = .5,              # of every training
     classes: Sequence = BINARY,         # (negative, positive)
-    n_boot: int = 2000, seed: int = 0,  # resamples of patients, the same for every training
+    n_boot: int = 2000, seed: int = 0,  # resamples of patients, the same for every training; 0: no intervals
     level: float = .95,                 # of the interval
 ) -> dict[str, Estimate]:
     "The mean of metrics over several trainings of one network, each with its interval over patients"
@@ -281,7 +281,8 @@ def metrics_over_trainings(
         each = [compute_metrics(x, c, w, needs=['predictions']) for x, c in zip(s, predicted)]
         return np.array([np.mean([e[m] for e in each], axis=0) for m in names])
     values = means(np.ones((1, len(s[0].y))))[:, 0]
-    draws = np.concatenate([means(w) for w in group_resamples(s[0], n_boot, seed)], axis=1)
+    drawn = [np.empty((len(names), 0)), *(means(w) for w in group_resamples(s[0], n_boot, seed))]
+    draws = np.concatenate(drawn, axis=1)
     out = {}
     for m, value, of in zip(names, values, draws):
         low, high, note = _mean_interval(m, value, of, _degrees_of_freedom(m, s[0], predicted), level)
