@@ -18,9 +18,9 @@ from covid_cxr.evaluate import (GOALS, METRICS, Estimate, Evaluation, Evaluation
 from covid_cxr.stats.bootstrap import design_effect, patient_mean, patient_ratio
 from covid_cxr.stats.calibration import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit,
                                          predictive_values_at)
-from covid_cxr.stats.paired import (check_published, compare_accuracy, compare_auc, describe_paired,
-                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, auc_over_trainings, n_needed, paired_difference,
-                                    sign_flip, subgroups, worst_gap)
+from covid_cxr.stats.paired import (auc_over_trainings, check_published, compare_accuracy, compare_auc, describe_paired,
+                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, n_needed, paired_difference, sign_flip,
+                                    subgroups, worst_gap)
 
 FEW = settings(max_examples=examples(150), deadline=None, derandomize=True)
 FEWER = settings(FEW, max_examples=examples(60))           # where one example takes a tenth of a second

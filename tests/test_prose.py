@@ -15,7 +15,8 @@ from covid_cxr.runs.folder import RunFolder
 
 KEPT, NBS = ROOT / 'benchmarks' / 'results', ROOT / 'nbs'
 STORIES = {'pneumonia_cnn': 'pneumonia-cnn', 'pneumonia_explained': 'pneumonia-explained', 'covid_2020': 'covid-2020',
-           'coronahack_vgg': 'coronahack-vgg', 'effusion_resnet': 'effusion-resnet', 'pretrain': '', 'shortcuts': ''}
+           'covid_2020_fair': 'covid-2020', 'coronahack_vgg': 'coronahack-vgg',
+           'effusion_resnet': 'effusion-resnet', 'pretrain': '', 'shortcuts': ''}
 PAGES = ['index', 'results', 'howto', 'glossary', *(f'tutorials/{p.stem}' for p in sorted((NBS / 'tutorials').glob('*.ipynb'))),
          *(f'articles/{s}' for s in STORIES)]
 METRIC_COLUMNS = {'accuracy', 'recall', 'sensitivity', 'specificity', 'precision', 'f1', 'false_positive_rate'}
@@ -132,7 +133,8 @@ def test_the_page_of_results_prints_every_failed_check(tables):
 
 
 # ---- stories are told, not programmed
-MOST_LINES = {'pneumonia_cnn': 8, 'coronahack_vgg': 15, 'covid_2020': 17, 'effusion_resnet': 17, 'pneumonia_explained': 49}
+MOST_LINES = {'pneumonia_cnn': 8, 'coronahack_vgg': 15, 'covid_2020': 14, 'covid_2020_fair': 5, 'effusion_resnet': 17,
+              'pneumonia_explained': 49}
 
 
 @pytest.mark.parametrize('story', MOST_LINES)
