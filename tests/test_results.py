@@ -285,4 +285,4 @@ def test_the_stories_print_the_tables(tables, story, name, rows):
     page = '\n'.join(''.join(o.get('data', {}).get('text/html', '')) for c in cells for o in c.get('outputs', []))
     t = article_results(tables[name], rows['article']) if name == 'articles' else select_rows(tables[name], **rows)
     texts = [v for c in t if not pd.api.types.is_numeric_dtype(t[c]) for v in t[c] if v]
-    for v in texts: assert f'<td>{html.escape(v, quote=False)}</td>' in page, v
+    for v in texts: assert f'<td>{html.escape(str(v), quote=False)}</td>' in page, v
