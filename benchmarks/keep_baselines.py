@@ -1,6 +1,6 @@
 """The lung-free baselines of kept runs, fitted again from the images, without the weights of the run:
 
-    python benchmarks/keep_baselines.py [NAME ...]      ->  benchmarks/results/NAME/baselines.csv
+    python benchmarks/keep_baselines.py [NAME ...]      ->  benchmarks/results/NAME/baselines.csv.gz
 
 A baseline needs images, labels and splits, and all of these are known of a kept run: its predictions name image, label, group and
 split, its recipe names the collections. So a run that was audited with --quick, or not at all, gets the baselines of a full audit,
@@ -9,16 +9,15 @@ the network that is trained without lungs among them. A run of thousands of imag
 import argparse, dataclasses, os
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from record import RESULTS
+from record import RESULTS, write_compressed
 import numpy as np, pandas as pd
 from covid_cxr.audit.baselines import fit_baselines
 from covid_cxr.audit.run import SMALL
-from covid_cxr.core import atomic_path, data_folder
+from covid_cxr.core import data_folder
 from covid_cxr.images import ImageRule, fit_to, load_image
 from covid_cxr.recipe import read_one_source
+from covid_cxr.runs.crossval import find_results, share_baselines
 from covid_cxr.runs.folder import RunFolder
-
-SINGLE = ('image', 'group', 'official', 'published')     # splits of a run that stands for itself
 
 
 def rows_of(run, data):
@@ -39,27 +38,29 @@ def small_images(rows, rule):
 
 
 def keep(name, data):
-    "Fit every baseline of one run; RESULTS/NAME/baselines.csv"
+    "Fit every baseline of one run; RESULTS/NAME/baselines.csv.gz"
     run = RunFolder.open(RESULTS / name)
     rows = rows_of(run, data)
     images = small_images(rows, ImageRule(**dataclasses.asdict(run.recipe.image)))
     found = fit_baselines(rows, images, run.classes[1], run.split, n_boot=0, seed=run.recipe.seed)
     ids = rows.loc[rows['split'] == run.split, 'image_id'].to_numpy()
     tables = [pd.DataFrame(dict(image_id=ids, baseline=b.name, kind=b.kind, score=b.scores.round(6))) for b in found]
-    with atomic_path(RESULTS / name / 'baselines.csv') as tmp: pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
+    write_compressed(RESULTS / name / 'baselines.csv', pd.concat(tables, ignore_index=True))
     for b in found: print(f'{name}: {b.name} {b.auc.value:.4f}', flush=True)
 
 
 def without_baselines():
-    "Names of the kept runs of two classes whose baselines are not kept, but for arms, which share those of their folds"
-    runs = [RunFolder.open(p.parent) for p in sorted(RESULTS.glob('*/predictions.csv'))]
-    return [r.name for r in runs if len(r.classes) == 2 and r.baseline_scores is None and r.recipe.split.kind in SINGLE
-            and r.evaluated_predictions['label'].nunique() == 2]
+    "Names of the kept runs of two classes for which no baselines are kept: one for each split, since runs of one split share them"
+    every, first = find_results(RESULTS, every=True), {}
+    for r in (r for runs in every.values() for r in runs if len(r.classes) == 2 and not share_baselines([r], every)):
+        split = repr((r.recipe.name, r.recipe.data, r.recipe.split, r.recipe.seed))
+        if r.evaluated_predictions['label'].nunique() == 2: first.setdefault(split, r.name)
+    return list(first.values())
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('names', nargs='*', help='folders below benchmarks/results; none: every single run that has no baselines')
+    p.add_argument('names', nargs='*', help='folders below benchmarks/results; none: a run of every split that has none')
     p.add_argument('--data', type=Path, default=data_folder(), help='folder that holds the collections')
     a = p.parse_args()
     for name in a.names or without_baselines(): keep(name, a.data)

@@ -2,33 +2,55 @@
 
     python benchmarks/keep_run.py RUN NAME [COMMAND ...]      ->  benchmarks/results/NAME/
 
-predictions.csv keeps ids instead of paths; run.json keeps versions, hashes, seconds per image and the command that was given.
+predictions.csv.gz keeps ids instead of paths; run.json keeps versions, hashes, seconds per image and the command that was given. A recipe
+that starts from the weights of another run names that file from its folder on, and its hash is that of the recipe as it is kept.
+Probabilities of training images, from which no number is made, have four digits; all others are as they were written.
 Every number that is printed anywhere about the run can be derived again from these files (tests/test_results.py does).
 """
 import argparse, os, shutil
 from pathlib import Path
-from record import RESULTS, cpu_model, write_result
+from record import RESULTS, cpu_model, write_compressed, write_result
 import pandas as pd
-from covid_cxr.core import used
+from covid_cxr.core import used, write_text
+from covid_cxr.recipe import dump_recipe, override, recipe_hash
 from covid_cxr.runs.folder import RunFolder
 
-COPIED = ('recipe.toml', 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'audit.json', 'audit.txt', 'baselines.csv')
+COPIED = 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'audit.json', 'audit.txt'
+NO_FILE = 'none', 'imagenet'    # words of `model.weights` that name no file
 
 
-def keep(run, name, command=''):
-    "Copy what numbers are made from into benchmarks/results/NAME"
-    r, out = RunFolder.open(run), RESULTS / name
-    out.mkdir(parents=True, exist_ok=True)
-    pred = pd.read_csv(r.file('predictions.csv'))
-    first = ['image_id', *(c for c in pred.columns if c not in ('path', 'image_id'))]
-    pred[first].to_csv(out / 'predictions.csv', index=False)
+def keep(run, out, command=''):
+    "Copy what numbers are made from into a folder"
+    r, out = RunFolder.open(run), Path(out)
+    recipe = kept_recipe(r)
+    write_text(out / 'recipe.toml', dump_recipe(recipe))
+    keep_tables(r, out)
     for f in COPIED:
         if r.file(f).exists(): shutil.copy(r.file(f), out / f)
     keep_evaluation(r, out)
-    keep_state(r, out, command)
+    keep_state(r, out, recipe, command)
     keep_external_tests(r, out)
-    keep_views(r, out)
-    print(out)
+
+
+def kept_recipe(r):
+    "The recipe of a run without a place on this machine: RUNS/pretrain/bundle/weights.safetensors becomes runs/pretrain/bundle/..."
+    weights = r.recipe.model.weights
+    if weights in NO_FILE: return r.recipe
+    return override(r.recipe, {'model.weights': Path('runs', *Path(weights).parts[-3:]).as_posix()})
+
+
+def as_text(file): return pd.read_csv(file, dtype=str, keep_default_na=False)      # every digit as it was written
+
+
+def keep_tables(r, out):
+    "Predictions without paths, baselines, and the view of every used image where a run has several: a view can be a shortcut"
+    pred = as_text(r.file('predictions.csv'))
+    trained = pred['split'] == 'train'
+    for c in (c for c in pred if c.startswith('prob_')): pred.loc[trained, c] = [f'{float(p):.4f}' for p in pred.loc[trained, c]]
+    write_compressed(out / 'predictions.csv', pred[['image_id', *(c for c in pred if c not in ('path', 'image_id'))]])
+    if r.file('baselines.csv').exists(): write_compressed(out / 'baselines.csv', as_text(r.file('baselines.csv')))
+    t = used(r.table)
+    if t['view'].nunique() > 1: write_compressed(out / 'views.csv', t[['image_id', 'view']])
 
 
 def keep_evaluation(r, out):
@@ -39,33 +61,25 @@ def keep_evaluation(r, out):
     write_result(out / 'evaluation.json', evaluation)
 
 
-def keep_state(r, out, command):
+def keep_state(r, out, recipe, command):
     "run.json without the place of the data, with machine, seconds and command"
     h = r.history
     images, seconds = int(h['images'].sum()), float(h['seconds'].sum())
     state = {k: v for k, v in r.state.items() if k != 'data'}
-    state.update(command=command, cpu=cpu_model(), cores=os.cpu_count(), images_trained=images, training_seconds=seconds,
-                 seconds_per_image=seconds / images)
+    state.update(recipe_hash=recipe_hash(recipe), command=command, cpu=cpu_model(), cores=os.cpu_count(), images_trained=images,
+                 training_seconds=seconds, seconds_per_image=seconds / images)
     write_result(out / 'run.json', state)
 
 
 def keep_external_tests(r, out):
     "What the frozen model did on other collections: external.json, and the predictions of every test without paths"
-    file = r.file('external.json')
-    if not file.exists(): return
-    (out / 'external').mkdir(exist_ok=True)
+    if not r.file('external.json').exists(): return
     external = r.external_json
     for test in external['tests']:
         name = f"external/{Path(test['predictions']).name}"
-        pd.read_csv(r.path / test['predictions']).drop(columns='path').to_csv(out / name, index=False)
+        write_compressed(out / name, as_text(r.file(test['predictions'])).drop(columns='path'))
         test.update(predictions=name, data='data')        # not the place on this machine
     write_result(out / 'external.json', external)
-
-
-def keep_views(r, out):
-    "The view of every used image, where the images of a run have several: a view can be a shortcut"
-    t = used(r.table)
-    if t['view'].nunique() > 1: t[['image_id', 'view']].to_csv(out / 'views.csv', index=False)
 
 
 if __name__ == '__main__':
@@ -74,4 +88,5 @@ if __name__ == '__main__':
     p.add_argument('name', help='folder below benchmarks/results')
     p.add_argument('command', nargs=argparse.REMAINDER, help='the command that made the run')
     a = p.parse_args()
-    keep(a.run, a.name, ' '.join(a.command))
+    keep(a.run, RESULTS / a.name, ' '.join(a.command))
+    print(RESULTS / a.name)

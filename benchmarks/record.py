@@ -1,5 +1,5 @@
 """What every result file says of itself: command, date, versions, machine. It also makes the library of this checkout importable."""
-import json, os, platform, sys, time
+import gzip, json, os, platform, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,18 @@ def write_result(path, result):
     from covid_cxr.core import write_json
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
+
+
+def write_compressed(path, table):
+    "PATH.gz, a table as CSV: the same table gives the same bytes (no time stamp, no name inside). `runs.folder.find_file` finds it as PATH"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + '.gz').write_bytes(gzip.compress(table.to_csv(index=False).encode(), 9, mtime=0))
+
+
+def kept_folders(results=RESULTS):
+    "Folders of the kept runs, those that were trained for their audit at the end"
+    return [f.parent for d in (Path(results), Path(results) / 'audited') for f in sorted(d.glob('*/run.json'))]
 
 
 def append_result(path, result):

@@ -10,10 +10,10 @@ its best one). `make_tables.py` comes afterwards.
 """
 import argparse, json, re
 from pathlib import Path
-from record import RESULTS, write_result
+from record import RESULTS, kept_folders, write_result
 import numpy as np
 from explain_errors import matched
-from covid_cxr.articles.tables import AUDITED, score_external
+from covid_cxr.articles.tables import score_external
 from covid_cxr.evaluate import allow_undefined
 from covid_cxr.runs.compare import read_evaluated
 from covid_cxr.runs.external import read_external_tests
@@ -109,7 +109,7 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--results', type=Path, default=RESULTS, help='folder of kept results')
     results = p.parse_args().results
-    for folder in sorted(f.parent for d in (results, results / AUDITED) for f in d.glob('*/predictions.csv')):
+    for folder in kept_folders(results):
         estimates = renew_run(RunFolder.open(folder))
         renew_external(RunFolder.open(folder))
         if 'auc' in estimates: renew_audit(RunFolder.open(folder), estimates['auc'])

@@ -522,15 +522,18 @@ def _calibrate(args):
 
 # %% ../nbs/cli.ipynb #reproduce
 def _reproduce_options(p):
-    from covid_cxr.articles.reported import ARTICLES, PRETRAIN
+    from covid_cxr.articles.reported import ALL, ARTICLES, OWN, PRETRAIN, ArmName
     p.add_argument('--data', required=True, metavar='DIR', help='folder that holds the collections')
     p.add_argument('--out', default='runs/articles', metavar='DIR',
                    help='folder for the runs and the tables (default: runs/articles); finished runs there are kept')
     p.add_argument('--quick', action='store_true', help='tiny images, one epoch, two folds: to see that it works')
     p.add_argument('--only', nargs='+', metavar='ARTICLE', choices=(*ARTICLES, PRETRAIN),
                    help=f'only these: {", ".join((*ARTICLES, PRETRAIN))}')
+    p.add_argument('--arms', nargs='+', default=[ALL], metavar='ARM', choices=(ALL, OWN, *choices(ArmName)),
+                   help="'all': the recipes as shipped and every arm from a pretrained encoder (default); 'own': the "
+                        f"recipes as shipped alone; or arms alone: {', '.join(choices(ArmName))}")
     p.add_argument('--seeds', type=int, default=1, metavar='N',
-                   help='trainings of covid-2020 with seeds in a row (default: 1)')
+                   help='trainings of covid-2020 as shipped with seeds in a row (default: 1)')
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here (default: OUT/cache)')
     _recipe_options(p)
 
@@ -538,8 +541,9 @@ def _reproduce_options(p):
 def _reproduce(args):
     "run the recipes of the five articles and write one table: reported, their protocol, leak-safe, external"
     from covid_cxr.articles.reproduce import reproduce
+    arms = args.arms[0] if len(args.arms) == 1 else args.arms
     reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
-              epochs=args.epochs, seeds=args.seeds, device=args.device, cache_dir=args.cache)
+              epochs=args.epochs, seeds=args.seeds, arms=arms, device=args.device, cache_dir=args.cache)
     print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
 
 # %% ../nbs/cli.ipynb #export

@@ -18,9 +18,9 @@ from covid_cxr.evaluate import (GOALS, METRICS, Estimate, Evaluation, Evaluation
 from covid_cxr.stats.bootstrap import design_effect, patient_mean, patient_ratio
 from covid_cxr.stats.calibration import (apply_temperature, brier_parts, calibration, calibration_error, fit_temperature, net_benefit,
                                          predictive_values_at)
-from covid_cxr.stats.paired import (check_published, compare_accuracy, compare_auc, describe_paired,
-                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, n_needed, paired_difference,
-                                    sign_flip, subgroups, worst_gap)
+from covid_cxr.stats.paired import (auc_over_trainings, check_published, compare_accuracy, compare_auc, describe_paired,
+                                    describe_worst_subgroup, holm, mcnemar_exact, mcnemar_power, n_needed, paired_difference, sign_flip,
+                                    subgroups, worst_gap)
 
 FEW = settings(max_examples=examples(150), deadline=None, derandomize=True)
 FEWER = settings(FEW, max_examples=examples(60))           # where one example takes a tenth of a second
@@ -576,3 +576,20 @@ def test_the_words_on_coverage_follow_from_the_file():
     auc = [[c for c, s in zip(found['metrics']['auc']['coverage'], found['settings']) if (s['auc'], s['patients']) == (.98, n)]
            for n in (150, 600)]
     assert 'an AUC of .98 lies at {:.0f} to {:.0f} % from 150 patients on'.format(*(100 * np.mean(c) for c in auc)) in text
+
+
+# ---- the mean over several trainings
+def test_the_interval_of_a_mean_over_trainings_covers():
+    "Trainings share their patients: as if they were independent, the interval would be far too narrow"
+    rng, label, delta = np.random.default_rng(5), np.repeat([0, 1], 30), 1.2
+    group, trainings = np.repeat(np.arange(60), 2), 3
+    truth = stats.norm.cdf(delta / np.sqrt(2 * (.8 ** 2 + .6 ** 2)))
+    covered, independent = [], []
+    for _ in range(250):
+        patients, noise = rng.normal(0, .8, 60), rng.normal(0, .6, (trainings, 120))
+        scores = 1 / (1 + np.exp(-(delta * label + patients)[group] - noise))
+        m = auc_over_trainings(label[group], list(scores), group)
+        half = (m.high - m.low) / 2 / np.sqrt(trainings)
+        covered.append(m.low <= truth <= m.high)
+        independent.append(abs(m.value - truth) <= half)
+    assert .92 <= np.mean(covered) <= .985 and np.mean(independent) < .85, (np.mean(covered), np.mean(independent))

@@ -3,6 +3,7 @@ import json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import DATA, ROOT, needs_data
 from covid_cxr.articles.tables import read_measurement
+from covid_cxr.runs.folder import find_file
 from covid_cxr.words import format_percent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
@@ -27,7 +28,7 @@ def page():
 
 # ---- the kept numbers
 def test_the_false_positives_are_those_of_the_kept_predictions(kept):
-    p = pd.read_csv(RESULTS / 'pneumonia-explained-64' / 'predictions.csv').query("split == 'test'")
+    p = pd.read_csv(find_file(RESULTS / 'pneumonia-explained-64', 'predictions.csv')).query("split == 'test'")
     positive, ill, m = p['prob_pneumonia'] >= .5, p['label'] == 'pneumonia', kept['maps']
     wrong = positive & ~ill
     assert m['images'] == len(p) == 624
@@ -72,7 +73,7 @@ def _check_moved(w, healthy, ill):
 
 def test_suppression_in_the_test_hangs_together(kept):
     for network in kept['test'].values():
-        frozen = RESULTS / f"{network['run']}-64" / 'predictions.csv'
+        frozen = find_file(RESULTS / f"{network['run']}-64", 'predictions.csv')
         p = pd.read_csv(frozen).query("split == 'test'") if frozen.exists() else None
         for regions in network['fills'].values():
             assert tuple(sorted(regions)) == tuple(sorted(PLACES))
@@ -100,7 +101,7 @@ def test_the_trained_suppression_hangs_together(kept):
     assert t['false_positives'][1] - t['false_positives'][0] == healthy['only_first_right'] - healthy['only_second_right']
     assert kept['test']['honest']['threshold'] == pytest.approx(t['thresholds'][1])
     for name, threshold, n in zip((t['first'], t['second']), t['thresholds'], t['false_positives']):
-        f = RESULTS / f'{name}-64' / 'predictions.csv'
+        f = find_file(RESULTS / f'{name}-64', 'predictions.csv')
         if not f.exists(): continue
         healthy = pd.read_csv(f).query("split == 'test' and label == 'normal'")
         assert (healthy['prob_pneumonia'] >= threshold).sum() == n, name

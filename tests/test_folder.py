@@ -14,7 +14,7 @@ KEPT = sorted(p.parent for p in (ROOT / 'benchmarks/results').glob('*/run.json')
 KINDS = {'image_without_lungs', 'file', 'metadata'}
 
 
-def test_there_are_kept_results(): assert len(KEPT) >= 50
+def test_there_are_kept_results(): assert len(KEPT) >= 40
 
 
 @pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
@@ -39,7 +39,7 @@ def test_kept_external_tests_are_read_and_told(folder):
     tests, before = read_external_tests(run), raw.get('tests') or raw[{v: k for k, v in OLD_KEYS['external.json'].items()}['tests']]
     assert [t.name for t in tests] == [b['name'] for b in before]
     for t, b in zip(tests, before):
-        p = pd.read_csv(folder / t.predictions)
+        p = pd.read_csv(run.file(t.predictions))
         assert len(p) == t.n_images == sum(t.images_per_class.values()) and t.predictions_sha256
         assert {m: e.value for m, e in t.estimates.items()} == {m: e['value'] for m, e in b['estimates'].items()}
         assert set(t.baselines) == {'file', 'metadata'} and t.one_class == (len(t.classes_present) == 1)

@@ -1,24 +1,25 @@
 """Every committed result is derived again from its predictions: no number in prose without a file, no file without its predictions."""
-import json, re, sys
+import gzip, html, json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT
-from covid_cxr.articles.reported import ABLATION, ARTICLES
-from covid_cxr.articles.tables import (ABSENT, AUDITED as APART, TABLES, article_results, make_tables, markdown_table, read_measurement,
-                                       read_tables, select_rows)
+from covid_cxr.articles.conditions import ABSENT, find_networks, markdown_table
+from covid_cxr.articles.reported import ABLATION, ARTICLES, OWN
+from covid_cxr.articles.tables import TABLES, article_results, make_tables, read_measurement, read_tables, select_rows
 from covid_cxr.audit.baselines import best_baseline
 from covid_cxr.audit.case import read_audit
 from covid_cxr.audit.sentences import describe_headline, describe_verdict
 from covid_cxr.core import choices
 from covid_cxr.evaluate import choose_threshold, evaluate
-from covid_cxr.runs.crossval import find_arms, find_results
 from covid_cxr.runs.external import read_external_tests
 from covid_cxr.runs.folder import BaselineKind, RunFolder
 from covid_cxr.words import format_number, format_percent
 for folder in ('benchmarks', 'tools'): sys.path.insert(0, str(ROOT / folder))
 import notebooks
+from record import kept_folders
 
 KEPT = ROOT / 'benchmarks' / 'results'
-RUNS = [RunFolder.open(p.parent) for d in (KEPT, KEPT / APART) for p in sorted(d.glob('*/predictions.csv'))]
+NETWORKS = find_networks(KEPT)
+RUNS = [RunFolder.open(f) for f in kept_folders()]
 AUDITED = [r for r in RUNS if r.audit_json is not None]
 TESTED_OUTSIDE = [r for r in RUNS if r.external_json is not None]
 WITH_BASELINES = [r for r in RUNS if r.baseline_scores is not None]
@@ -37,8 +38,16 @@ def test_there_are_audits_external_tests_and_baselines(): assert AUDITED and TES
 
 
 def test_no_kept_file_names_a_place():
-    files = [f for kind in ('*.json', '*.toml', '*.txt', '*.csv') for f in KEPT.rglob(kind)]
-    for f in files: assert not re.search(r'/(home|work|tmp|root|Users)/', f.read_text(encoding='utf-8')), f
+    for f in (f for f in KEPT.rglob('*') if f.is_file()):
+        content = gzip.decompress(f.read_bytes()) if f.suffix == '.gz' else f.read_bytes()
+        assert not re.search(rb'/(home|work|tmp|root|Users)/', content), f
+
+
+def test_kept_results_are_compressed_and_stay_small():
+    files = [f for f in KEPT.rglob('*') if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 10e6
+    assert {f.name for f in files if f.suffix == '.csv'} <= {'history.csv', 'lr_find.csv'}
+    for f in (f for f in files if f.suffix == '.gz'): assert f.read_bytes()[3:8] == bytes(5), f'{f} holds a name or a time'
 
 
 # ---- a run
@@ -108,7 +117,7 @@ def test_a_kept_external_test_follows_from_its_predictions(run):
     tests = read_external_tests(run.path)
     assert tests
     for test in tests:
-        p = pd.read_csv(run.path / test.predictions)
+        p = pd.read_csv(run.file(test.predictions))
         prob = [c for c in p if c.startswith('prob_')][-1]
         assert len(p) == test.n_images and 'path' not in p
         if not test.one_class: continue
@@ -169,9 +178,10 @@ def test_kept_baselines_scored_the_evaluated_images_of_this_run(run):
 
 
 def test_cross_validations_are_whole_and_test_every_image_once():
-    folded = {n: runs for n, runs in find_results(KEPT).items() if runs[0].recipe.split.kind == 'fold'}
-    assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= set(folded)
-    for name, runs in folded.items():
+    folded = [(n, runs) for of in NETWORKS.values() for n in of if n.of_folds for runs in n.trainings]
+    assert {'effusion-resnet-honest', 'covid-2020-within', 'covid-2020-adults', 'coronahack-vgg-honest'} <= {n.recipe for n, _ in folded}
+    for n, runs in folded:
+        name = n.title
         assert [r.recipe.split.fold for r in runs] == list(range(runs[0].recipe.split.n_folds)), name
         every = [r.predictions for r in runs]
         tested = pd.concat([p[p['split'] == 'test'] for p in every])
@@ -180,17 +190,31 @@ def test_cross_validations_are_whole_and_test_every_image_once():
 
 
 def test_no_arm_is_evaluated_on_what_its_weights_have_seen():
-    "The in-domain arms start from the kept `pretrain`; none of its images or groups is in any split of theirs; the arms share images"
-    seen = find_results(KEPT)['pretrain'][0].predictions
-    for name in ABLATION:
-        arms = find_arms(KEPT, name)
-        assert {'from scratch', 'in-domain'} <= set(arms) and len({len(runs) for runs in arms.values()}) == 1, name
-        for r in arms['in-domain']:
-            assert r.recipe.model.weights.endswith('pretrain/bundle/weights.safetensors')
+    "No image and no group of the kept `pretrain` is in any split of a recipe on which its weights are tried"
+    seen = NETWORKS['pretrain'][0].first
+    assert seen.recipe.model.weights == 'imagenet'
+    for n in (n for name in ABLATION for n in NETWORKS[name]):
+        for r in n.runs:
+            assert (n.arm == 'in-domain') == (r.recipe.model.weights == 'runs/pretrain/bundle/weights.safetensors')
             for column in ('image_id', 'group'):
-                assert not set(r.predictions[column].dropna()) & set(seen[column].dropna()), (name, column)
-        images = [{(r.recipe.split.fold, i) for r in runs for i in r.evaluated_predictions['image_id']} for runs in arms.values()]
-        assert all(i == images[0] for i in images)
+                assert not set(r.predictions[column].dropna()) & set(seen.predictions[column].dropna()), (r.name, column)
+
+
+def test_arms_of_one_seed_share_their_folds():
+    arms = [n for of in NETWORKS.values() for n in of if n.arm != OWN]
+    assert arms
+    folds = {}
+    for n in arms:
+        for runs in n.trainings:
+            images = {(r.recipe.split.fold, i) for r in runs for i in r.evaluated_predictions['image_id']}
+            s = runs[0].recipe
+            assert folds.setdefault((n.recipe, s.seed, s.split.source), images) == images, n.title
+
+
+def test_an_arm_is_what_it_is_called():
+    "A kept folder of an arm has the name that the plan gives it, and stands for that arm"
+    for n in (n for of in NETWORKS.values() for n in of if n.arm != OWN):
+        for r in n.runs: assert r.name.startswith(f'{n.recipe}-{n.arm}-seed{r.recipe.seed}'), r.name
 
 
 # ---- the tables of the documentation
@@ -239,8 +263,8 @@ def test_the_page_of_results_prints_every_article(tables, key):
 
 def test_the_page_of_results_prints_folds_and_runs(tables):
     text, folds, runs = printed(ROOT / 'nbs/results.ipynb'), tables['crossval'], tables['runs']
-    assert_rows(folds[folds['fold'] == 'together'].drop(columns='fold'), text)
-    shown = ['recipe', 'size', 'arch', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes']
+    assert_rows(folds[~folds['fold'].str.startswith('fold ')], text)
+    shown = ['recipe', 'arm', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups', 'seed', 'minutes']
     for line in markdown_table(runs[shown]).splitlines()[2:]: assert line.removesuffix('|').strip() in text, line
 
 
@@ -248,9 +272,9 @@ STORIES = (   # notebook, table of tables.json, the rows that it prints
     ('pneumonia_cnn', 'articles', dict(article='pneumonia-cnn')), ('pneumonia_explained', 'articles', dict(article='pneumonia-explained')),
     ('covid_2020', 'articles', dict(article='covid-2020')), ('coronahack_vgg', 'articles', dict(article='coronahack-vgg')),
     ('effusion_resnet', 'articles', dict(article='effusion-resnet')), ('pneumonia_cnn', 'leaks', dict(run='pneumonia-cnn-64')),
-    ('covid_2020', 'asides', {}), ('covid_2020', 'left_out', {}), ('covid_2020', 'crossval', dict(recipe='covid-2020-adults')),
-    ('covid_2020', 'crossval', dict(recipe='covid-2020-within')), ('covid_2020', 'gains', dict(recipe='covid-2020-adults')),
-    ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', {}),
+    ('covid_2020', 'asides', {}), ('covid_2020_fair', 'left_out', {}), ('covid_2020_fair', 'crossval', dict(recipe='covid-2020-adults')),
+    ('covid_2020_fair', 'crossval', dict(recipe='covid-2020-within')), ('covid_2020_fair', 'gains', dict(recipe='covid-2020-adults')),
+    ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', dict(recipe='effusion-resnet-honest')),
     ('effusion_resnet', 'crossval', dict(recipe='effusion-resnet-honest')), ('effusion_resnet', 'leaks', dict(run='effusion-resnet-64')),
     ('effusion_resnet', 'gains', dict(recipe='effusion-resnet-honest')))
 
@@ -261,4 +285,4 @@ def test_the_stories_print_the_tables(tables, story, name, rows):
     page = '\n'.join(''.join(o.get('data', {}).get('text/html', '')) for c in cells for o in c.get('outputs', []))
     t = article_results(tables[name], rows['article']) if name == 'articles' else select_rows(tables[name], **rows)
     texts = [v for c in t if not pd.api.types.is_numeric_dtype(t[c]) for v in t[c] if v]
-    for v in texts: assert f'<td>{v}</td>' in page, v
+    for v in texts: assert f'<td>{html.escape(str(v), quote=False)}</td>' in page, v

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 import pandas as pd
-from .reported import ABLATION, ARTICLES, EXTERNAL_TESTS, PRETRAIN, SEEDS, article_keys
+from .conditions import ABSENT, markdown_table
+from .reported import (
+    ABLATION, ALL, ARMS, ARTICLES, EXTERNAL_TESTS, OWN, PRETRAIN, SEEDS, WEIGHTS, ArmName, arm_keys, article_keys)
 from .tables import (
-    ABSENT, TITLES, TableName, article_results, make_tables, markdown_table, reproduce_table, run_row, runs_table)
+    TITLES, TableName, article_results, make_tables, reproduce_table, run_row, runs_table)
 from ..core import RecipeError, RunError, atomic_path, write_text
 from ..recipe import Recipe, load_recipe, override, with_epochs
+from ..runs.crossval import find_results, share_baselines
 from ..runs.external import ExternalTest, external_test
 from ..runs.folder import SYNTHETIC_WARNING, RunFolder
 
@@ -33,15 +36,20 @@ def _asides(size: int) -> list[Variant]:
     return [Variant('-resnet34', {'model.arch': 'resnet34'}), Variant('-resnet50', deep),
             Variant('-resnet50-twice', {**deep, 'image.size': 2 * size})]
 
+# %% ../../nbs/articles/reproduce.ipynb #recipe-variants
+def _split_variants(recipe: Recipe) -> list[Variant]:
+    "Every fold, every collection that can be left out; empty: the split is one"
+    s = recipe.split
+    if s.kind == 'fold': return [Variant(f'-fold{i}', {'split.fold': i}) for i in range(s.n_folds)]
+    if s.kind != 'source': return []
+    return [Variant(f'-{x.name}', {'split.source': x.name}) for x in recipe.data.sources[1:]]   # positives are first
+
 def recipe_variants(
     recipe: Recipe,
     seeds: int = 1,     # trainings of the flagship `covid-2020`
 ) -> list[Variant]:
-    "Every fold, every collection that can be left out, every seed, every aside"
-    s = recipe.split
-    if s.kind == 'fold': return [Variant(f'-fold{i}', {'split.fold': i}) for i in range(s.n_folds)]
-    if s.kind == 'source':                                                       # the first source holds the positives
-        return [Variant(f'-{x.name}', {'split.source': x.name}) for x in recipe.data.sources[1:]]
+    "The own trainings: every fold, every collection that can be left out, every seed, every aside"
+    if found := _split_variants(recipe): return found
     if recipe.name == 'covid-2020-asides': return _asides(recipe.image.size)
     more: Sequence[int] = SEEDS.get(recipe.name, (recipe.seed,))
     if recipe.name == 'covid-2020': more = range(recipe.seed, recipe.seed + seeds)
@@ -51,13 +59,12 @@ def recipe_variants(
 QUICK: dict[str, Any] = {
     'split.n_folds': 2, 'image.size': 32, 'model.arch': 'cnn3', 'model.weights': 'none', 'training.bs': 4,
     'training.stages': '[{epochs = 1, lr = 0.001}]', 'evaluation.n_boot': 100}
-_PRETRAINED = 'bundle/weights.safetensors'
+_IN_DOMAIN = 'bundle/weights.safetensors'     # in the folder of `pretrain`
 
 class PlannedRun(NamedTuple):
     "One training: the folder's name and the recipe as it will run"
     name: str
     recipe: Recipe
-    arm: bool = False      # differs from a run of the plan in its starting weights alone
 
 def _asked(only: str | list[str] | None) -> tuple[list[str], bool]:
     "Keys of `ARTICLES`, checked, and whether the in-domain weights are asked for"
@@ -71,38 +78,55 @@ def _names(keys: list[str], pretrain: bool, beside: bool) -> list[str]:
     return list(dict.fromkeys([*names, *(ABLATION if pretrain else ())]))
 
 # %% ../../nbs/articles/reproduce.ipynb #plan-runs
-def _starting_weights(runs: str | Path, recipe: Recipe, quick: bool) -> dict[str, str]:
-    "Arm of the ablation -> weights; ImageNet only where its file is at hand"
-    from covid_cxr.model.backbones import imagenet_file
-    arms = {'in-domain': str(Path(runs) / PRETRAIN / _PRETRAINED)}
-    if not quick and imagenet_file(recipe.model.arch).path.is_file(): arms['imagenet'] = 'imagenet'
-    return arms
+@dataclass(frozen=True)
+class _Planner:
+    "Makes the trainings of a plan, all of them with the same change of their recipes"
+    runs: str | Path
+    change: dict[str, Any]
+    quick: bool
+    seeds: int
+    epochs: int | None
 
+    def recipe(self, name: str, settings: dict[str, Any]) -> Recipe:
+        recipe = override(load_recipe(name), {**settings, **self.change})
+        return recipe if self.epochs is None else with_epochs(recipe, self.epochs)
+
+    def own(self, name: str) -> list[PlannedRun]:
+        shipped = override(load_recipe(name), self.change)
+        made = ((v, override(self.recipe(name, {}), v.settings)) for v in recipe_variants(shipped, self.seeds))
+        return [PlannedRun(name + v.ending, recipe) for v, recipe in made]
+
+    def arm(self, name: str, arm: ArmName) -> list[PlannedRun]:
+        settings, seeds = ARMS[name][arm]
+        weights = WEIGHTS.get(arm) or str(Path(self.runs) / PRETRAIN / _IN_DOMAIN)
+        first = override(self.recipe(name, settings), {'model.weights': weights})
+        return [PlannedRun(f'{name}-{arm}-seed{k}{v.ending}', override(first, {'seed': k, **v.settings}))
+                for k in (seeds[:1] if self.quick else seeds) for v in _split_variants(first) or [Variant('', {})]]
+
+    def arms(self, names: list[str], asked: list[ArmName]) -> list[PlannedRun]:
+        "A tiny network has no ImageNet weights"
+        possible = [arm for arm in asked if not (self.quick and arm == 'imagenet')]
+        return [p for n in names for arm in possible if arm in ARMS.get(n, {}) for p in self.arm(n, arm)]
+
+# %% ../../nbs/articles/reproduce.ipynb #plan-all
 def plan_runs(
     runs: str | Path,                             # folder of the runs
     only: str | list[str] | None = None,          # keys of `ARTICLES`, or 'pretrain'; None: all
     quick: bool = False,
     settings: dict[str, Any] | None = None,       # fields of every recipe to override
-    seeds: int = 1,                               # trainings of the flagship `covid-2020`
+    seeds: int = 1,                               # own trainings of the flagship `covid-2020`
     epochs: int | None = None,                    # of every training; None: as its recipe says
     beside: bool = True,                          # also the recipes that answer an article's next question
+    arms: str | list[str] = ALL,                  # 'all', 'own' (no arm), or arms alone: one of `ArmName` or several
 ) -> list[PlannedRun]:                            # in an order in which they build on each other
-    "Every training that the tables need"
-    change = {**(QUICK if quick else {}), **(settings or {})}
-    def made(name: str, more: dict[str, Any]) -> Recipe:
-        recipe = override(load_recipe(name), {**change, **more})
-        return recipe if epochs is None else with_epochs(recipe, epochs)
-    def every(name: str) -> list[Variant]: return recipe_variants(override(load_recipe(name), change), seeds)
+    "Every training that the tables need: own runs, in-domain weights, arms"
+    planner = _Planner(runs, {**(QUICK if quick else {}), **(settings or {})}, quick, seeds, epochs)
     keys, pretrain = _asked(only)
-    names = _names(keys, pretrain, beside)
-    plan = [PlannedRun(name + v.ending, made(name, v.settings)) for name in names for v in every(name)]
-    if not pretrain: return plan
-    first = made(PRETRAIN, {})
-    plan.append(PlannedRun(PRETRAIN, first))
-    for arm, weights in _starting_weights(runs, first, quick).items():
-        plan += [PlannedRun(f'{n}-{arm}{v.ending}', made(n, {**v.settings, 'model.weights': weights}), True)
-                 for n in ABLATION for v in every(n)]
-    return plan
+    names, asked = _names(keys, pretrain, beside), arm_keys(arms)
+    plan = [p for name in names for p in planner.own(name)] if arms in (ALL, OWN) else []
+    in_domain = 'in-domain' in asked and any(n in ABLATION for n in names)
+    if in_domain or pretrain and arms in (ALL, OWN): plan.append(PlannedRun(PRETRAIN, planner.recipe(PRETRAIN, {})))
+    return plan + planner.arms(names, asked)
 
 # %% ../../nbs/articles/reproduce.ipynb #check-sources
 def _missing_folders(source: Any, data: str | Path) -> list[str]:
@@ -147,9 +171,9 @@ def _test_outside(run: Path, data: str | Path, quick: bool, cache: Path, log: Ca
     run_external_tests(run, data, log, cache_dir=cache, **tiny)
 
 def _score_baselines(run: Path, planned: PlannedRun, cache: Path, quick: bool) -> None:
-    "The lung-free baselines; an arm shares those of the recipe's own run, and a collection left out has one class"
+    "The lung-free baselines; runs of one split share them, and a collection left out has one class"
     one_class = planned.recipe.split.kind == 'source'
-    if one_class or planned.arm or RunFolder.open(run).baseline_scores is not None: return
+    if one_class or share_baselines([RunFolder.open(run)], find_results(run.parent, every=True)): return
     from covid_cxr.audit.run import save_baselines
     save_baselines(run, cache, retrain=not quick)
 
@@ -163,8 +187,9 @@ def reproduce(
     device: str = 'auto',
     cache_dir: str | Path | None = None,       # keeps decoded pictures; None: OUT/cache
     log: Callable[[str], object] = print,
-    seeds: int = 1,                            # trainings of the flagship `covid-2020`
+    seeds: int = 1,                            # own trainings of the flagship `covid-2020`
     epochs: int | None = None,                 # of every training; None: as its recipe says
+    arms: str | list[str] = ALL,               # 'all', 'own' (no arm), or arms alone: one of `ArmName` or several
     baselines: bool = True,                    # also score the lung-free baselines of every run
     external: bool = True,                     # also test the frozen models on other collections
     beside: bool = True,                       # also train the recipes that answer an article's next question
@@ -173,7 +198,7 @@ def reproduce(
     from covid_cxr.runs.train import train
     out = Path(out)
     cache = Path(cache_dir or out / 'cache')
-    plan = plan_runs(out / 'runs', only, quick, settings, seeds, epochs, beside)
+    plan = plan_runs(out / 'runs', only, quick, settings, seeds, epochs, beside, arms)
     check_sources(plan, data)
     for k, planned in enumerate(plan, 1):
         log(f'--- {k} of {len(plan)}: {planned.name}')
@@ -249,8 +274,8 @@ class Rehearsal:
     @property
     def table(self) -> pd.DataFrame:
         "What was trained, a row per run"
-        rows = [run_row('', RunFolder.open(d)) for d in sorted(self.runs.iterdir())]
-        return pd.DataFrame(rows).drop(columns=['article', 'seed', 'minutes', 'machine', 'command'])
+        rows = [run_row('', '', [RunFolder.open(d)]) for d in sorted(self.runs.iterdir())]
+        return pd.DataFrame(rows).drop(columns=['article', 'arm', 'seed', 'minutes', 'machine', 'command'])
 
 # %% ../../nbs/articles/reproduce.ipynb #rehearsal
 def _check_rehearsal(plan: Sequence[PlannedRun], runs: Path, results: pd.DataFrame) -> None:
@@ -264,14 +289,15 @@ def _check_rehearsal(plan: Sequence[PlannedRun], runs: Path, results: pd.DataFra
 
 def rehearse(
     only: str | list[str],   # keys of `ARTICLES`, or 'pretrain'
-    **options: Any,          # for `reproduce`
+    **options: Any,          # for `reproduce`; its own runs alone, unless `arms` says otherwise
 ) -> Rehearsal:
     "Train the recipes of an article, tiny, on phantoms: to see that they run, not to learn anything"
-    plan = plan_runs('', only, quick=True, beside=options.get('beside', True))     # refuses an unknown article
+    quiet: dict[str, Any] = dict(device='cpu', baselines=False, external=False, log=lambda line: None, arms=OWN)
+    options = {**quiet, **options}
+    plan = plan_runs('', only, quick=True, beside=options.get('beside', True), arms=options['arms'])
     made = Rehearsal(Path(tempfile.mkdtemp()), plan[0].name)
     weakref.finalize(made, shutil.rmtree, made.folder, ignore_errors=True)
     data = write_phantom_collections(made.folder / 'data')
-    quiet: dict[str, Any] = dict(device='cpu', baselines=False, external=False, log=lambda line: None)
-    results = reproduce(data, made.folder, quick=True, only=only, **{**quiet, **options})
+    results = reproduce(data, made.folder, quick=True, only=only, **options)
     _check_rehearsal(plan, made.runs, results)
     return made

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 import numpy as np, pandas as pd
+from .arms import plot_auc_beside_baselines, score_external
+from .conditions import ONE_HALF, text_column
 from .reported import ARTICLES, Article, article_keys
 from .reproduce import Rehearsal, rehearse
-from .tables import (
-    AUDITED, ONE_HALF, TableName, article_results, differences_table, made_with, plot_auc_beside_baselines,
-    read_tables, reported_table, run_picture, score_external, select_rows, text_column)
+from covid_cxr.articles.tables import (
+    AUDITED, TableName, article_results, differences_table, made_with, read_tables, reported_table, run_picture,
+    select_rows)
 from ..audit.case import read_audit
 from ..audit.sentences import describe_headline, describe_value
 from ..core import RunError, nearest
@@ -59,8 +61,8 @@ def positives_elsewhere(
     return t.sort_values('people', kind='stable', ignore_index=True)
 
 # %% ../../nbs/articles/story.ipynb #story
-_MADE = ['recipe', 'folder', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups', 'leaking_groups',
-         'seed', 'minutes']
+_MADE = ['recipe', 'arm', 'folder', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups',
+         'leaking_groups', 'seed', 'minutes']
 
 @dataclass(frozen=True)
 class Story:
@@ -103,16 +105,16 @@ class Story:
 
     def leak(self) -> pd.DataFrame:
         "Known patients and new ones inside the run under the article's protocol, at one half"
-        (run,) = self.rows('runs', recipe=self.article.protocol)['folder']
-        return self.rows('leaks', run=run)
+        runs, t = self.rows('runs', recipe=self.article.protocol)['folder'], self.tables['leaks']
+        return t[t['run'].isin(runs)].reset_index(drop=True)
 
-    def show_folds(self, recipe: str = '', start: str = '') -> None: # '': the leak-safe recipe, every start
-        "A cross-validation fold by fold and together, and what it gains over the best lung-free baselines"
+    def show_folds(self, recipe: str = '') -> None: # '': the leak-safe recipe
+        "Every network of a cross-validation, and what it gains over the best lung-free baselines"
         from IPython.display import display
         name = recipe or self.article.leak_safe
-        gains, auc = self.rows('gains', recipe=name), self.tables['auc'].query('recipe == @name')
-        if start: gains, auc = (t[t['start'] == start] for t in (gains, auc))
-        display(self.rows('crossval', recipe=name), gains, small_png(plot_auc_beside_baselines(auc), 62))
+        auc = self.tables['auc'].query('recipe == @name')
+        display(self.rows('crossval', recipe=name), self.rows('gains', recipe=name),
+                small_png(plot_auc_beside_baselines(auc), 62))
 
     def show_elsewhere(self) -> None:
         "People of other collections who do not have the disease: how many each kept network predicts to have it"
@@ -127,9 +129,10 @@ class Story:
         return text_column(paired_settings(self.results_dir, recipe, settings, metrics), 'difference', signed=True)
 
     def by_images(self) -> pd.DataFrame: # images_in_all, sample, tested, positive, auc; the smallest first
-        "Every kept run under the article's protocol by how many images it had"
-        rows = []
-        for r in find_results(self.results_dir, every=True)[self.article.protocol]:
+        "Every kept run of the article's own network under its protocol by how many images it had"
+        (own,), rows = self.runs(self.article.protocol), []
+        every = find_results(self.results_dir, every=True)[self.article.protocol]
+        for r in (r for r in every if (r.recipe.model, r.recipe.image) == (own.recipe.model, own.recipe.image)):
             e, sample = score_results([r], False), r.recipe.data.sources[0].sample or 'all'
             rows.append((len(r.predictions), sample, e.n_images, e.images_per_class[r.classes[1]], str(e['auc'])))
         columns = ['images_in_all', 'sample', 'tested', 'positive', 'auc']

@@ -11,137 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Sequence, get_args
 import numpy as np, pandas as pd
 from .. import plots
-from .reported import (
-    ABLATION, AIMS, ARTICLES, ENSEMBLE, PUBLISHED_TEST, Aim, ReportedResult, article_keys)
+from covid_cxr.articles.arms import (
+    aims_table, arms_table, auc_table, crossval_table, gains_table, left_out_table, published_test_table,
+    score_external)
+from .conditions import (
+    ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, ONE_HALF, Network, baselines_text, best_of_kinds, conditions,
+    evaluated_on, find_networks, network_text, span_text, threshold_text, trained_text)
+from .reported import ARTICLES, OWN, ReportedResult, article_keys
 from ..core import RunError, nearest, write_json
-from ..evaluate import METRICS, Estimate, Evaluation, allow_undefined, evaluate, wilson
-from ..recipe import override
-from ..runs.crossval import (
-    Start, ablation_table, baseline_gains, find_arms, find_results, fold_table, pool_predictions, score_ensemble,
-    score_results, start_of)
-from ..runs.external import ExternalTest, evaluate_external, read_external_tests
+from ..evaluate import METRICS, Estimate, allow_undefined, evaluate, wilson
+from ..runs.crossval import find_results, score_results, score_trainings
+from ..runs.external import ExternalTest, read_external_tests
 from ..runs.folder import RunFolder
-from ..words import as_number, format_count, format_estimate, format_number, format_p, join_words
+from ..words import format_count, format_estimate, format_number, join_words
 if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
-__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'RUN_COLUMNS', 'AUDITED',
-           'TableName', 'TITLES', 'TABLES', 'as_text', 'text_column', 'cells_table', 'threshold_text', 'evaluated_on',
-           'trained_text', 'baselines_text', 'conditions', 'article_metrics', 'score_external', 'reproduce_table',
-           'run_row', 'runs_table', 'made_with', 'crossval_table', 'gains_table', 'arms_table', 'left_out_table',
-           'asides_table', 'published_test_table', 'aims_table', 'leak_table', 'audits_table', 'auc_table',
-           'plot_auc_beside_baselines', 'make_tables', 'write_tables', 'read_tables', 'select_rows', 'reported_table',
-           'article_results', 'main_results', 'differences_table', 'run_picture', 'read_measurement', 'markdown_table']
-
-# %% ../../nbs/articles/tables.ipynb #as-text
-ABSENT = 'not measured'
-
-def as_text(
-    t: pd.DataFrame,                 # with columns x, x_low, x_high
-    signed: Iterable[str] = (),      # columns that are differences
-) -> pd.DataFrame:                   # x as text, without x_low and x_high
-    "A table of numbers as a person reads it; a number that is missing is an empty cell"
-    names = [c for c in t if f'{c}_low' in t and f'{c}_high' in t]
-    out = t.drop(columns=[f'{c}_{end}' for c in names for end in ('low', 'high')]).astype({c: object for c in names})
-    for c in names:
-        triples = zip(t[c], t[f'{c}_low'], t[f'{c}_high'])
-        texts = [(v, format_estimate(v, low, high, signed=c in signed)) for v, low, high in triples]
-        out[c] = ['' if np.isnan(as_number(v)) else text for v, text in texts]
-    return out
-
-# %% ../../nbs/articles/tables.ipynb #cells
-def text_column(
-    t: pd.DataFrame,          # value, low, high, and what was measured
-    name: str,                # of the new column, instead of the three
-    digits: int = 3,
-    signed: bool = False,     # the values are differences
-) -> pd.DataFrame:
-    "Measurements as a person reads them: one column of 'value [low, high]'; other numbers rounded"
-    texts = [format_estimate(r.value, r.low, r.high, digits, signed) for r in t.itertuples()]
-    return t.drop(columns=['value', 'low', 'high']).round(digits).assign(**{name: texts})
-
-def cells_table(
-    t: pd.DataFrame,          # value, low, high, and the columns that are named below
-    rows: Sequence[str],      # columns whose values name a row
-    columns: str,             # column whose values become columns
-    digits: int = 3,
-    signed: bool = False,
-) -> pd.DataFrame:            # text, in the order of the frame; '' where there is no number
-    "Measurements as text, a row and a column each"
-    for name in (*rows, columns):
-        if name not in t: raise RunError(f"these measurements have no column '{name}'{nearest(name, t.columns)}.")
-    wide = text_column(t, 'text', digits, signed).set_index([*rows, columns])['text'].unstack(sort=False)
-    return wide.reindex(columns=t[columns].unique()).fillna('').rename_axis(columns=None).reset_index()
-
-# %% ../../nbs/articles/tables.ipynb #conditions
-ONE_HALF, NOT_FITTED = 'one half', 'none fitted'
-NOT_NEEDED, NO_THRESHOLD = 'none: AUC', 'none: AUC of ranks within folds'
-_PUBLISHED = ('official', 'published')       # kinds of a split that came with the collection
-
-def _span(values: Iterable[Any]) -> str:
-    "One value, or the lowest and the highest of several that are already in order"
-    texts = list(dict.fromkeys(map(str, values)))
-    return texts[0] if len(texts) == 1 else f'{texts[0]} to {texts[-1]}'
-
-def threshold_text(
-    runs: Sequence[RunFolder],   # one run, or the folds of a cross-validation
-    frozen: bool,                # at the frozen threshold; False: at one half
-    elsewhere: bool = False,     # the images are those of another collection
-) -> str:
-    "Which threshold, chosen where and for which goal"
-    if not frozen: return ONE_HALF
-    goals = join_words(dict.fromkeys(str(r.recipe.evaluation.goal) for r in runs))
-    at = _span(format_number(t) for t in sorted(r.frozen_threshold for r in runs))
-    here = runs[0].split == 'valid' and not elsewhere
-    return f"{'chosen on these very images' if here else 'frozen on validation'} for {goals}: {at}"
-
-def evaluated_on(runs: Sequence[RunFolder]) -> str:
-    "Which images a run, or a cross-validation, was evaluated on"
-    s, first = runs[0].recipe.split, runs[0]
-    if len(runs) > 1: return f'every image once, {len(runs)} folds by patient'
-    if s.kind == 'fold': return f'test split of fold {s.fold}, by patient'
-    if s.kind == 'cluster': return f'look-alike patients of fold {s.fold}'
-    if s.kind == 'source': return f'{s.source}, left out of training'
-    if s.kind in _PUBLISHED: return 'published test split'
-    split = 'validation' if first.split == 'valid' else first.split
-    if not first.leaking_groups: return f"{split} split, {'by image' if s.kind == 'image' else 'by patient'}"
-    return f'{split} split, by image; {first.leaking_groups} groups are in two splits'
-
-# %% ../../nbs/articles/tables.ipynb #trained
-def trained_text(runs: Sequence[RunFolder]) -> str:
-    "Network, size, epochs and start: what was trained"
-    c = runs[0].recipe
-    epochs = _span(sorted(len(r.history) for r in runs))
-    return f'{c.model.arch}, {c.image.size} px, {epochs} epochs, {start_of(runs[0])}'
-
-# %% ../../nbs/articles/tables.ipynb #best-of-kinds
-_KINDS = ('image_without_lungs', 'file', 'metadata')
-
-NO_NETWORK = 'no network was trained without lungs'
-
-def _lacks_network(gains: pd.DataFrame) -> bool:
-    "Were the images without lungs shown to simple models only? A network may find more in them"
-    return not gains['baseline'].str.startswith('network trained without lungs').any()
-
-def _best_of_kinds(gains: pd.DataFrame) -> str:
-    "The best baseline of each kind with its AUC"
-    best = [gains[gains['kind'] == kind].iloc[0] for kind in _KINDS if (gains['kind'] == kind).any()]
-    texts = [f"{b['baseline']} {format_number(b['auc'])}" for b in best]
-    return '; '.join([*texts, *([NO_NETWORK] if _lacks_network(gains) else [])]) if texts else NOT_FITTED
-
-# %% ../../nbs/articles/tables.ipynb #baselines-text
-def baselines_text(
-    runs: Sequence[RunFolder],                # one run, or the folds of a cross-validation
-    of: Sequence[RunFolder] | None = None,    # whose baselines are read: another arm of the same folds; None: own
-) -> str:                                     # 'edge of the picture 0.933; file properties 0.866; metadata 0.508'
-    "The AUC of the best lung-free baseline of each kind, on the same images"
-    if any(r.baseline_scores is None for r in of or runs): return NOT_FITTED
-    return _best_of_kinds(baseline_gains(runs, 1, of=of))
-
-def conditions(runs: Sequence[RunFolder], e: Evaluation, frozen: bool) -> dict[str, Any]:
-    "evaluated_on, images, groups and threshold of an evaluation"
-    return dict(evaluated_on=evaluated_on(runs), images=e.n_images, groups=e.n_groups,
-                threshold=threshold_text(runs, frozen))
+__all__ = ['RUN_COLUMNS', 'AUDITED', 'TableName', 'TITLES', 'TABLES', 'article_metrics', 'reproduce_table', 'run_row',
+           'runs_table', 'made_with', 'asides_table', 'leak_table', 'audits_table', 'make_tables', 'write_tables',
+           'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results', 'differences_table',
+           'run_picture', 'read_measurement']
 
 # %% ../../nbs/articles/tables.ipynb #reproduce-cells
 def _reported_text(results: Iterable[ReportedResult]) -> str:
@@ -172,41 +61,28 @@ def _texts(estimates: Any, metrics: Iterable[str]) -> dict[str, str]:
     "Metrics as text; what is not known of these images is left out"
     return {m: str(estimates[m]) for m in metrics if m in estimates and not np.isnan(estimates[m].value)}
 
-def _run_name(runs: Sequence[RunFolder]) -> str:
-    return runs[0].name if len(runs) == 1 else f'{runs[0].recipe.name}, {len(runs)} folds'
-
 # %% ../../nbs/articles/tables.ipynb #own-rows
-def _own_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
-    "A run on its own images, at one half and at the frozen threshold"
-    about: dict[str, Any] = dict(article=key, result=result, run=_run_name(runs), trained=trained_text(runs))
+def _own_rows(key: str, result: str, n: Network, n_boot: int) -> list[dict[str, Any]]:
+    "A network on its own images, at one half and at the frozen thresholds"
+    about = dict(article=key, result=result, arm=n.arm, run=n.title, trained=trained_text(n.trainings))
     rows = []
     for frozen in (False, True):
-        e = score_results(runs, frozen, n_boot, curves=False)
-        rows.append({**about, **conditions(runs, e, frozen), **_texts(e.estimates, article_metrics(key)),
-                     'baselines': baselines_text(runs)})
+        e = score_trainings(n.trainings, frozen, n_boot)
+        rows.append({**about, **conditions(n, e, frozen), **_texts(e.estimates, article_metrics(key)),
+                     'baselines': baselines_text(n)})
     return rows
 
 # %% ../../nbs/articles/tables.ipynb #outside-rows
-def score_external(
-    run: RunFolder,
-    test: ExternalTest,      # one of `read_external_tests(run)`
-    threshold: float,        # the frozen one, or one half
-    n_boot: int = 2000,
-) -> dict[str, Estimate]:    # by metric, as far as the classes allow
-    "An external test at any threshold, from the predictions that it kept"
-    rows = pd.read_csv(run.path / test.predictions, dtype={'image_id': str, 'group': str, 'label': str})
-    return evaluate_external(rows, test.classes, threshold, n_boot, run.recipe.seed)
-
 def _external_baselines(test: ExternalTest) -> str:
     found = {name: e.value for name, e in test.baselines.items() if e is not None}
     return '; '.join(f'{name} {format_number(v)}' for name, v in found.items()) or NOT_FITTED
 
-def _outside_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
+def _outside_rows(key: str, result: str, n: Network, n_boot: int) -> list[dict[str, Any]]:
     "The frozen network on other collections, at one half and at its frozen threshold"
     rows = []
-    for run, test in ((r, t) for r in runs for t in read_external_tests(r)):
+    for run, test in ((r, t) for r in n.runs for t in read_external_tests(r)):
         about: dict[str, Any] = dict(
-            article=key, result=f'{result}, outside', run=run.name, trained=trained_text([run]),
+            article=key, result=f'{result}, outside', arm=n.arm, run=run.name, trained=trained_text([[run]]),
             evaluated_on=test.name, images=test.n_images, groups=test.n_groups)
         for frozen in (False, True):
             e = score_external(run, test, run.frozen_threshold if frozen else .5, n_boot)
@@ -215,15 +91,15 @@ def _outside_rows(key: str, result: str, runs: list[RunFolder], n_boot: int) -> 
     return rows
 
 # %% ../../nbs/articles/tables.ipynb #reproduce
-_CONDITIONS = ('article', 'result', 'run', 'trained', 'evaluated_on', 'images', 'groups', 'threshold')
+_CONDITIONS = ('article', 'result', 'arm', 'run', 'trained', 'evaluated_on', 'images', 'groups', 'threshold')
 
-def _article_rows(key: str, found: dict[str, list[RunFolder]], n_boot: int) -> list[dict[str, Any]]:
+def _article_rows(key: str, found: dict[str, list[Network]], n_boot: int) -> list[dict[str, Any]]:
     rows, outside = _reported_rows(key), []
     for result, name in (('protocol', ARTICLES[key].protocol), ('leak-safe', ARTICLES[key].leak_safe)):
-        runs = found.get(name, [])
-        if not runs: rows.append(dict(article=key, result=result, run=ABSENT))
-        else: rows += _own_rows(key, result, runs, n_boot)
-        outside += _outside_rows(key, result, runs, n_boot)
+        if name not in found: rows.append(dict(article=key, result=result, run=ABSENT))
+        for n in found.get(name, []):
+            rows += _own_rows(key, result, n, n_boot)
+            outside += _outside_rows(key, result, n, n_boot)
     return rows + outside
 
 def reproduce_table(
@@ -232,39 +108,46 @@ def reproduce_table(
     n_boot: int = 2000,                            # resamples of patients
 ) -> pd.DataFrame:                                 # a row per evaluation: conditions, metrics as text, baselines
     "Reported, article's protocol, leak-safe, outside: from result files and nothing else"
-    found, keys = find_results(results_dir), article_keys(only)
+    found, keys = find_networks(results_dir), article_keys(only)
     wanted = {m for key in keys for m in article_metrics(key)}
     columns = [*_CONDITIONS, *(m for m in METRICS if m in wanted), 'baselines']
     rows = [row for key in keys for row in _article_rows(key, found, n_boot)]
     return pd.DataFrame(rows).reindex(columns=columns).astype(object).fillna('')
 
 # %% ../../nbs/articles/tables.ipynb #runs-table
-RUN_COLUMNS = ('article', 'recipe', 'folder', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images', 'groups',
-               'leaking_groups', 'seed', 'minutes', 'synthetic', 'machine', 'command')
+RUN_COLUMNS = ('article', 'recipe', 'arm', 'folder', 'size', 'arch', 'weights', 'epochs', 'evaluated_on', 'images',
+               'groups', 'leaking_groups', 'seed', 'minutes', 'synthetic', 'machine', 'command')
 
 def _machine_of(state: dict) -> str:
     "The processor, or the name of the accelerator"
     if state.get('device', 'cpu') != 'cpu': return str(state['device'])
     return f"{state.get('cpu', 'not stated')}, {state.get('cores', '?')} cores"
 
-def run_row(article: str, r: RunFolder) -> dict[str, Any]: # the columns of `RUN_COLUMNS`
-    "What one run was made with"
-    e, c, h = r.evaluation[r.split], r.recipe, r.history
+def run_row(
+    article: str, arm: str,
+    runs: Sequence[RunFolder],   # one run, or the folds of one cross-validation
+) -> dict[str, Any]:             # the columns of `RUN_COLUMNS`
+    "What one training was made with"
+    r, c = runs[0], runs[0].recipe
+    each = [run.evaluation[run.split] for run in runs]
+    minutes = sum(run.history['seconds'].sum() for run in runs) / 60
     return dict(
-        article=article, recipe=c.name, folder=r.name, size=c.image.size, arch=c.model.arch,
-        weights=Path(c.model.weights).name, epochs=len(h), evaluated_on=r.split, images=e['n_images'],
-        groups=e['n_groups'], leaking_groups=r.evaluation['leaking_groups'], seed=c.seed,
-        minutes=round(h['seconds'].sum() / 60, 1), synthetic=bool(r.evaluation['synthetic']),
-        machine=_machine_of(r.state), command=r.state.get('command', ''))
+        article=article, recipe=c.name, arm=arm, folder=span_text(run.name for run in runs), size=c.image.size,
+        arch=c.model.arch, weights=Path(c.model.weights).name,
+        epochs=span_text(sorted(len(run.history) for run in runs)),
+        evaluated_on=r.split if len(runs) == 1 else f'{len(runs)} folds', images=sum(e['n_images'] for e in each),
+        groups=sum(e['n_groups'] for e in each), leaking_groups=r.evaluation['leaking_groups'], seed=c.seed,
+        minutes=round(minutes, 1), synthetic=bool(r.evaluation['synthetic']), machine=_machine_of(r.state),
+        command=r.state.get('command', ''))
 
 def runs_table(
     results_dir: str | Path,
     only: str | list[str] | None = None,   # keys of `ARTICLES`; None: all
-) -> pd.DataFrame:                         # `RUN_COLUMNS`; one row per run that counts
-    "Picture size, network, epochs, images, seed, minutes, leaks of every run behind the table"
-    found = find_results(results_dir)
+) -> pd.DataFrame:                         # `RUN_COLUMNS`; a row per training, folds of a cross-validation together
+    "Picture size, network, epochs, images, seed, minutes, leaks of every training behind the tables"
+    found = find_networks(results_dir)
     names = [(key, name) for key in article_keys(only) for name in ARTICLES[key].recipes]
-    rows = [run_row(key, r) for key, name in names for r in found.get(name, [])]
+    rows = [run_row(key, n.arm, runs) for key, name in names for n in found.get(name, []) for runs in n.trainings]
     return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 # %% ../../nbs/articles/tables.ipynb #made-with
@@ -275,8 +158,9 @@ def made_with(
     only: str | list[str] | None = None,   # keys of `ARTICLES`; None: all
 ) -> str:
     "When the runs behind the table were made, on what machine, and with which versions"
-    found = find_results(results_dir)
-    states = [r.state for k in article_keys(only) for name in ARTICLES[k].recipes for r in found.get(name, [])]
+    found = find_networks(results_dir)
+    networks = [n for k in article_keys(only) for name in ARTICLES[k].recipes for n in found.get(name, [])]
+    states = [r.state for n in networks for r in n.runs]
     if not states: return 'no run is kept yet'
     days = sorted({s['finished'][:10] for s in states if 'finished' in s})
     machines = sorted({_machine_of(s) for s in states if 'cpu' in s})
@@ -286,111 +170,20 @@ def made_with(
     packages = [f"{k} {join_words(v, last='or')}" for k, v in versions.items() if v]
     return f"{', '.join(parts)}; {', '.join(packages)}."
 
-# %% ../../nbs/articles/tables.ipynb #crossval-table
-def _is_crossval(runs: list[RunFolder]) -> bool:
-    return runs[0].recipe.split.kind == 'fold' and len(runs[0].classes) == 2
-
-def _crossval_rows(name: str, runs: list[RunFolder], n_boot: int) -> pd.DataFrame:
-    "The folds of a cross-validation and all together, with their conditions"
-    t, parts = as_text(fold_table(runs, n_boot)), [*([r] for r in runs), runs]
-    t.insert(0, 'recipe', name)
-    t.insert(2, 'evaluated_on', [evaluated_on(p) for p in parts])
-    return t.assign(threshold=[threshold_text(p, True) for p in parts], baselines=[baselines_text(p) for p in parts])
-
-def crossval_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, the columns of `fold_table` as text, and the conditions
-    "Every cross-validation of two classes: its folds, and all together"
-    found = {name: runs for name, runs in find_results(results_dir).items() if _is_crossval(runs)}
-    if not found: return pd.DataFrame(columns=['recipe', 'fold'])
-    return pd.concat([_crossval_rows(name, runs, n_boot) for name, runs in found.items()], ignore_index=True)
-
-# %% ../../nbs/articles/tables.ipynb #gain-rows
-_GAINS = ['recipe', 'start', 'evaluated_on', 'images', 'groups', 'model', 'kind', 'baseline', 'baseline_auc', 'gain']
-
-def _gain_rows(start: str, runs: list[RunFolder], of: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
-    "The best baseline of each kind, and what the model gains over it"
-    images = pool_predictions(runs, 'rank')
-    about = dict(recipe=runs[0].recipe.name, start=start, evaluated_on=evaluated_on(runs), images=len(images),
-                 groups=images['group'].nunique())
-    rows = []
-    for kind, t in baseline_gains(runs, n_boot, of=of).groupby('kind'):
-        b = t.iloc[0]
-        rows.append(dict(
-            about, model=format_estimate(b['auc'] + b['gain']), kind=kind, baseline=_chosen_text(t),
-            baseline_auc=format_estimate(b['auc']), gain=format_estimate(b['gain'], b['low'], b['high'], signed=True)))
-    return rows
-
-def _chosen_text(gains: pd.DataFrame) -> str:
-    "The best baseline of one kind, and from how many it was chosen"
-    best, n = gains.iloc[0], len(gains)
-    chosen = f", best of {n} on these images" if n > 1 else ''
-    lacks = best['kind'] == 'image_without_lungs' and _lacks_network(gains)
-    return f"{best['baseline']}{chosen}{'; ' + NO_NETWORK if lacks else ''}"
-
-# %% ../../nbs/articles/tables.ipynb #gains-table
-def _with_baselines(results_dir: str | Path) -> dict[str, list[RunFolder]]:
-    "Runs and cross-validations of two classes, without a leak, whose baselines are kept"
-    def fits(r: RunFolder) -> bool:
-        return len(r.classes) == 2 and not r.leaking_groups and r.baseline_scores is not None
-    return {name: runs for name, runs in find_results(results_dir).items() if all(map(fits, runs))}
-
-def gains_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, start, what it was measured on, model, kind, baseline, baseline_auc, gain: text
-    "The AUC of each run without a leak above the best lung-free baseline of each kind"
-    rows: list[dict[str, Any]] = []
-    for name, runs in _with_baselines(results_dir).items():
-        arms = find_arms(results_dir, name) if name in ABLATION else {start_of(runs[0]): runs}
-        for start, arm in arms.items():
-            if len(arm) == len(runs): rows += _gain_rows(start, arm, runs, n_boot)
-    return pd.DataFrame(rows, columns=_GAINS)
-
-# %% ../../nbs/articles/tables.ipynb #arms-table
-def _arm_conditions(results_dir: str | Path, recipe: str, start: Start) -> dict[str, Any]:
-    "What the AUC of one arm was made on; the arms share the baselines of the recipe's own folds"
-    runs = find_arms(results_dir, recipe)[start]
-    own = find_results(results_dir)[recipe]
-    groups = pool_predictions(runs, 'rank')['group'].nunique()
-    return dict(evaluated_on=evaluated_on(runs), groups=groups, threshold=NO_THRESHOLD,
-                baselines=baselines_text(runs, of=own if len(own) == len(runs) else None))
-
-def arms_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, start, folds, images, auc, gain, p, conditions: text
-    "Every start of every recipe of `ABLATION`, and its gain over random weights, in pairs"
-    t = ablation_table(results_dir, ABLATION, n_boot)
-    about = [_arm_conditions(results_dir, recipe, start) for recipe, start in zip(t['recipe'], t['start'])]
-    out = as_text(t, signed=['gain']).assign(p=['' if np.isnan(p) else format_p(p) for p in t['p'].astype(float)])
-    return out.join(pd.DataFrame(about, index=out.index))
-
-def left_out_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, conditions, false_positive_rate, auc: text
-    "Collections that a network never saw: false positives where they are of one class, AUC where they are of two"
-    every = [r for runs in find_results(results_dir, every=True).values() for r in runs]
-    newest = {(r.recipe.name, r.recipe.split.source): r for r in every if r.recipe.split.kind == 'source'}
-    rows = []
-    for (name, _), r in newest.items():
-        e = score_results([r], True, n_boot, curves=False)
-        rows.append(dict(recipe=name, **conditions([r], e, True), false_positive_rate=str(e['false_positive_rate']),
-                         auc=str(e['auc']), baselines=baselines_text([r])))
-    columns = ['recipe', 'evaluated_on', 'images', 'groups', 'threshold', 'false_positive_rate', 'auc', 'baselines']
-    return pd.DataFrame(rows, columns=columns)
-
 # %% ../../nbs/articles/tables.ipynb #asides
+def _alone(r: RunFolder) -> Network:
+    "A run that is looked at by itself, with its own baselines"
+    return Network(r.recipe.name, OWN, [[r]], [[r] if r.baseline_scores is not None else []])
+
 def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
     h, e = r.history, score_results([r], False, n_boot, curves=False)
     train, valid = h['train_loss'], h['valid_loss']
     losses = dict(first_loss=train.iloc[0], highest_loss=train.max(), last_loss=train.iloc[-1],
                   valid_loss=valid.iloc[-1], highest_valid_loss=valid.max())
-    return dict(network=r.recipe.model.arch, size=r.recipe.image.size, epochs=len(h), **conditions([r], e, False),
+    return dict(network=network_text(r.recipe.model.arch), size=r.recipe.image.size, epochs=len(h),
+                **conditions(_alone(r), e, False),
                 **{k: round(v, 3) for k, v in losses.items()},
-                accuracy=str(e['accuracy']), auc=str(e['auc']), baselines=baselines_text([r]))
+                accuracy=str(e['accuracy']), auc=str(e['auc']), baselines=baselines_text(_alone(r)))
 
 def asides_table(
     results_dir: str | Path,
@@ -401,112 +194,33 @@ def asides_table(
     if not rows: return pd.DataFrame(columns=['network', 'size'])
     return pd.DataFrame(rows).sort_values(['network', 'size'], ignore_index=True)
 
-# %% ../../nbs/articles/tables.ipynb #published-test
-def _by_seed(results: list[RunFolder]) -> list[RunFolder]:
-    "The newest result of every seed, the same settings otherwise, in order of the seeds"
-    if not results: return []
-    last = override(results[-1].recipe, {'seed': 0})
-    newest = {r.recipe.seed: r for r in results if override(r.recipe, {'seed': 0}) == last}
-    return [newest[s] for s in sorted(newest)]
-
-def _ensemble_members(every: dict[str, list[RunFolder]]) -> list[RunFolder]:
-    return [r for name in ENSEMBLE for r in _by_seed(every.get(name, []))]
-
-_TEST_COLUMNS = ['recipe', 'trained', 'seed', 'evaluated_on', 'images', 'groups', 'threshold',
-                 'accuracy', 'sensitivity', 'specificity', 'auc', 'baselines']
-
-def _test_row(runs: list[RunFolder], e: Evaluation, **about: Any) -> dict[str, Any]:
-    "One row of the published test; `about` replaces what an ensemble says otherwise"
-    shown = dict(accuracy='accuracy', sensitivity='recall', specificity='specificity', auc='auc')
-    c = runs[0].recipe
-    own = dict(recipe=c.name, trained=trained_text(runs[:1]), seed=c.seed, **conditions(runs[:1], e, True),
-               baselines=baselines_text(runs[:1]))
-    return {**own, **about, **{k: str(e[m]) for k, m in shown.items()}}
-
-# %% ../../nbs/articles/tables.ipynb #published-test-table
-def published_test_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # recipe, what was trained, conditions, accuracy, sensitivity, specificity, auc: text
-    "Every kept network on the published test, at its frozen threshold, and the mean of the leak-safe ones"
-    every, rows = find_results(results_dir, every=True), []
-    for name in PUBLISHED_TEST:
-        own = _by_seed(every.get(name, []))
-        rows += [_test_row([r], score_results([r], True, n_boot, curves=False)) for r in own]
-    members = _ensemble_members(every)
-    if len(members) > 1:
-        about = dict(recipe='all leak-safe recipes', trained=f'mean of {len(members)} networks', seed='all',
-                     threshold=f'frozen on validation: {len(members)}, moved to one half', baselines=NOT_FITTED)
-        rows.append(_test_row(members, score_ensemble(members, n_boot), **about))
-    return pd.DataFrame(rows, columns=_TEST_COLUMNS)
-
-# %% ../../nbs/articles/tables.ipynb #aims-table
-def _aim_runs(aim: Aim, results_dir: str | Path) -> Sequence[RunFolder]:
-    "The runs that an aim is about; empty: none is kept"
-    every = find_results(results_dir, every=True)
-    if aim.of == 'ensemble':
-        members = _ensemble_members(every)
-        return members if len(members) > 1 else []
-    if aim.of == 'cross-validation': return find_results(results_dir).get(aim.recipe, [])
-    if aim.of == 'in-domain': return find_arms(results_dir, aim.recipe).get('in-domain', [])
-    return _by_seed(every.get(aim.recipe, []))[:1]      # the first seed, not the best one
-
-# %% ../../nbs/articles/tables.ipynb #aim-row
-def _reached(e: Estimate, wanted: float) -> str:
-    "'yes' asks the whole interval to lie at or above the aim"
-    if e.low >= wanted: return 'yes'
-    return 'perhaps' if e.value >= wanted else 'no'
-
-def _aim_row(a: Aim, results_dir: str | Path, n_boot: int) -> dict[str, Any]:
-    asked, runs = dict(aim=a.text, metric=a.metric, wanted=a.wanted), _aim_runs(a, results_dir)
-    if not runs: return dict(asked, measured=ABSENT, reached='-')
-    ensemble = a.of == 'ensemble'
-    e = score_ensemble(runs, n_boot) if ensemble else score_results(runs, True, n_boot, curves=False)
-    about = conditions(runs[:1] if ensemble else runs, e, True)
-    if a.metric == 'auc': about['threshold'] = NOT_NEEDED
-    return dict(asked, measured=str(e[a.metric]), reached=_reached(e[a.metric], a.wanted), **about,
-                baselines=NOT_FITTED if ensemble else _aim_baselines(a, runs, results_dir))
-
-def _aim_baselines(a: Aim, runs: Sequence[RunFolder], results_dir: str | Path) -> str:
-    "Another start has the baselines of the recipe's own folds"
-    return baselines_text(runs, of=find_results(results_dir).get(a.recipe) if a.of == 'in-domain' else None)
-
-# %% ../../nbs/articles/tables.ipynb #aims
-def aims_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # aim, metric, wanted, measured, reached, and the conditions
-    "The aims, and whether they were reached"
-    columns = ['aim', 'metric', 'wanted', 'measured', 'reached', 'evaluated_on', 'images', 'groups', 'threshold',
-               'baselines']
-    return pd.DataFrame([_aim_row(a, results_dir, n_boot) for a in AIMS]).reindex(columns=columns).fillna('')
-
 # %% ../../nbs/articles/tables.ipynb #leak-baselines
-_LEAKS = ['run', 'images_of', 'evaluated_on', 'images', 'positive', 'groups', 'threshold', 'accuracy', 'recall',
-          'specificity', 'auc', 'baselines']
+_LEAKS = ['run', 'trained', 'images_of', 'evaluated_on', 'images', 'positive', 'groups', 'threshold', 'accuracy',
+          'recall', 'specificity', 'auc', 'baselines']
 
 def _auc_of(r: RunFolder, t: pd.DataFrame, score: np.ndarray) -> float:
     "AUC of a score on some images, without an interval"
     with allow_undefined(): e = evaluate(t['label'].to_numpy(object), score, classes=r.classes, n_boot=0)
     return e['auc'].value
 
-def _baselines_among(r: RunFolder, t: pd.DataFrame) -> str:
-    "The best baseline of each kind on some of the evaluated images"
-    if r.baseline_scores is None: return NOT_FITTED
+def _baselines_among(r: RunFolder, of: Sequence[RunFolder], t: pd.DataFrame) -> str:
+    "The best baseline of each kind on some of the evaluated images; `of` holds those of its split, if any"
+    if not of or of[0].baseline_scores is None: return NOT_FITTED
     rows = []
-    for (name, kind), scores in r.baseline_scores.groupby(['baseline', 'kind']):
+    for (name, kind), scores in of[0].baseline_scores.groupby(['baseline', 'kind']):
         score = scores.set_index('image_id')['score'].loc[t['image_id']].to_numpy(float)
         rows.append(dict(baseline=name, kind=kind, auc=_auc_of(r, t, score)))
-    return _best_of_kinds(pd.DataFrame(rows).sort_values('auc', ascending=False, kind='stable'))
+    return best_of_kinds(pd.DataFrame(rows).sort_values('auc', ascending=False, kind='stable'))
 
 # %% ../../nbs/articles/tables.ipynb #leak-table
-def _leak_row(r: RunFolder, kind: str, t: pd.DataFrame, n_boot: int) -> dict[str, Any]:
+def _leak_row(r: RunFolder, of: Sequence[RunFolder], kind: str, t: pd.DataFrame, n_boot: int) -> dict[str, Any]:
     with allow_undefined():
         e = evaluate(t['label'].to_numpy(object), t[f'prob_{r.classes[1]}'].to_numpy(float),
                      t['group'].to_numpy(object), .5, r.classes, n_boot, r.recipe.seed)
     metrics = {m: str(e[m]) for m in ('accuracy', 'recall', 'specificity', 'auc')}
-    return dict(run=r.name, images_of=kind, **conditions([r], e, False), positive=e.images_per_class[r.classes[1]],
-                **metrics, baselines=_baselines_among(r, t))
+    about = dict(run=r.name, trained=trained_text([[r]]), images_of=kind, **conditions(_alone(r), e, False))
+    return dict(about, positive=e.images_per_class[r.classes[1]],
+                **metrics, baselines=_baselines_among(r, of, t))
 
 def leak_table(
     results_dir: str | Path,
@@ -514,13 +228,14 @@ def leak_table(
     n_boot: int = 2000,
 ) -> pd.DataFrame:                         # one row per leaky run and kind of patient, known or new
     "The evaluated images of every leaky run, divided by whether their group also stands in another split"
-    found, rows = find_results(results_dir), []
-    protocols = [ARTICLES[key].protocol for key in article_keys(only)]
-    for r in (r for name in protocols for r in found.get(name, []) if r.leaking_groups):
+    found, rows = find_networks(results_dir), []
+    protocols = [n for key in article_keys(only) for n in found.get(ARTICLES[key].protocol, [])]
+    single = [(runs[0], of) for n in protocols for runs, of in zip(n.trainings, n.baselines) if len(runs) == 1]
+    for r, of in ((r, of) for r, of in single if r.leaking_groups):
         t, others = r.evaluated_predictions, r.predictions[r.predictions['split'] != r.split]
         known = t['group'].isin(others['group'])
         kinds = (('a known patient', t[known]), ('a new patient', t[~known]))
-        rows += [_leak_row(r, kind, x, n_boot) for kind, x in kinds if len(x)]
+        rows += [_leak_row(r, of, kind, x, n_boot) for kind, x in kinds if len(x)]
     return pd.DataFrame(rows, columns=_LEAKS)
 
 # %% ../../nbs/articles/tables.ipynb #audits-table
@@ -536,8 +251,10 @@ def _audit_row(r: RunFolder, a: Audit) -> dict[str, Any]:
     best, metadata = (f'{b.name} {_estimate_text(b.auc)}' if b else NOT_FITTED
                       for b in (h.best_baseline, h.metadata_baseline))
     gain, over_metadata = (_estimate_text(g, signed=True) for g in (h.auc_gain, h.auc_gain_over_metadata))
-    return dict(run=r.name, audit=_QUICK if a.quick else 'full', evaluated_on=evaluated_on([r]), images=e['n_images'],
-                groups=e['n_groups'], threshold=threshold_text([r], True), auc=_estimate_text(h.model_auc),
+    return dict(run=r.name, audit=_QUICK if a.quick else 'full',
+                trained=trained_text([[r]]), evaluated_on=evaluated_on([r]),
+                images=e['n_images'], groups=e['n_groups'], threshold=threshold_text([r], True),
+                auc=_estimate_text(h.model_auc),
                 best_lung_free_baseline=best, gain=gain, metadata_baseline=metadata, gain_over_metadata=over_metadata)
 
 def audits_table(
@@ -548,55 +265,6 @@ def audits_table(
     folders = [d for d in (Path(results_dir), Path(results_dir) / AUDITED) if d.is_dir()]
     every = [r for d in folders for runs in find_results(d, every=True).values() for r in runs]
     return pd.DataFrame([_audit_row(r, a) for r in every if (a := read_audit(r)) is not None])
-
-# %% ../../nbs/articles/tables.ipynb #auc-table
-_AUC = ['recipe', 'start', 'folds', 'kind', 'name', 'auc', 'auc_low', 'auc_high']
-
-def _auc_rows(runs: list[RunFolder], of: list[RunFolder], n_boot: int) -> list[dict[str, Any]]:
-    "The model and the best baseline of each kind, all of ranks within folds"
-    about = dict(recipe=runs[0].recipe.name, start=start_of(runs[0]), folds=len(runs))
-    model = score_results(runs, True, n_boot, curves=False)['auc']
-    rows = [dict(about, kind='model', name='model', **model.columns('auc'))]
-    for kind, t in baseline_gains(runs, 100, of=of).groupby('kind'):
-        rows.append(dict(about, kind=kind, name=t['baseline'].iloc[0], auc=t['auc'].iloc[0]))
-    return rows
-
-def auc_table(
-    results_dir: str | Path,
-    n_boot: int = 2000,
-) -> pd.DataFrame:          # `_AUC`; kind is 'model' or that of a baseline; the model has an interval
-    "The AUC of each cross-validation and of its best lung-free baseline of each kind: numbers, for a picture"
-    rows: list[dict[str, Any]] = []
-    for name, runs in find_results(results_dir).items():
-        if not _is_crossval(runs) or any(r.baseline_scores is None for r in runs): continue
-        arms = find_arms(results_dir, name) if name in ABLATION else {start_of(runs[0]): runs}
-        for arm in arms.values():
-            if len(arm) == len(runs): rows += _auc_rows(arm, runs, n_boot)
-    return pd.DataFrame(rows, columns=_AUC)
-
-# %% ../../nbs/articles/tables.ipynb #plot-auc
-_MARKS = {'image_without_lungs': ('s', 'image without lungs'), 'file': ('D', 'file properties'),
-          'metadata': ('^', 'metadata (source, view, age ...)')}
-
-def plot_auc_beside_baselines(
-    t: pd.DataFrame,     # of `auc_table`
-) -> Any:                # a matplotlib figure
-    "The model's AUC with its interval, and the best lung-free baseline of each kind, a row per cross-validation"
-    rows = list(t.groupby(['recipe', 'start'], sort=False))
-    fig, ax = plots.new_figure(7.2, .9 + .52 * len(rows))
-    for y, (_, part) in zip(range(len(rows) - 1, -1, -1), rows):
-        model = part[part['kind'] == 'model'].iloc[0]
-        ax.hlines(y, model['auc_low'], model['auc_high'], color=plots.BLUE, lw=2.5)
-        ax.plot(model['auc'], y, 'o', color=plots.BLUE, ms=8, label='model, 95 % interval')
-        for kind, (mark, label) in _MARKS.items():
-            auc = part.loc[part['kind'] == kind, 'auc']
-            ax.plot(auc, [y] * len(auc), mark, color=plots.GREY, ms=6, label=label)
-    ax.axvline(.5, color=plots.GREY, lw=.8, ls=':')
-    ax.set(xlim=(.4, 1.02), ylim=(-.6, len(rows) - .4), xlabel='AUC, every image tested once, patients never split')
-    ax.set_yticks(range(len(rows) - 1, -1, -1), [f'{recipe}\n{start}' for (recipe, start), _ in rows])
-    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    ax.legend(handles.values(), handles.keys(), loc='lower left', bbox_to_anchor=(-.2, 1), ncol=2, frameon=False)
-    return fig
 
 # %% ../../nbs/articles/tables.ipynb #all-tables
 TableName = Literal['articles', 'runs', 'crossval', 'gains', 'auc', 'arms', 'left_out', 'asides', 'published_test',
@@ -611,12 +279,13 @@ TITLES: dict[TableName, str] = {
 
 def _makers(results_dir: str | Path, n_boot: int) -> dict[str, Callable[[], pd.DataFrame]]:
     "Name of a table -> a function that makes it"
-    plain = dict(crossval=crossval_table, gains=gains_table, arms=arms_table, left_out=left_out_table, auc=auc_table,
-                 asides=asides_table, published_test=published_test_table, aims=aims_table)
+    plain = dict(crossval=crossval_table, left_out=left_out_table, asides=asides_table,
+                 published_test=published_test_table, aims=aims_table)
+    without_resamples = dict(gains=gains_table, auc=auc_table, arms=arms_table, runs=runs_table, audits=audits_table)
     with_articles = dict(articles=lambda: reproduce_table(results_dir, n_boot=n_boot),
-                         runs=lambda: runs_table(results_dir), leaks=lambda: leak_table(results_dir, n_boot=n_boot),
-                         audits=lambda: audits_table(results_dir))
-    return {**with_articles, **{k: partial(f, results_dir, n_boot) for k, f in plain.items()}}
+                         leaks=lambda: leak_table(results_dir, n_boot=n_boot))
+    return {**with_articles, **{k: partial(f, results_dir, n_boot) for k, f in plain.items()},
+            **{k: partial(f, results_dir) for k, f in without_resamples.items()}}
 
 def make_tables(
     results_dir: str | Path,
@@ -680,12 +349,15 @@ def _first_number(reported):
 
 def main_results(
     t: pd.DataFrame,     # of `reproduce_table`, with every article
-) -> pd.DataFrame:       # article, reported, evaluated_on, images, groups, threshold, accuracy, auc, baselines
-    "For a short page, a row per article: its first reported number, and the leak-safe run at its frozen threshold"
+) -> pd.DataFrame:       # article, reported, trained, evaluated_on, images, groups, threshold, accuracy, auc, baselines
+    "For a short page, a row per article: its first reported number, and our leak-safe network, from ImageNet if kept"
     first = t[t['result'] == 'reported'].groupby('article', sort=False).head(1).set_index('article')
-    own = t[(t['result'] == 'leak-safe') & (t['threshold'] != ONE_HALF)].groupby('article', sort=False).head(1)
+    own = t[(t['result'] == 'leak-safe') & (t['threshold'] != ONE_HALF)]
+    own = own.sort_values('arm', key=lambda arm: arm != 'imagenet', kind='stable').groupby('article').head(1)
+    own = own.set_index('article').loc[[k for k in first.index if k in set(own['article'])]].reset_index()
     own = own.assign(reported=[_first_number(first.loc[key]) for key in own['article']])
-    shown = ['article', 'reported', 'evaluated_on', 'images', 'groups', 'threshold', 'accuracy', 'auc', 'baselines']
+    shown = ['article', 'reported', 'trained', 'evaluated_on', 'images', 'groups', 'threshold', 'accuracy', 'auc',
+             'baselines']
     return own[shown].reset_index(drop=True)
 
 # %% ../../nbs/articles/tables.ipynb #differences
@@ -776,9 +448,3 @@ def read_measurement(
     file = Path(results_dir) / f'{name}.json'
     if not file.is_file(): raise RunError(f'no {file.name} in {results_dir}; a script of benchmarks/ makes it.')
     return _in_todays_words(json.loads(file.read_text(encoding='utf-8')))
-
-# %% ../../nbs/articles/tables.ipynb #markdown
-def markdown_table(t: pd.DataFrame) -> str:
-    "A frame as a Markdown table"
-    rows = [list(t.columns), ['---'] * len(t.columns), *t.astype(object).fillna('').astype(str).to_numpy().tolist()]
-    return '\n'.join('| ' + ' | '.join(str(x).replace('|', '\\|') for x in r) + ' |' for r in rows)

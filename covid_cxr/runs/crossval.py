@@ -4,8 +4,9 @@
 
 # %% ../../nbs/runs/crossval.ipynb #imports
 from __future__ import annotations
-import dataclasses
-from functools import cache
+import dataclasses, re
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import combinations, product
 from operator import attrgetter
 from pathlib import Path
@@ -13,34 +14,42 @@ from typing import Any, Literal, Sequence
 import numpy as np, pandas as pd
 from ..core import RecipeError, RunError, check_choice, choices, nearest
 from ..evaluate import Evaluation, allow_undefined, evaluate
-from ..recipe import Recipe, list_recipes, load_recipe, override
-from .folder import RunFolder
+from ..recipe import Recipe, list_recipes, load_recipe, override, recipe_hash
+from .folder import RunFolder, find_file
 from ..stats.bootstrap import patient_mean
-from ..stats.paired import Difference, describe_paired, paired_difference
+from ..stats.paired import (
+    Difference, compare_mean_auc, describe_paired, auc_over_trainings, metrics_over_trainings, paired_difference)
 from ..words import format_count
 
 # %% auto #0
-__all__ = ['Start', 'Pooling', 'start_of', 'follows_recipe', 'find_results', 'centre_scores', 'rank_scores',
-           'pool_predictions', 'score_results', 'fold_table', 'find_arms', 'paired_arms', 'ablation_table',
-           'paired_settings', 'baseline_gains', 'auc_within', 'positives_within', 'ensemble_predictions',
-           'score_ensemble']
+__all__ = ['Start', 'Pooling', 'Trainings', 'start_of', 'follows_recipe', 'find_results', 'centre_scores',
+           'rank_scores', 'pool_predictions', 'score_results', 'fold_table', 'pool_trainings', 'score_trainings',
+           'seed_table', 'Arm', 'find_arms', 'paired_arms', 'ablation_row', 'ablation_table', 'paired_settings',
+           'share_baselines', 'mean_baseline_gains', 'baseline_gains', 'auc_within', 'positives_within',
+           'ensemble_predictions', 'score_ensemble']
 
 # %% ../../nbs/runs/crossval.ipynb #read-results
 _NEEDED = ('recipe.toml', 'predictions.csv', 'evaluation.json', 'run.json')
 
-def _read_result(folder: Path) -> RunFolder | None:
-    "A finished run, or None when the folder is none"
-    if not all((folder / f).is_file() for f in _NEEDED): return None
+@lru_cache(maxsize=512)
+def _read_result(folder: Path, files: tuple) -> RunFolder | None:
+    "A finished run, or None when the folder is none; read again when one of its files has changed"
+    if not all(find_file(folder, f).is_file() for f in _NEEDED): return None
     run = RunFolder.open(folder, finished=False)
     if run.state.get('status') != 'finished': return None
     run.recipe, run.evaluation     # a damaged file is an error now, not in the middle of a table
     return run
 
+def _state_of(folder: Path) -> tuple:
+    "Names, times and sizes of the files in a folder"
+    return tuple(sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir()))
+
 def _all_results(results_dir: str | Path) -> dict[str, list[RunFolder]]:
     root = Path(results_dir)
     if not root.is_dir():
         raise RunError(f'no folder {root}; give the folder that holds the runs, e.g. benchmarks/results.')
-    found = [r for p in sorted(root.iterdir()) if p.is_dir() and (r := _read_result(p)) is not None]
+    read = (_read_result(p.absolute(), _state_of(p)) for p in sorted(root.iterdir()) if p.is_dir())
+    found = [r for r in read if r is not None]
     out: dict[str, list[RunFolder]] = {}
     for r in sorted(found, key=lambda r: r.state.get('finished', '')): out.setdefault(r.recipe.name, []).append(r)
     return out
@@ -55,19 +64,30 @@ def start_of(run: RunFolder) -> Start:
 
 # %% ../../nbs/runs/crossval.ipynb #follows-recipe
 _FORCED: dict[str, Any] = {   # fields in which a run may differ from the shipped recipe and still stand for it
-    'image.size': 64, 'model.arch': 'cnn3', 'model.weights': 'none', 'split.fold': 0, 'seed': 0, 'title': '',
-    'training.bs': 8, 'training.num_workers': 0, 'training.num_it': 100, 'training.stages': [dict(epochs=1)],
-    'evaluation.n_boot': 100}
+    'image.size': 64, 'model.arch': 'cnn3', 'model.weights': 'none', 'split.fold': 0, 'split.n_folds': 5, 'seed': 0,
+    'title': '', 'training.bs': 8, 'training.num_workers': 0, 'training.num_it': 100,
+    'training.stages': [dict(epochs=1)], 'evaluation.n_boot': 100}
 
 @cache
 def _shipped_recipe(name: str) -> Recipe | None:
-    "The shipped recipe of this name, alike in everything that may differ; None: there is none"
-    return override(load_recipe(name), _FORCED) if name in set(list_recipes()['name']) else None
+    "The shipped recipe of this name; None: there is none"
+    return load_recipe(name) if name in set(list_recipes()['name']) else None
 
-def follows_recipe(run: RunFolder) -> bool:
-    "Does this run differ from the shipped recipe of its name in nothing but what a machine forces upon it?"
-    shipped = _shipped_recipe(run.recipe.name)
-    return shipped is None or override(run.recipe, _FORCED) == shipped
+def _same_kind(run: RunFolder, wanted: Recipe) -> bool:
+    "ResNet-18 in place of ResNet-50; 'cnn3' in place of anything, where there is no time"
+    kind, arch = re.compile('[a-z]+'), run.recipe.model.arch
+    return arch == 'cnn3' or kind.findall(arch)[:1] == kind.findall(wanted.model.arch)[:1]
+
+def follows_recipe(
+    run: RunFolder,
+    recipe: Recipe | None = None,   # that it may stand for; None: the shipped one of its name
+) -> bool:
+    "Does this run differ from a recipe in nothing but what a machine forces upon it?"
+    wanted = recipe or _shipped_recipe(run.recipe.name)
+    if wanted is None: return True
+    source = {'split.source': wanted.split.source} if wanted.split.kind == 'source' else {}
+    alike = (override(r, {**_FORCED, **source}) for r in (run.recipe, wanted))
+    return _same_kind(run, wanted) and next(alike) == next(alike)
 
 # %% ../../nbs/runs/crossval.ipynb #find-results
 def _same_crossval(results: Sequence[RunFolder]) -> list[RunFolder]:
@@ -79,16 +99,19 @@ def _same_crossval(results: Sequence[RunFolder]) -> list[RunFolder]:
     return [folds[i] for i in sorted(folds)]
 
 def _standing_for_recipe(results: Sequence[RunFolder]) -> list[RunFolder]:
-    own = [r for r in results if follows_recipe(r)] or list(results)
-    return _same_crossval([r for r in own if start_of(r) != 'in-domain'] or own)
+    shipped = _shipped_recipe(results[0].recipe.name)
+    kin = [r for r in results if shipped is None or _same_kind(r, shipped)]
+    own = [r for r in kin if follows_recipe(r)] or kin
+    return _same_crossval([r for r in own if start_of(r) != 'in-domain'] or own) if own else []
 
 def find_results(
     results_dir: str | Path,   # folder that holds the runs
     every: bool = False,       # all results of a recipe, oldest first, and not only those that count
 ) -> dict[str, list[RunFolder]]: # recipe name -> the newest run, or all folds of the newest cross-validation
-    "The results that count, by recipe"
+    "The results that stand for a recipe's own network"
     found = _all_results(results_dir)
-    return found if every else {name: _standing_for_recipe(runs) for name, runs in found.items()}
+    if every: return found
+    return {name: own for name, runs in found.items() if (own := _standing_for_recipe(runs))}
 
 # %% ../../nbs/runs/crossval.ipynb #scores
 def centre_scores(
@@ -138,6 +161,20 @@ def pool_predictions(
         raise RunError(f'{n} evaluated in two folds, e.g. {twice.iloc[0]}; give the folds of one cross-validation.')
     return out
 
+# %% ../../nbs/runs/crossval.ipynb #side-by-side
+def _side_by_side(first: pd.DataFrame, second: pd.DataFrame, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Two pooled lists on the same images, in one order"
+    a, b = first.set_index('image_id'), second.set_index('image_id')
+    if set(a.index) != set(b.index):
+        both = len(set(a.index) & set(b.index))
+        raise RunError(f'{what} evaluate different images ({len(a)} and {len(b)}, {both} in both); '
+                       'a paired comparison needs the same ones.')
+    b = b.loc[a.index]
+    if (a['label'] != b['label']).any() or (a['fold'] != b['fold']).any():
+        raise RunError(f'{what} give images other labels or other folds; '
+                       'the runs were made from different states of the data.')
+    return a, b
+
 # %% ../../nbs/runs/crossval.ipynb #score
 _RANKED = ('auc', 'average_precision')
 
@@ -182,57 +219,121 @@ def fold_table(
                      **e['specificity'].columns('specificity')})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/runs/crossval.ipynb #trainings
+Trainings = Sequence[Sequence[RunFolder]]     # for each seed one run, or the folds of one cross-validation
+_MEANS = ('accuracy', 'recall', 'specificity', 'precision', 'f1', 'false_positive_rate')    # that tables show
+
+def pool_trainings(
+    trainings: Trainings,
+    how: Pooling = 'threshold',
+) -> tuple[pd.DataFrame, list[np.ndarray]]:   # image_id, label, group of each evaluated image; its scores by training
+    "The evaluated images with the scores of every training; trainings on other images are refused"
+    first, *others = [pool_predictions(runs, how) for runs in trainings]
+    scores = [first['score'].to_numpy(float)]
+    for t in others:
+        _, same = _side_by_side(first.assign(fold=0), t.assign(fold=0), 'the trainings')    # each has its own folds
+        scores.append(same['score'].to_numpy(float))
+    return first[['image_id', 'label', 'group']], scores
+
+def score_trainings(
+    trainings: Trainings,
+    frozen: bool,         # at the frozen threshold of each run; False: at one half
+    n_boot: int = 2000,   # resamples of patients, the same for every training
+) -> Evaluation:          # of one training: `score_results`; of several: the AUC and the metrics of predictions alone
+    "The mean of all metrics over trainings"
+    first = score_results(trainings[0], frozen, n_boot if len(trainings) == 1 else 0, curves=False)
+    if len(trainings) == 1: return first
+    images, scores = pool_trainings(trainings, 'threshold' if frozen else 'as written')
+    _, ranks = pool_trainings(trainings, 'rank')
+    y, groups, recipe = images['label'].to_numpy(object), images['group'].to_numpy(object), trainings[0][0].recipe
+    classes = _two_classes(trainings[0][0])
+    with allow_undefined():
+        means = metrics_over_trainings(y, scores, groups, _MEANS, classes=classes, n_boot=n_boot, seed=recipe.seed)
+        means['auc'] = auc_over_trainings(y, ranks, groups, classes)
+    return dataclasses.replace(first, estimates={m: means[m] for m in first.estimates if m in means}, n_boot=n_boot)
+
+# %% ../../nbs/runs/crossval.ipynb #seed-table
+def seed_table(
+    trainings: Trainings,
+    n_boot: int = 2000,
+) -> pd.DataFrame:    # columns of `fold_table`; a row per seed, and their mean
+    "Trainings of one network seed by seed, and their mean"
+    rows = [fold_table(runs, n_boot).tail(1).assign(fold=f'seed {runs[0].recipe.seed}') for runs in trainings]
+    e = score_trainings(trainings, True, n_boot)
+    shown = {'auc': 'auc', 'recall': 'sensitivity', 'specificity': 'specificity'}
+    means = {k: v for m, name in shown.items() for k, v in e[m].columns(name).items()}
+    return pd.concat([*rows, rows[0].assign(fold=f'mean of {len(trainings)} seeds', **means)], ignore_index=True)
+
 # %% ../../nbs/runs/crossval.ipynb #find-arms
-def _but_for_start(run: RunFolder) -> Recipe: return override(run.recipe, {'split.fold': 0, 'model.weights': 'none'})
+@dataclass(frozen=True)
+class Arm:
+    "Trainings of one recipe that differ in their seed alone, and in their fold"
+    start: Start
+    by_seed: dict[int, list[RunFolder]]       # seed -> one run, or the folds of one cross-validation
+
+    @property
+    def trainings(self) -> list[list[RunFolder]]: return list(self.by_seed.values())
+    @property
+    def first(self) -> RunFolder: return self.trainings[0][0]
+
+def _but_for_start(recipe: Recipe) -> str:
+    return recipe_hash(override(recipe, {'split.fold': 0, 'model.weights': 'none', 'seed': 0, 'title': ''}))
 
 def find_arms(
     results_dir: str | Path,
-    name: str,                        # of a recipe
-) -> dict[Start, list[RunFolder]]:    # start -> its folds
-    "Runs of one recipe that differ only in what their weights started from, and in their fold"
-    results = _all_results(results_dir).get(name, [])
-    if not results: return {}
-    by_start: dict[Start, list[RunFolder]] = {}
-    for r in results: by_start.setdefault(start_of(r), []).append(r)
-    first = _but_for_start(_same_crossval(by_start.get('from scratch') or results)[-1])
-    arms = {start: _same_crossval(runs) for start, runs in by_start.items()}
-    return {start: runs for start, runs in arms.items() if _but_for_start(runs[-1]) == first}
+    name: str,                 # of a recipe
+) -> list[Arm]:                # arms that differ in their start alone stand together, the oldest first
+    "Runs of one recipe by what differs: every network and every start is an arm; a cross-validation cut short is none"
+    families: dict[str, dict[Start, dict[int, dict[int, RunFolder]]]] = {}
+    for r in _all_results(results_dir).get(name, []):
+        of_start = families.setdefault(_but_for_start(r.recipe), {}).setdefault(start_of(r), {})
+        of_start.setdefault(r.recipe.seed, {})[r.recipe.split.fold] = r             # the newest of each fold
+    arms = []
+    for by_start in families.values():
+        most = max(len(folds) for seeds in by_start.values() for folds in seeds.values())
+        for start in (s for s in choices(Start) if s in by_start):
+            seeds = {k: folds for k, folds in sorted(by_start[start].items()) if len(folds) == most}
+            whole = {k: [folds[i] for i in sorted(folds)] for k, folds in seeds.items()}
+            if whole: arms.append(Arm(start, whole))
+    return arms
 
 # %% ../../nbs/runs/crossval.ipynb #paired-arms
-def _side_by_side(first: pd.DataFrame, second: pd.DataFrame, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Two pooled lists on the same images, in one order"
-    a, b = first.set_index('image_id'), second.set_index('image_id')
-    if set(a.index) != set(b.index):
-        both = len(set(a.index) & set(b.index))
-        raise RunError(f'{what} evaluate different images ({len(a)} and {len(b)}, {both} in both); '
-                       'a paired comparison needs the same ones.')
-    b = b.loc[a.index]
-    if (a['label'] != b['label']).any() or (a['fold'] != b['fold']).any():
-        raise RunError(f'{what} give images other labels or other folds; '
-                       'the runs were made from different states of the data.')
-    return a, b
-
 def paired_arms(
-    first: Sequence[RunFolder],    # a run, or the folds of one cross-validation
-    second: Sequence[RunFolder],   # the same images in the same folds
-    n_boot: int = 2000, seed: int = 0,
-) -> Difference:                   # of the AUC of ranks, first minus second
+    first: Trainings,     # of one arm
+    second: Trainings,    # of another: the same seeds, the same images in the same folds
+) -> Difference:          # of the mean AUC of ranks, first minus second
     "What the one difference between two arms is worth, image by image"
-    ranks, others = pool_predictions(first, 'rank'), pool_predictions(second, 'rank')
-    a, b = _side_by_side(ranks, others, 'the two arms')
-    y, p, q, groups = a['label'].to_numpy(), a['score'].to_numpy(), b['score'].to_numpy(), a['group'].to_numpy()
-    return paired_difference(y, p, q, groups, 'auc', classes=_two_classes(first[0]), n_boot=n_boot, seed=seed)
+    if len(first) != len(second):
+        counts = f'{len(first)} and {len(second)} trainings'
+        raise RunError(f'{counts}; a paired comparison needs the same seeds in both arms.')
+    sides = []
+    for one, other in zip(first, second):
+        sides.append(_side_by_side(pool_predictions(one, 'rank'), pool_predictions(other, 'rank'), 'the two arms'))
+    images = sides[0][0]
+    a, b = ([side[k].loc[images.index, 'score'].to_numpy() for side in sides] for k in (0, 1))
+    return compare_mean_auc(images['label'].to_numpy(), a, b, images['group'].to_numpy(),
+                            classes=_two_classes(first[0][0]))
 
 # %% ../../nbs/runs/crossval.ipynb #ablation
-_ABLATION = ['recipe', 'start', 'folds', 'images', 'auc', 'auc_low', 'auc_high', 'gain', 'gain_low', 'gain_high', 'p']
+_ABLATION = ['recipe', 'start', 'seeds', 'folds', 'images', 'auc', 'auc_low', 'auc_high', 'gain', 'gain_low',
+             'gain_high', 'p']
 
-def _ablation_row(arms: dict[Start, list[RunFolder]], start: Start, n_boot: int) -> dict[str, Any]:
-    runs, scratch = arms[start], arms.get('from scratch', [])
-    recipe = runs[0].recipe
-    e = _evaluate(pool_predictions(runs, 'rank'), _two_classes(runs[0]), n_boot, recipe.seed, ['auc'])
-    row = dict(recipe=recipe.name, start=start, folds=len(runs), images=e.n_images, **e['auc'].columns('auc'))
-    if start == 'from scratch' or len(runs) != len(scratch): return row
-    d = paired_arms(runs, scratch, n_boot, recipe.seed)
+def _from_scratch(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    "The arm that differs in nothing but its random weights, seed by seed"
+    alike = (a for a in arms if a.start == 'from scratch' and list(a.by_seed) == list(arm.by_seed))
+    return next((a for a in alike if _but_for_start(a.first.recipe) == _but_for_start(arm.first.recipe)), None)
+
+def ablation_row(
+    arm: Arm,
+    arms: Sequence[Arm],      # of the same recipe
+    n_boot: int = 2000,
+) -> dict[str, Any]:          # columns of `ablation_table`; no gain where nothing can be compared
+    "The AUC of an arm, and its gain over the same trainings from random weights"
+    e, scratch = score_trainings(arm.trainings, True, n_boot), _from_scratch(arm, arms)
+    row = dict(recipe=arm.first.recipe.name, start=arm.start, seeds=len(arm.by_seed), folds=len(arm.trainings[0]),
+               images=e.n_images, **e['auc'].columns('auc'))
+    if scratch is None or scratch is arm: return row
+    d = paired_arms(arm.trainings, scratch.trainings)
     return dict(row, gain=d.difference, gain_low=d.low, gain_high=d.high, p=d.p)
 
 def ablation_table(
@@ -241,11 +342,8 @@ def ablation_table(
     n_boot: int = 2000,
 ) -> pd.DataFrame:           # columns of `_ABLATION`; gain is that over scratch, NaN where nothing can be compared
     "Every arm of every recipe, and its gain over training from scratch"
-    rows = []
-    for name in names:
-        arms = find_arms(results_dir, name)
-        rows += [_ablation_row(arms, start, n_boot) for start in choices(Start) if start in arms]
-    return pd.DataFrame(rows, columns=_ABLATION)
+    found = [find_arms(results_dir, name) for name in names]
+    return pd.DataFrame([ablation_row(a, arms, n_boot) for arms in found for a in arms], columns=_ABLATION)
 
 # %% ../../nbs/runs/crossval.ipynb #settings
 def _paired_metric(first: RunFolder, second: RunFolder, metric: str, n_boot: int) -> Difference:
@@ -287,24 +385,42 @@ def _pooled_baselines(results: Sequence[RunFolder]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/runs/crossval.ipynb #baseline-gains
-def baseline_gains(
-    results: Sequence[RunFolder],            # one run, or the folds of one cross-validation, each with baselines.csv
-    n_boot: int = 2000,
-    of: Sequence[RunFolder] | None = None,   # whose baselines.csv is read: another arm of the same folds; None: own
-) -> pd.DataFrame:                           # baseline, kind, auc, gain, low, high, p; the best baseline first
-    "The model's AUC less that of every lung-free baseline, on the same images"
-    classes, seed = _two_classes(results[0]), results[0].recipe.seed
-    model = pool_predictions(results, 'rank').set_index('image_id')
-    y, p, groups = (model[c].to_numpy() for c in ('label', 'score', 'group'))
+def share_baselines(
+    results: Sequence[RunFolder],              # one run, or the folds of one cross-validation
+    kept: dict[str, list[RunFolder]],          # of `find_results(..., every=True)`
+) -> list[RunFolder]:                          # whose baselines.csv holds for each of them; empty: not for every one
+    "Baselines depend on images, labels and split alone: a run without its own has those of another run of its split"
+    def holds(r: RunFolder, o: RunFolder) -> bool:
+        a, b = r.recipe, o.recipe
+        return (a.data, a.split, a.seed) == (b.data, b.split, b.seed) and o.baseline_scores is not None
+    found = [next((o for o in (r, *kept.get(r.recipe.name, [])) if holds(r, o)), None) for r in results]
+    return [] if None in found else [o for o in found if o is not None]
+
+def mean_baseline_gains(
+    trainings: Trainings,     # of one arm
+    of: Trainings,            # whose baselines.csv is read, seed by seed
+) -> pd.DataFrame:            # baseline, kind, auc, gain, low, high, p; the best baseline first
+    "The mean AUC of an arm less that of every lung-free baseline, on the same images"
+    images, scores = pool_trainings(trainings, 'rank')
+    y, groups, ids = (images[c].to_numpy() for c in ('label', 'group', 'image_id'))
+    by_name = [dict(list(_pooled_baselines(runs).groupby(['baseline', 'kind']))) for runs in of]
     rows = []
-    for (name, kind), t in _pooled_baselines(of or results).groupby(['baseline', 'kind']):
-        everywhere = set(t['image_id']) == set(model.index) and len(t) == len(model)
-        if not everywhere: continue        # only some folds allow this baseline
-        scores = t.set_index('image_id').loc[model.index, 'score'].to_numpy()
-        d = paired_difference(y, p, scores, groups, 'auc', classes=classes, n_boot=n_boot, seed=seed)
+    for name, kind in by_name[0]:
+        found = [b[name, kind].set_index('image_id')['score'] for b in by_name if (name, kind) in b]
+        everywhere = all(len(b) == len(ids) and set(b.index) == set(ids) for b in found)
+        if not everywhere or len(found) < len(trainings): continue      # only some folds allow this baseline
+        baselines = [b.loc[ids].to_numpy() for b in found]
+        d = compare_mean_auc(y, scores, baselines, groups, classes=_two_classes(trainings[0][0]))
         rows.append(dict(baseline=name, kind=kind, auc=d.second, gain=d.difference, low=d.low, high=d.high, p=d.p))
     columns = ['baseline', 'kind', 'auc', 'gain', 'low', 'high', 'p']
     return pd.DataFrame(rows, columns=columns).sort_values('auc', ascending=False, ignore_index=True)
+
+def baseline_gains(
+    results: Sequence[RunFolder],            # one run, or the folds of one cross-validation, each with baselines.csv
+    of: Sequence[RunFolder] | None = None,   # whose baselines.csv is read: another run of the same split; None: own
+) -> pd.DataFrame:                           # as `mean_baseline_gains`
+    "The model's AUC less that of every lung-free baseline, on the same images"
+    return mean_baseline_gains([results], [of or results])
 
 # %% ../../nbs/runs/crossval.ipynb #within
 def _with_column(results: Sequence[RunFolder], column: str) -> pd.DataFrame:

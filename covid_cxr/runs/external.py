@@ -306,7 +306,7 @@ class ExternalTest:
 # %% ../../nbs/runs/external.ipynb #read-tests
 def _with_unknown(run, t):
     "The test with its count of images without a patient; older runs did not keep it, their predictions tell it"
-    file = run.path / t.predictions
+    file = run.file(t.predictions)
     if t.unknown_patients is not None or not file.is_file(): return t
     with reading_file(file, 'run the external test again'): p = pd.read_csv(file)
     return dataclasses.replace(t, unknown_patients=int(p['patient'].isna().sum())) if 'patient' in p else t

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/folder.ipynb #imports
 from __future__ import annotations
-import contextlib, json, warnings
+import contextlib, gzip, json, warnings, zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,16 @@ from ..table import Task
 from ..words import format_count, join_words, plain_cell, safe_cell
 
 # %% auto #0
-__all__ = ['OLD_FILES', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS', 'EXTERNAL_FORMAT',
-           'EXTERNAL_VERSION', 'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name', 'reading_file',
-           'read_json', 'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock', 'evaluate_rows',
-           'describe_images', 'check_finished', 'manifest_names', 'RunFiles', 'RunFolder', 'FindingsRun', 'check_kind',
-           'open_run']
+__all__ = ['OLD_FILES', 'COMPRESSED', 'OLD_KEYS', 'BaselineKind', 'SYNTHETIC_WARNING', 'TEXT_COLUMNS',
+           'EXTERNAL_FORMAT', 'EXTERNAL_VERSION', 'rename_old_keys', 'find_file', 'baseline_kind', 'baseline_name',
+           'reading_file', 'read_json', 'read_run_state', 'write_table', 'read_table', 'is_synthetic', 'run_lock',
+           'evaluate_rows', 'describe_images', 'check_finished', 'manifest_names', 'RunFiles', 'RunFolder',
+           'FindingsRun', 'check_kind', 'open_run']
 
 # %% ../../nbs/runs/folder.ipynb #old-names
 OLD_FILES = {'external.json': 'ladder.json', 'external': 'ladder', 'test_log.jsonl': 'ledger.jsonl',
              'baselines.csv': 'floors.csv'}
+COMPRESSED = '.gz'      # a kept run holds NAME.csv as NAME.csv.gz
 OLD_KEYS: dict[str, dict[str, str]] = {
     'run.json': {'ledger': 'test_log'},
     'evaluation.json': {'part': 'split', 'source_only': 'source_baseline'},
@@ -56,9 +57,10 @@ def find_file(
     run: str | Path,   # run directory
     name: str,         # today's name of a file or folder in it
 ) -> Path:             # where it stands; today's place when it stands nowhere
-    "The place of a file of a run, under today's name or the one that older runs have"
-    new, old = Path(run) / name, Path(run) / OLD_FILES.get(name, name)
-    return old if old.exists() and not new.exists() else new
+    "The place of a file of a run: under today's name or the one that older runs have; a table also compressed"
+    names = list(dict.fromkeys([name, OLD_FILES.get(name, name)]))
+    places = [Path(run) / n for n in (*names, *(n + COMPRESSED for n in names if n.endswith('.csv')))]
+    return next((p for p in places if p.exists()), places[0])
 
 # %% ../../nbs/runs/folder.ipynb #baseline-words
 BaselineKind = Literal['image_without_lungs', 'file', 'metadata']
@@ -80,6 +82,9 @@ def baseline_name(
     return _OLD_NAMES.get(name, name)
 
 # %% ../../nbs/runs/folder.ipynb #read-json
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, EOFError,
+            zlib.error)
+
 @contextlib.contextmanager
 def reading_file(
     file: str | Path,              # what is read
@@ -88,8 +93,9 @@ def reading_file(
     "What goes wrong with the content of a file in this block is one sentence that names the file"
     try: yield
     except CxrError: raise
+    except gzip.BadGzipFile as e: raise RunError(f'{file} is damaged ({e}); delete it and {cure}.') from e
     except OSError as e: raise RunError(f'{file} cannot be read ({e.strerror or e}); check its permissions.') from e
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+    except _DAMAGED as e:
         why = ' '.join(str(e).split())[:200] or 'its content is cut off'
         raise RunError(f'{file} is damaged ({type(e).__name__}: {why}); delete it and {cure}.') from e
 
@@ -298,7 +304,7 @@ def check_finished(
 def _vouched_for(run):
     "Files of a run that may only be there when its manifest names them: a result that was put in is altered, too"
     once = ('audit.json', 'audit.txt', 'baselines.csv', 'external.json', 'test_log.jsonl', 'lr_find.csv',
-            *OLD_FILES.values())
+            *OLD_FILES.values(), *(name + COMPRESSED for name in ('baselines.csv', 'floors.csv')))
     beside = Path(run) / 'external'
     return [*once, *(f'external/{f.name}' for f in sorted(beside.glob('*')))]
 

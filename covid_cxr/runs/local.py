@@ -14,7 +14,7 @@ from ..core import RunError, SourceError, fold_word, utc_now
 from ..evaluate import Estimate, EvaluationError, evaluate
 from ..predict import Predictor, list_images
 from .external import read_external_tests
-from .folder import RunFolder
+from .folder import RunFolder, find_file
 from ..stats.recalibration import (LEAST_IMAGES, LocalCalibration, Reference, calibrate_locally,
                                            reference_of, value_of_local_images)
 from ..words import format_count, join_words, printable
@@ -43,7 +43,7 @@ def find_reference(
         raise BundleError(f'{folder} is calibrated for {name} already; give the bundle before that.')
     kept = b.get('provenance', {}).get('reference')
     if kept is not None: return Reference(**{k: float(kept[k]) for k in Reference._fields})
-    if (Path(folder) / 'predictions.csv').is_file(): return reference_of_run(RunFolder.open(Path(folder)))
+    if find_file(Path(folder), 'predictions.csv').is_file(): return reference_of_run(RunFolder.open(Path(folder)))
     raise BundleError(f'{folder} does not tell what its validation images were like; give the run directory.')
 
 # %% ../../nbs/runs/local.ipynb #value

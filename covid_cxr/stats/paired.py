@@ -11,14 +11,16 @@ import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 from ..core import choices, to_plain
-from ..evaluate import (BINARY, METRICS, SHARES, Estimate, EvaluationError, check_one_per_image, check_scores,
-                                auc_covariance, check_two_classes, compute_metrics, evaluate, group_resamples,
-                                metric_name, rarer_groups, resample_spread, wilson)
+from ..evaluate import (BINARY, BOUNDS, METRICS, SHARES, AucCovariance, Estimate, EvaluationError,
+                                auc_covariance, bounded_interval, check_one_per_image, check_scores,
+                                check_two_classes, compute_metrics, evaluate, group_resamples, metric_name,
+                                rarer_groups, resample_spread, wilson)
 from ..words import format_count, format_estimate, format_number, format_p
 
 # %% auto #0
-__all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'compare_auc', 'paired_difference',
-           'sign_flip', 'mcnemar_exact', 'compare_accuracy', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
+__all__ = ['PairedVerdict', 'SubgroupMetric', 'Difference', 'describe_paired', 'mean_auc_covariance',
+           'compare_mean_auc', 'compare_auc', 'paired_difference', 'sign_flip', 'mcnemar_exact', 'compare_accuracy',
+           'auc_over_trainings', 'metrics_over_trainings', 'holm', 'mcnemar_power', 'n_needed', 'auc_half_width',
            'precision_table', 'subgroups', 'WorstSubgroup', 'worst_gap', 'describe_worst_subgroup', 'check_published']
 
 # %% ../../nbs/stats/paired.ipynb #difference
@@ -106,6 +108,38 @@ def _t_test(d, se, df, margin, level):
     return _TTest(float(d - half), float(d + half), 2 * t(abs(d)), None if margin is None else t(d + margin))
 
 # %% ../../nbs/stats/paired.ipynb #compare-auc
+def mean_auc_covariance(
+    y_true: ArrayLike,                     # (n,) labels
+    networks: Sequence[Sequence],          # for each network (n,) probabilities of each of its trainings
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    classes: Sequence = BINARY,            # (negative, positive)
+) -> AucCovariance:                        # a row per network
+    "The mean AUC of the trainings of each network on the same images, and the covariance of these means"
+    auc, covariance = auc_covariance(y_true, [p for trainings in networks for p in trainings], groups, classes)
+    of = np.repeat(np.arange(len(networks)), [len(trainings) for trainings in networks])
+    at = [np.flatnonzero(of == i) for i in range(len(networks))]
+    means = [[covariance[np.ix_(i, j)].mean() for j in at] for i in at]
+    return AucCovariance(np.array([auc[i].mean() for i in at]), np.array(means))
+
+def compare_mean_auc(
+    y_true: ArrayLike,                     # (n,) labels
+    first: Sequence, second: Sequence,     # (n,) probabilities of each training of two networks, the same images
+    groups: ArrayLike | None = None,       # (n,) patient groups
+    margin: float | None = None,           # of non-inferiority, in AUC; None: not asked
+    classes: Sequence = BINARY,            # (negative, positive)
+    level: float = .95,                    # of the interval
+) -> Difference:
+    "Paired comparison of the mean AUCs of the trainings of two networks (DeLong; Obuchowski's form with groups)"
+    _check_margin(margin)
+    s = check_scores(y_true, first[0], groups, classes)
+    auc, cov = mean_auc_covariance(y_true, [first, second], groups, classes)
+    d, var = float(auc[0] - auc[1]), cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
+    se = math.sqrt(max(var, 0.)) if not np.isnan(var) else np.nan
+    if se < 1e-12: se = 0.                                # rounding
+    t = _t_test(d, se, rarer_groups(s.y == 1, s.group) - 1, margin, level)
+    return Difference('AUC', float(auc[0]), float(auc[1]), d, t.low, t.high, level, t.p, len(s.y), s.n_groups, margin,
+                      t.p_margin)
+
 def compare_auc(
     y_true: ArrayLike,                     # (n,) labels
     first: ArrayLike, second: ArrayLike,   # (n,) probabilities of two models for the same images
@@ -114,16 +148,8 @@ def compare_auc(
     classes: Sequence = BINARY,            # (negative, positive)
     level: float = .95,                    # of the interval
 ) -> Difference:
-    "Paired comparison of two AUCs (DeLong; Obuchowski's clustered form with groups)"
-    _check_margin(margin)
-    s = check_scores(y_true, first, groups, classes)
-    auc, cov = auc_covariance(y_true, [first, second], groups, classes)
-    d, var = float(auc[0] - auc[1]), cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
-    se = math.sqrt(max(var, 0.)) if not np.isnan(var) else np.nan
-    if se < 1e-12: se = 0.                                # rounding
-    t = _t_test(d, se, rarer_groups(s.y == 1, s.group) - 1, margin, level)
-    return Difference('AUC', float(auc[0]), float(auc[1]), d, t.low, t.high, level, t.p, len(s.y), s.n_groups, margin,
-                      t.p_margin)
+    "Paired comparison of two AUCs: `compare_mean_auc` of models that were trained once"
+    return compare_mean_auc(y_true, [first], [second], groups, margin, classes, level)
 
 # %% ../../nbs/stats/paired.ipynb #paired-difference
 def _degrees_of_freedom(metric, s, predicted):
@@ -210,6 +236,59 @@ def compare_accuracy(
     return Difference('accuracy', float(right[0].mean()), float(right[1].mean()), float(d), float(d - t * se),
                       float(d + t * se), level, sign_flip(steps), n, g,
                       only_first=int((right[0] > right[1]).sum()), only_second=int((right[0] < right[1]).sum()))
+
+# %% ../../nbs/stats/paired.ipynb #mean-auc
+def auc_over_trainings(
+    y_true: ArrayLike,                  # (n,) labels
+    trainings: Sequence,                # (n,) probabilities of each training, for the same images
+    groups: ArrayLike | None = None,    # (n,) patient groups
+    classes: Sequence = BINARY,         # (negative, positive)
+    level: float = .95,                 # of the interval
+) -> Estimate:
+    "The mean AUC of several trainings of one network, with its interval over patients"
+    one = evaluate(y_true, trainings[0], groups, classes=classes, metrics=['auc'], level=level)['auc']
+    auc, covariance = mean_auc_covariance(y_true, [trainings], groups, classes)
+    value, variance = float(auc[0]), float(covariance[0, 0])
+    if len(trainings) == 1 or not 0 < value < 1: return one      # 0 or 1: every training has it
+    s = check_scores(y_true, trainings[0], groups, classes)
+    df = rarer_groups(s.y == 1, s.group) - 1
+    low, high = bounded_interval(value, math.sqrt(max(variance, 0.)), level=level, df=df)
+    return Estimate(value, low, high, one.n, f'mean of {len(trainings)} trainings')
+
+# %% ../../nbs/stats/paired.ipynb #mean-metrics
+def _mean_interval(name, value, draws, df, level):
+    "Interval of a mean metric from its resamples; NaN at a bound"
+    se, note = resample_spread(draws)
+    return (*bounded_interval(value, se, *BOUNDS.get(name, (0., 1.)), level, df), note)
+
+def metrics_over_trainings(
+    y_true: ArrayLike,                  # (n,) labels
+    trainings: Sequence,                # (n,) probabilities of each training, for the same images
+    groups: ArrayLike | None = None,    # (n,) patient groups
+    metrics: Sequence[str] = ('accuracy', 'recall', 'specificity'),   # of predictions: names of `METRICS`
+    threshold: float = .5,              # of every training
+    classes: Sequence = BINARY,         # (negative, positive)
+    n_boot: int = 2000, seed: int = 0,  # resamples of patients, the same for every training; 0: no intervals
+    level: float = .95,                 # of the interval
+) -> dict[str, Estimate]:
+    "The mean of metrics over several trainings of one network, each with its interval over patients"
+    names = [metric_name(m) for m in metrics]
+    one = evaluate(y_true, trainings[0], groups, threshold, classes, n_boot, seed, level, names)
+    if len(trainings) == 1: return {m: one[m] for m in names}
+    s = [check_two_classes(y_true, p, groups, classes) for p in trainings]
+    predicted = [x.predict(threshold) for x in s]
+    def means(w):
+        each = [compute_metrics(x, c, w, needs=['predictions']) for x, c in zip(s, predicted)]
+        return np.array([np.mean([e[m] for e in each], axis=0) for m in names])
+    values = means(np.ones((1, len(s[0].y))))[:, 0]
+    drawn = [np.empty((len(names), 0)), *(means(w) for w in group_resamples(s[0], n_boot, seed))]
+    draws = np.concatenate(drawn, axis=1)
+    out = {}
+    for m, value, of in zip(names, values, draws):
+        low, high, note = _mean_interval(m, value, of, _degrees_of_freedom(m, s[0], predicted), level)
+        if value == one[m].value and not low < high: out[m] = one[m]      # at a bound: every training has it
+        else: out[m] = Estimate(float(value), low, high, one[m].n, note or f'mean of {len(trainings)} trainings')
+    return out
 
 # %% ../../nbs/stats/paired.ipynb #holm
 def holm(
