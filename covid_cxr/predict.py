@@ -461,4 +461,5 @@ def predict_to_file(
         os.fsync(f.fileno())
     os.replace(part, out)
     out.with_name(f'{out.name}.job').unlink(missing_ok=True)
-    return AnswerCounts(*_counted(out, header, columns), resumed=done)
+    answered, declined = _counted(out, header, columns)
+    return AnswerCounts(answered, declined, done)
