@@ -1,10 +1,12 @@
 """RunFolder, the one reader of a finished run: every result that was kept, under whatever names; what is missing is named."""
-import json, shutil
+import gzip, json, shutil, sys
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT, here
 from covid_cxr.bundle import DESCRIPTION, MANIFEST, AlteredWarning
 from covid_cxr.core import CxrError, RunError, sha256_file, used, write_json
 from covid_cxr.evaluate import evaluate
+from covid_cxr.recipe import load_recipe, override
 from covid_cxr.runs.external import external_table, read_external_tests
 from covid_cxr.runs.folder import OLD_FILES, OLD_KEYS, TEXT_COLUMNS, RunFolder, baseline_kind, find_file, read_table
 from covid_cxr.runs.sentences import describe_external_test, format_external_table
@@ -191,3 +193,28 @@ def test_truncated_or_doubled_predictions_are_refused(sealed, change, word):
     with pytest.raises(RunError, match=word): RunFolder(sealed).rows
     before = (sealed / 'test_log.jsonl').read_bytes()
     assert _said('evaluate', sealed)[0] == 1 and (sealed / 'test_log.jsonl').read_bytes() == before
+
+
+# ---- runs that are kept
+def test_a_run_is_kept_once_and_names_no_place(phantom_run, tmp_path):
+    sys.path.insert(0, str(ROOT / 'benchmarks'))
+    from keep_all import keep_anew
+    run, place = RunFolder.open(phantom_run), tmp_path / 'kept'
+    assert [keep_anew(run, place, 'covid-cxr demo') for _ in range(2)] == ['kept', 'unchanged']
+    kept, evaluated = RunFolder.open(place), run.predictions['split'] != 'train'
+    assert (kept.predictions['image_id'] == run.predictions['image_id']).all() and 'path' not in kept.predictions
+    assert kept.predictions[evaluated].filter(like='prob_').equals(run.predictions[evaluated].filter(like='prob_'))
+    assert kept.result['auc'] == run.result['auc'] and kept.state['command'] == 'covid-cxr demo'
+    for f in (f for f in place.rglob('*') if f.is_file()):
+        content = gzip.decompress(f.read_bytes()) if f.suffix == '.gz' else f.read_bytes()
+        assert str(phantom_run.parent).encode() not in content, f
+    (place / 'history.csv').write_text('')
+    assert keep_anew(run, place, 'covid-cxr demo') == 'kept anew'
+
+
+def test_a_kept_recipe_names_the_weights_of_another_run_from_its_folder_on():
+    sys.path.insert(0, str(ROOT / 'benchmarks'))
+    from keep_run import kept_recipe
+    at = override(load_recipe('covid-2020-within'), {'model.weights': '/anywhere/out/runs/pretrain/bundle/weights.safetensors'})
+    assert kept_recipe(SimpleNamespace(recipe=at)).model.weights == 'runs/pretrain/bundle/weights.safetensors'
+    assert kept_recipe(SimpleNamespace(recipe=load_recipe('covid-2020'))) == load_recipe('covid-2020')
