@@ -427,11 +427,10 @@ def _audit(args):
     from covid_cxr.audit.run import audit_findings, audit_run
     from covid_cxr.audit.sentences import describe_audit, describe_findings_audit
     from covid_cxr.runs.folder import open_run
-    how, several = dict(cache_dir=args.cache, n_boot=args.n_boot), open_run(args.run).several
-    if several and args.lungs:
-        raise RunError(f'{args.run} predicts several findings, and their audit hides no lungs; leave out --lungs.')
+    several = open_run(args.run).several
+    how = dict(cache_dir=args.cache, n_boot=args.n_boot, lungs=args.lungs)
     if several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
-    else: print(describe_audit(audit_run(args.run, quick=args.quick, lungs=args.lungs, **how), every=args.all))
+    else: print(describe_audit(audit_run(args.run, quick=args.quick, **how), every=args.all))
     _make_report(args.run)
 
 # %% ../nbs/cli.ipynb #report
