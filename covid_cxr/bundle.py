@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'DESCRIPTION', 'PICKLE', 'SCHEMA', 'NOT_FOR',
            'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files', 'check_manifest', 'describe_integrity',
-           'BundleField', 'check_description', 'export_pickle', 'save_bundle', 'find_bundle', 'read_description',
-           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'adapt_bundle', 'export_bundle']
+           'BundleField', 'check_description', 'export_pickle', 'save_bundle', 'find_bundle', 'lung_files',
+           'read_description', 'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'adapt_bundle',
+           'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -418,6 +419,12 @@ def _tensors(model):
     return save(state)
 
 # %% ../nbs/bundle.ipynb #save-bundle
+def _save_lungs(rule, tmp):
+    "The lung network of a rule that cuts pictures to their lungs"
+    if not rule.lungs: return
+    from covid_cxr.model.cut import save_finder
+    save_finder(rule, tmp)
+
 def _write_bundle(folder, state, description, more=None):
     "Both files and the manifest, whole or not at all; `more` writes further files into the folder"
     check_description(description, f'{folder}')
@@ -446,8 +453,10 @@ def save_bundle(
     description = _description(
         info, state, ood_check, **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
         temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
-    def add_pickle(tmp): export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
-    _write_bundle(folder, state, description, add_pickle if pickle else None)
+    def add_files(tmp):
+        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
+        _save_lungs(info.rule, tmp)
+    _write_bundle(folder, state, description, add_files)
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
@@ -460,6 +469,19 @@ def find_bundle(
         if (f / DESCRIPTION).is_file(): return f
     raise BundleError(f"no bundle in {folder}: it holds neither {DESCRIPTION} nor bundle/{DESCRIPTION}; "
                       'give the folder of a finished run or of a bundle.')
+
+# %% ../nbs/bundle.ipynb #lung-files
+def lung_files(
+    description: dict[str, Any],   # of a bundle
+) -> tuple[str, ...]:              # names in its folder; none where images stay whole
+    "The files of the lung network by which a bundle cuts images"
+    if not description['image'].get('lungs'): return ()
+    from covid_cxr.model.lungs import CARD, TENSORS
+    return CARD, TENSORS
+
+def _copy_lungs(bundle, to):
+    "The lung network of another bundle"
+    for name in lung_files(bundle): shutil.copyfile(Path(bundle['folder']) / name, to / name)
 
 # %% ../nbs/bundle.ipynb #read-description
 _OLD_CHECK = ('gate', 'input_gate')     # what `ood_check` was named in early bundles
@@ -502,6 +524,13 @@ def _check_weights(b, folder):
     if found != b['weights']['sha256']:
         raise BundleError(f'{weights} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
 
+def _check_lung_files(b, folder):
+    "Refuse a bundle that cuts images to their lungs and has lost the network that finds them"
+    lost = [n for n in lung_files(b) if not (folder / n).is_file()]
+    if not lost: return
+    raise BundleError(f'{folder} cuts images to their lungs, and {join_words(lost)} of the network that finds them is '
+                      'missing; copy the whole folder or export the run again.')
+
 def read_bundle(
     folder: str | os.PathLike,  # a bundle, or a run directory
 ) -> dict[str, Any]:            # bundle.json, with `folder`, and `ood_check` None where there is none
@@ -510,6 +539,7 @@ def read_bundle(
     b = read_description(folder)
     _check_parts(b, str(folder / DESCRIPTION))
     _check_weights(b, folder)
+    _check_lung_files(b, folder)
     return dict(b, folder=str(folder))
 
 # %% ../nbs/bundle.ipynb #header
@@ -676,7 +706,7 @@ def join_bundles(
         version=FORMAT_VERSION, members=n, weights=weights, threshold=threshold, temperature=temperature,
         synthetic=any(b['synthetic'] for b in bundles), operating_point=operating_point or {},
         provenance=provenance or {}, versions=versions())
-    _write_bundle(to, state, description)
+    _write_bundle(to, state, description, lambda tmp: _copy_lungs(first, tmp))
     return Path(to)
 
 # %% ../nbs/bundle.ipynb #adapt-bundle
@@ -695,7 +725,7 @@ def adapt_bundle(
     description = {k: v for k, v in b.items() if k != 'folder' and v is not None} | dict(
         version=FORMAT_VERSION, threshold=.5, temperature=b['temperature'] * temperature,
         bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions())
-    _write_bundle(to, state, description)
+    _write_bundle(to, state, description, lambda tmp: _copy_lungs(b, tmp))
     return Path(to)
 
 # %% ../nbs/bundle.ipynb #export-bundle
@@ -718,7 +748,7 @@ def export_bundle(
     if integrity.status == 'altered': raise BundleError(describe_integrity(integrity, src))
     if pickle and PICKLE in check_manifest(folder).altered:
         raise BundleError(describe_integrity(Integrity('altered', (PICKLE,)), folder))
-    files = {n: src / n for n in (DESCRIPTION, WEIGHTS)}
+    files = {n: src / n for n in (DESCRIPTION, WEIGHTS, *lung_files(b))}
     if pickle: files[PICKLE] = Path(folder) / PICKLE
     with _whole_folder(to) as tmp:
         _copied(files, tmp)

@@ -302,6 +302,9 @@ def _predict_options(p):
                    help="an unreadable file: 'raise' an error (default), or 'decline' it in its row and go on")
     p.add_argument('--ood', choices=choices(OODMode), default='decline',
                    help="an image unlike the training images: 'decline' it (default), 'warn' and answer, or 'off'")
+    p.add_argument('--lungs', metavar='WEIGHTS',
+                   help='folder of a network that finds lungs, or its name in the folder of weights: an image on '
+                   'which it finds no two lungs is treated as --ood says')
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
 
@@ -329,7 +332,7 @@ def _say_unknown_patients(bundle):
 def _predict(args):
     "predict image files with a trained run or an exported bundle"
     from covid_cxr.predict import list_images, load_predictor, save_predictions
-    predictor = load_predictor(args.run, args.device)
+    predictor = load_predictor(args.run, args.device, lungs=args.lungs)
     _say_unverified(predictor.integrity, args.run)
     found = predictor.predict(list_images(args.files), bs=args.bs, on_bad=args.on_bad, ood=args.ood)
     if args.out: save_predictions(found, args.out)
@@ -338,6 +341,7 @@ def _predict(args):
     for p in found: print(_answer(p))
     for p in found:
         if p.warning: print(f'warning: {printable(p.path)}: {printable(p.warning)}', file=sys.stderr)
+        if p.uncut: print(f'note: {printable(p.path)}: {printable(p.uncut)}', file=sys.stderr)
     _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
 
@@ -528,11 +532,20 @@ def _export_options(p):
     p.add_argument('--pickle', action='store_true',
                    help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
 
+def _say_lung_network(bundle):
+    "What its card says of the lung network that a bundle holds: it may not be everybody's to hand on"
+    from covid_cxr.bundle import lung_files, read_description
+    if not lung_files(read_description(bundle)): return
+    from covid_cxr.model.lungs import load_lung_net
+    note = load_lung_net(bundle).note or 'its card says nothing of licences'
+    print(f'note: the bundle holds a lung network: {printable(note)}', file=sys.stderr)
+
 @command(_export_options, 'covid-cxr export runs/first --out my-model')
 def _export(args):
     "copy the bundle of a run to a folder that can be given away"
     from covid_cxr.bundle import export_bundle
     print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle))}')
+    _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
 # %% ../nbs/cli.ipynb #recipes

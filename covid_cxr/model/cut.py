@@ -125,8 +125,10 @@ def describe_uncut(
     if UNCUT not in table: return ''
     rows = table[table['excluded'].isna()]
     whole, every = int(rows[UNCUT].notna().sum()), format_count(len(rows), 'image')
-    if not whole: return f'every one of {every} is cut to its lungs'
+    if not whole: return f'images are cut to their lungs; none of {every} stays whole'
     by_class = [f'{label} {int(g.notna().sum()):,} of {len(g):,}' for label, g in rows[UNCUT].groupby(rows['label'])]
     told = f' ({join_words(by_class)})' if by_class else ''
-    return f'{whole:,} of {every} stay whole, because no two lungs were believed on them{told}'
+    verb = 'stays' if whole == 1 else 'stay'
+    return (f'images are cut to their lungs; {whole:,} of {every} {verb} whole, because no two lungs were believed '
+            f'there{told}')
 
