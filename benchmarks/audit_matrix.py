@@ -1,7 +1,7 @@
 """Which check finds which planted fault: every phantom of the family by every check.
 
-    python benchmarks/audit_matrix.py                     all checks, 64 px, 160 + 160 patients: about an hour on two cores
-    python benchmarks/audit_matrix.py --quick             without what costs minutes
+    python benchmarks/audit_matrix.py                     all checks, 64 px, 160 + 160 patients: about two hours on one core
+    python benchmarks/audit_matrix.py --quick             without what costs minutes, but with the networks that see no lung
 
 Each phantom carries one known fault (see covid_cxr.phantom.phantom_family). A small network is trained on its training patients and
 audited; beside the verdicts stand its AUC inside, and outside, where the shortcut is broken.
@@ -10,7 +10,7 @@ The result replaces benchmarks/results/audit_matrix.json.
 import argparse, os, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from record import RESULTS, about, machine, write_result
-from covid_cxr.audit.baselines import estimate_auc
+from covid_cxr.audit.baselines import estimate_auc, fit_baselines
 from covid_cxr.audit.case import measure_headline, phantom_case, worst
 from covid_cxr.audit.checks_model import check_lungs_only
 from covid_cxr.audit.run import audit_case
@@ -42,6 +42,8 @@ def measure(name, patients, size, quick):
     "One phantom: its row, and all verdicts behind it"
     case = phantom_case(name, patients, size, n_boot=2000)
     case.quick = quick
+    case.baselines = fit_baselines(case.table, case.small, case.positive, case.split, case.masks, case.masks_from, n_boot=case.n_boot,
+                                   seed=case.seed)
     verdicts = audit_case(case).verdicts
     headline = measure_headline(case)
     row = verdict_row(case, verdicts, headline, outside_auc(name, case.score, patients, size))

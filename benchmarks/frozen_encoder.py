@@ -10,7 +10,7 @@ RUNS keeps features and one run folder per arm, seed and fold; started again, th
 import argparse, json, time
 from dataclasses import asdict
 from pathlib import Path
-from record import RESULTS, about, machine, write_result
+from record import RESULTS, about, machine, write_compressed, write_result
 import numpy as np, pandas as pd
 from covid_cxr.audit.baselines import fit_baselines
 from covid_cxr.audit.run import SMALL
@@ -203,7 +203,7 @@ def main():
     for task in TASKS: run_task(task, data_folder(), a.runs)
     parts = {task: add_baseline(task_scores(task, a.runs), task, a.runs) for task in TASKS}
     scores, file = pd.concat([t for t, _ in parts.values()]), a.out.with_suffix('.csv.gz')
-    scores.to_csv(file, index=False, float_format='%.6g', compression=dict(method='gzip', mtime=0))
+    write_compressed(a.out.with_suffix('.csv'), scores.map(lambda v: float(f'{v:.6g}') if isinstance(v, float) else v))
     kept, found = pd.read_csv(file), {}
     for task in TASKS:
         found[task] = summarise(kept[kept['task'] == task].reset_index(drop=True))

@@ -6,7 +6,7 @@ A baseline needs images, labels and splits, and all of these are known of a kept
 split, its recipe names the collections. So a run that was audited with --quick, or not at all, gets the baselines of a full audit,
 the network that is trained without lungs among them. A run of thousands of images takes about three minutes.
 """
-import argparse, dataclasses, os
+import argparse, os
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from record import RESULTS, write_compressed
@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from covid_cxr.audit.baselines import fit_baselines
 from covid_cxr.audit.run import SMALL
 from covid_cxr.core import data_folder
-from covid_cxr.images import ImageRule, fit_to, load_image
+from covid_cxr.images import fit_to, load_image
 from covid_cxr.recipe import read_one_source
 from covid_cxr.runs.crossval import find_results, share_baselines
 from covid_cxr.runs.folder import RunFolder
@@ -41,7 +41,7 @@ def keep(name, data):
     "Fit every baseline of one run; RESULTS/NAME/baselines.csv.gz"
     run = RunFolder.open(RESULTS / name)
     rows = rows_of(run, data)
-    images = small_images(rows, ImageRule(**dataclasses.asdict(run.recipe.image)))
+    images = small_images(rows, run.recipe.image.to_rule())
     found = fit_baselines(rows, images, run.classes[1], run.split, n_boot=0, seed=run.recipe.seed)
     ids = rows.loc[rows['split'] == run.split, 'image_id'].to_numpy()
     tables = [pd.DataFrame(dict(image_id=ids, baseline=b.name, kind=b.kind, score=b.scores.round(6))) for b in found]

@@ -26,8 +26,8 @@ __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
            'NOT_FOR', 'BundleFormat', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
            'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
-           'find_bundle', 'read_description', 'read_bundle', 'load_model', 'check_joinable', 'join_bundles',
-           'adapt_bundle', 'load_onnx', 'export_bundle']
+           'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model', 'check_joinable',
+           'join_bundles', 'adapt_bundle', 'load_onnx', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -427,8 +427,14 @@ def _tensors(model):
         raise BundleError('the weights of this network are no longer numbers; train again with a smaller lr.')
     return save(state)
 
-# %% ../nbs/bundle.ipynb #save-bundle
+# %% ../nbs/bundle.ipynb #write-bundle
 def _written(b): return {k: v for k, v in b.items() if k != 'folder' and v is not None} | dict(version=FORMAT_VERSION)
+
+def _save_lungs(rule, tmp):
+    "The lung network of a rule that cuts pictures to their lungs"
+    if not rule.lungs: return
+    from covid_cxr.model.cut import save_finder
+    save_finder(rule, tmp)
 
 def _write_bundle(folder, files, description, more=None):
     "The files, the description and the manifest, whole or not at all; `more` writes further files into the folder"
@@ -439,6 +445,7 @@ def _write_bundle(folder, files, description, more=None):
         if more is not None: more(tmp)
         write_manifest(tmp, os.listdir(tmp))
 
+# %% ../nbs/bundle.ipynb #save-bundle
 def save_bundle(
     learn: Learner,                      # made by `cxr_learner` or `findings_learner`
     folder: str | os.PathLike,           # the bundle's folder; an older bundle there is replaced
@@ -458,8 +465,10 @@ def save_bundle(
     description = _description(
         info, state, ood_check, **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
         temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
-    def add_pickle(tmp): export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
-    _write_bundle(folder, {WEIGHTS: state}, description, add_pickle if pickle else None)
+    def add_files(tmp):
+        if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
+        _save_lungs(info.rule, tmp)
+    _write_bundle(folder, {WEIGHTS: state}, description, add_files)
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
@@ -472,6 +481,19 @@ def find_bundle(
         if (f / DESCRIPTION).is_file(): return f
     raise BundleError(f"no bundle in {folder}: it holds neither {DESCRIPTION} nor bundle/{DESCRIPTION}; "
                       'give the folder of a finished run or of a bundle.')
+
+# %% ../nbs/bundle.ipynb #lung-files
+def lung_files(
+    description: dict[str, Any],   # of a bundle
+) -> tuple[str, ...]:              # names in its folder; none where images stay whole
+    "The files of the lung network by which a bundle cuts images"
+    if not description['image'].get('lungs'): return ()
+    from covid_cxr.model.lungs import CARD, TENSORS
+    return CARD, TENSORS
+
+def _copy_lungs(bundle, to):
+    "The lung network of another bundle"
+    for name in lung_files(bundle): shutil.copyfile(Path(bundle['folder']) / name, to / name)
 
 # %% ../nbs/bundle.ipynb #read-description
 _OLD_CHECK = ('gate', 'input_gate')     # what `ood_check` was named in early bundles
@@ -504,7 +526,7 @@ def read_description(
     _check_fields(b, str(file))
     return b
 
-# %% ../nbs/bundle.ipynb #read-bundle
+# %% ../nbs/bundle.ipynb #check-networks
 def _networks_of(b):
     "The files that hold the network, and their SHA-256; early bundles do not name the file"
     return {name: b[k]['sha256'] for k, name in (('weights', WEIGHTS), ('onnx', ONNX)) if k in b}
@@ -519,6 +541,14 @@ def _check_networks(b, folder):
         if found == sha256: continue
         raise BundleError(f'{file} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
 
+# %% ../nbs/bundle.ipynb #read-bundle
+def _check_lung_files(b, folder):
+    "Refuse a bundle that cuts images to their lungs and has lost the network that finds them"
+    lost = [n for n in lung_files(b) if not (folder / n).is_file()]
+    if not lost: return
+    raise BundleError(f'{folder} cuts images to their lungs, and {join_words(lost)} of the network that finds them is '
+                      'missing; copy the whole folder or export the run again.')
+
 def read_bundle(
     folder: str | os.PathLike,  # a bundle, or a run directory
 ) -> dict[str, Any]:            # bundle.json, with `folder`, and `ood_check` None where there is none
@@ -527,6 +557,7 @@ def read_bundle(
     b = read_description(folder)
     _check_parts(b, str(folder / DESCRIPTION))
     _check_networks(b, folder)
+    _check_lung_files(b, folder)
     return dict(b, folder=str(folder))
 
 # %% ../nbs/bundle.ipynb #header
@@ -696,7 +727,7 @@ def join_bundles(
         members=n, weights=weights, threshold=threshold, temperature=temperature,
         synthetic=any(b['synthetic'] for b in bundles), operating_point=operating_point or {},
         provenance=provenance or {}, versions=versions())
-    _write_bundle(to, {WEIGHTS: state}, description)
+    _write_bundle(to, {WEIGHTS: state}, description, lambda tmp: _copy_lungs(first, tmp))
     return Path(to)
 
 # %% ../nbs/bundle.ipynb #adapt-bundle
@@ -715,7 +746,7 @@ def adapt_bundle(
     description = _written(b) | dict(
         threshold=.5, temperature=b['temperature'] * temperature,
         bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions())
-    _write_bundle(to, files, description)
+    _write_bundle(to, files, description, lambda tmp: _copy_lungs(b, tmp))
     return Path(to)
 
 # %% ../nbs/bundle.ipynb #formats
@@ -774,7 +805,7 @@ def _files_to_give(b, folder, src, pickle, format):
     "{name: file} that are copied as they are"
     kept = set() if format == 'safetensors' else {ONNX}
     if format in ('both', 'safetensors'): kept.add(WEIGHTS)
-    files = {n: src / n for n in _networks_of(b) if n in kept}
+    files = {n: src / n for n in (*_networks_of(b), *lung_files(b)) if n in kept or n in lung_files(b)}
     return {**files, PICKLE: Path(folder) / PICKLE} if pickle else files
 
 def export_bundle(

@@ -304,6 +304,9 @@ def _predict_options(p):
                    help="an unreadable file: 'raise' an error (default), or 'decline' it in its row and go on")
     p.add_argument('--ood', choices=choices(OODMode), default='decline',
                    help="an image unlike the training images: 'decline' it (default), 'warn' and answer, or 'off'")
+    p.add_argument('--lungs', metavar='WEIGHTS',
+                   help='folder of a network that finds lungs, or its name in the folder of weights: an image on '
+                   'which it finds no two lungs is treated as --ood says')
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
     p.add_argument('--backend', choices=choices(Backend), default='auto',
@@ -334,6 +337,7 @@ def _say(answer):
     "One answer on the terminal"
     print(_answer(answer), flush=True)
     if answer.warning: print(f'warning: {printable(answer.path)}: {printable(answer.warning)}', file=sys.stderr)
+    if answer.uncut: print(f'note: {printable(answer.path)}: {printable(answer.uncut)}', file=sys.stderr)
 
 def _answer_all(predictor, files, args):
     "Every answer, said and written as it comes; how many were answered and declined"
@@ -349,7 +353,7 @@ def _answer_all(predictor, files, args):
 def _predict(args):
     "predict image files with a trained run or an exported bundle; exit code 0: all answered, 3: some declined, 4: all"
     from covid_cxr.predict import list_images, load_predictor
-    predictor = load_predictor(args.run, args.device, backend=args.backend)
+    predictor = load_predictor(args.run, args.device, lungs=args.lungs, backend=args.backend)
     _say_unverified(predictor.integrity, args.run)
     if predictor.synthetic:
         print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
@@ -447,11 +451,10 @@ def _audit(args):
     from covid_cxr.audit.run import audit_findings, audit_run
     from covid_cxr.audit.sentences import describe_audit, describe_findings_audit
     from covid_cxr.runs.folder import open_run
-    how, several = dict(cache_dir=args.cache, n_boot=args.n_boot), open_run(args.run).several
-    if several and args.lungs:
-        raise RunError(f'{args.run} predicts several findings, and their audit hides no lungs; leave out --lungs.')
+    several = open_run(args.run).several
+    how = dict(cache_dir=args.cache, n_boot=args.n_boot, lungs=args.lungs)
     if several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
-    else: print(describe_audit(audit_run(args.run, quick=args.quick, lungs=args.lungs, **how), every=args.all))
+    else: print(describe_audit(audit_run(args.run, quick=args.quick, **how), every=args.all))
     _make_report(args.run)
 
 # %% ../nbs/cli.ipynb #report
@@ -556,11 +559,20 @@ def _export_options(p):
     p.add_argument('--format', choices=choices(BundleFormat), default='both',
                    help='what holds the network: safetensors for torch, onnx for onnxruntime, or both (default)')
 
+def _say_lung_network(bundle):
+    "What its card says of the lung network that a bundle holds: it may not be everybody's to hand on"
+    from covid_cxr.bundle import lung_files, read_description
+    if not lung_files(read_description(bundle)): return
+    from covid_cxr.model.lungs import load_lung_net
+    note = load_lung_net(bundle).note or 'its card says nothing of licences'
+    print(f'note: the bundle holds a lung network: {printable(note)}', file=sys.stderr)
+
 @command(_export_options, 'covid-cxr export runs/first --out my-model')
 def _export(args):
     "copy the bundle of a run to a folder that can be given away"
     from covid_cxr.bundle import export_bundle
     print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle, args.format))}')
+    _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
 # %% ../nbs/cli.ipynb #recipes

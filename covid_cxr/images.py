@@ -8,7 +8,7 @@ import dataclasses, io, json, logging, math, os, re, struct, sys, tempfile, thre
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, NamedTuple
+from typing import Any, Callable, Iterator, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -23,10 +23,11 @@ from .brightness import (Grey, Refused, Stored, check_size, error_text, read_dic
 from .words import format_number
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'VERSION', 'REDUCED_MEAN', 'REDUCED_P99', 'FLAT',
-           'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'fit_to', 'suppressed_region', 'ImageRule',
-           'apply_rule', 'BlankImage', 'inside_frame', 'cut_frame', 'is_blank', 'refuse_blank', 'file_reason',
-           'LoadedImage', 'load_image', 'read_picture', 'load_any', 'FileFacts', 'file_facts']
+__all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'LungFinder', 'VERSION', 'REDUCED_MEAN',
+           'REDUCED_P99', 'FLAT', 'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'padded_size',
+           'fit_to', 'suppressed_region', 'LungCut', 'ImageRule', 'apply_rule', 'BlankImage', 'inside_frame',
+           'cut_frame', 'is_blank', 'refuse_blank', 'file_reason', 'LoadedImage', 'load_image', 'read_picture',
+           'load_any', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
 def _why(error: BaseException) -> str:
@@ -576,8 +577,11 @@ def to_unit(
 # %% ../nbs/images.ipynb #fit
 How = Literal['pad', 'crop', 'squash']
 
-def _padded(size: int, whole: tuple[int, int]) -> tuple[int, int]:
-    "Width and height of the picture inside its black bars"
+def padded_size(
+    size: int,                # side of the square, pixels
+    whole: tuple[int, int],   # width and height of the picture
+) -> tuple[int, int]:         # width and height
+    "How large a picture is inside its black bars"
     w, h = (max(1, (2 * v * size + max(whole)) // (2 * max(whole))) for v in whole)
     return w, h
 
@@ -589,7 +593,7 @@ def _resize(im: Image.Image, size: int, how: How, whole: tuple[int, int], scale:
         s = min(w, h)
         x, y = (w - s) // 2, (h - s) // 2
         return im.resize((size, size), bilinear, box=(x / scale, y / scale, (x + s) / scale, (y + s) / scale))
-    cw, ch = _padded(size, whole)
+    cw, ch = padded_size(size, whole)
     out = Image.new('L', (size, size))
     out.paste(im.resize((cw, ch), bilinear, box=(0, 0, w / scale, h / scale)), ((size - cw) // 2, (size - ch) // 2))
     return out
@@ -624,9 +628,35 @@ def suppressed_region(
         out[round(top * size):round(bottom * size), round(left * size):round(right * size)] = True
     return out
 
+# %% ../nbs/images.ipynb #lung-cut
+class LungCut(NamedTuple):
+    "Where the lungs of a picture are, with a margin; the whole picture where they are not believed"
+    top: int         # pixels; bottom and right: one behind the last
+    bottom: int
+    left: int
+    right: int
+    fault: str = ''  # why no two lungs are believed
+
+    @property
+    def width(self) -> int: return self.right - self.left
+    @property
+    def height(self) -> int: return self.bottom - self.top
+
+LungFinder = Callable[[np.ndarray], LungCut]      # (h, w) uint8 -> where its lungs are
+
 # %% ../nbs/images.ipynb #image-rule
 VERSION = 2
 _READ_VERSIONS = (1, 2)   # rules of these versions are accepted
+
+def _check_cut(rule: ImageRule) -> None:
+    "Refuse what a picture that is cut to its lungs cannot have"
+    if not re.fullmatch('[0-9a-f]{64}', rule.lungs):
+        raise RecipeError(f'image lungs = {rule.lungs!r}; it is the key of a finder, 64 hex digits.')
+    if rule.how == 'crop':
+        raise RecipeError("image how = 'crop' would cut the lungs again; take 'pad' or 'squash'.")
+    if rule.suppress != 'none':
+        raise RecipeError('image suppress names places in a whole picture; leave it out where pictures are cut to '
+                          'their lungs.')
 
 @dataclass(frozen=True)
 class ImageRule:
@@ -635,6 +665,8 @@ class ImageRule:
     how: How = 'pad'            # how it becomes square
     stretch: Stretch = 'none'   # 'minmax': darkest pixel of each image to 0, brightest to 255
     suppress: Suppress = 'none' # parts of every picture that are blackened
+    lungs: str = ''             # key of `finder`: pictures are cut to the lungs that it finds; '': whole
+    finder: LungFinder | None = dataclasses.field(default=None, compare=False)     # not part of what is written down
 
     def __post_init__(self):
         size = self.size
@@ -643,10 +675,18 @@ class ImageRule:
         object.__setattr__(self, 'size', int(size))
         for name, kind in (('how', How), ('stretch', Stretch), ('suppress', Suppress)):
             check_choice(f'image {name}', getattr(self, name), kind, RecipeError)
+        if self.lungs: _check_cut(self)
+
+    def _values(self):
+        "What is written down; rules without lungs look as they did before there was this field"
+        names = [f.name for f in dataclasses.fields(self) if f.compare and (self.lungs or f.name != 'lungs')]
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self): return f'ImageRule({", ".join(f"{k}={v!r}" for k, v in self._values().items())})'
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values and the code's version, for JSON"
-        values = dict(dataclasses.asdict(self), version=VERSION)
+        values = dict(self._values(), version=VERSION)
         if self.suppress == 'none': del values['suppress']    # rules written before there was this field keep their key
         return values
 
@@ -654,7 +694,7 @@ class ImageRule:
     def from_dict(cls, values: dict[str, Any]) -> ImageRule:
         "The rule that `to_dict` wrote; an unknown key or another version is refused"
         if not isinstance(values, dict): raise RecipeError(f'an image rule is a dictionary, not {values!r}.')
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [f.name for f in dataclasses.fields(cls) if f.compare]
         odd = next((k for k in values if k not in (*known, 'version')), None)
         if odd is not None:
             raise RecipeError(f"unknown key '{odd}' in an image rule{nearest(odd, known)} (known: {', '.join(known)})")
@@ -686,10 +726,24 @@ def _smallest(rule: ImageRule, w: int, h: int) -> tuple[int, int]:
         return min(v, max(math.ceil(1.5 * needed), v // _REDUCED_BY))
     return least(w), least(h)
 
+# %% ../nbs/images.ipynb #cut
+def _cut(levels: np.ndarray, rule: ImageRule) -> LungCut | None:
+    "The part of a picture that a rule keeps; None: all of it, and nothing was looked for"
+    if not rule.lungs: return None
+    return _needed_finder(rule)(levels)
+
+def _needed_finder(rule: ImageRule) -> LungFinder:
+    "What finds the lungs, or a refusal"
+    if rule.finder is not None: return rule.finder
+    raise RecipeError(f'pictures are cut to the lungs that the finder {rule.lungs[:8]} finds, and it is not at hand; '
+                      'take the rule of load_predictor, or give it its network with model.cut.restore_finder.')
+
 # %% ../nbs/images.ipynb #apply-rule
-def _finish(grey: Grey, levels: np.ndarray, rule: ImageRule, whole: tuple[int, int], scale: int = 1) -> np.ndarray:
-    "(size, size) uint8 of a picture and its 8-bit levels; stretched before anything is lost to 8 bits"
+def _finish(grey: Grey, levels: np.ndarray, rule: ImageRule, whole: tuple[int, int], scale: int = 1,
+            cut: LungCut | None = None) -> np.ndarray:
+    "(size, size) uint8 of a picture and its 8-bit levels; stretched before anything is lost to 8 bits, then cut"
     a = _minmax(grey.pixels) if rule.stretch == 'minmax' else levels
+    if cut is not None: a, whole = a[cut.top:cut.bottom, cut.left:cut.right], (cut.width, cut.height)
     im = Image.fromarray(np.ascontiguousarray(a))
     return _blacken(np.array(_resize(im, rule.size, rule.how, whole, scale)), rule)
 
@@ -700,7 +754,8 @@ def apply_rule(
     "The rule, for a picture that is already an array"
     _check_array(array)
     grey = _as_grey(array)
-    return _finish(grey, to_levels(grey), rule, array.shape[::-1])
+    levels = to_levels(grey)
+    return _finish(grey, levels, rule, array.shape[::-1], cut=_cut(levels, rule))
 
 # %% ../nbs/images.ipynb #blank
 FLAT = 2.     # grey levels of spread below which there is nothing to see
@@ -758,16 +813,21 @@ class LoadedImage(NamedTuple):
     "An image as the network will see it, and what its file had that the network does not see"
     pixels: np.ndarray     # (size, size) uint8
     colour_share: float    # share of the file's area that is coloured, 0 to 1
+    cut: LungCut | None = None     # the part that it shows; None: the rule keeps whole pictures
+    lungs: LungCut | None = None   # where another finder sees lungs; None: none was asked
 
-def _load(path: str | Path, rule: ImageRule, colour: bool) -> LoadedImage:
-    "One decode"
+def _load(path: str | Path, rule: ImageRule, colour: bool, finder: LungFinder | None = None) -> LoadedImage:
+    "One decode; a picture that is cut is always decoded in full"
     path = image_path(path)
+    if rule.lungs: _needed_finder(rule)
     with image_errors(path):
-        d = _decode(path, None if rule.stretch == 'minmax' else rule, colour)
+        d = _decode(path, None if rule.stretch == 'minmax' or rule.lungs else rule, colour)
         grey = Grey(d.pixels, d.white)
         levels = to_levels(grey)
         refuse_blank(levels, path)
-        return LoadedImage(_finish(grey, levels, rule, d.whole, d.scale), d.colour_share)
+        cut = _cut(levels, rule)
+        pixels = _finish(grey, levels, rule, d.whole, d.scale, cut)
+        return LoadedImage(pixels, d.colour_share, cut, None if finder is None else finder(levels))
 
 # %% ../nbs/images.ipynb #load-image-public
 def load_image(
@@ -780,9 +840,10 @@ def load_image(
 def read_picture(
     path: str | Path,   # any file that `read_grey` reads
     rule: ImageRule,
+    finder: LungFinder | None = None,   # also asked where the lungs are; changes no pixel
 ) -> LoadedImage:
-    "What `load_image` gives and the share of colour, from one decode"
-    return _load(path, rule, True)
+    "What `load_image` gives and what else is known of the picture, from one decode"
+    return _load(path, rule, True, finder)
 
 # %% ../nbs/images.ipynb #load-any
 @contextmanager

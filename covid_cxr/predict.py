@@ -28,6 +28,10 @@ __all__ = ['AnyPrediction', 'OODMode', 'OnBadFile', 'Backend', 'AnswerFormat', '
            'predict_to_file']
 
 # %% ../nbs/predict.ipynb #prediction
+def _said_beside(p):
+    "What is said beside an answer"
+    return {name: getattr(p, name) for name in ('warning', 'uncut') if getattr(p, name) is not None}
+
 @dataclass(frozen=True)
 class Prediction:
     "The answer for one image"
@@ -39,12 +43,13 @@ class Prediction:
     synthetic: bool = False   # was the model trained on synthetic phantoms?
     warning: str | None = None    # why it would have been declined, when a person asked for an answer all the same
     reason: Reason | None = None  # of a declined image, as a table records it
+    uncut: str | None = None  # why it was used whole, where images of the training were cut to their lungs
 
     def to_row(self) -> dict[str, Any]:
-        "One row of a CSV: path, predicted, prob_<class>..., threshold, declined; and warning, where there is one"
+        "One row of a CSV: path, predicted, prob_<class>..., threshold, declined; warning and uncut where there is one"
         probs = {f'prob_{c}': p for c, p in (self.probabilities or {}).items()}
         row = dict(path=self.path, predicted=self.label, **probs, threshold=self.threshold, declined=self.declined)
-        return row if self.warning is None else dict(row, warning=self.warning)
+        return row | _said_beside(self)
 
     @property
     def answer(self) -> str:
@@ -63,17 +68,18 @@ class FindingsPrediction:
     synthetic: bool = False          # was the model trained on synthetic phantoms?
     warning: str | None = None       # why it would have been declined, when a person asked for an answer all the same
     reason: Reason | None = None     # of a declined image, as a table records it
+    uncut: str | None = None         # why it was used whole, where images of the training were cut to their lungs
 
     def _present(self, finding):
         if self.labels is None or self.thresholds[finding] is None: return None
         return int(finding in self.labels)
 
     def to_row(self) -> dict[str, Any]:
-        "One row of a CSV: path, prob_<finding>..., predicted_<finding>... (1, 0, or blank), declined; and warning"
+        "One row of a CSV: path, prob_<finding>..., predicted_<finding>... (1, 0, or blank), declined; warning, uncut"
         probs = {f'prob_{f}': (self.probabilities or {}).get(f) for f in self.thresholds}
         present = {f'predicted_{f}': self._present(f) for f in self.thresholds}
         row = dict(path=self.path, **probs, **present, declined=self.declined)
-        return row if self.warning is None else dict(row, warning=self.warning)
+        return row | _said_beside(self)
 
     @property
     def answer(self) -> str:
@@ -123,13 +129,26 @@ def _refused(error):
     blank = isinstance(error, BlankImage)
     return _Refused(f'not a chest radiograph: {error.why}.' if blank else str(error), file_reason(error))
 
+# %% ../nbs/predict.ipynb #reasons
+def _doubt(picture, check):
+    "Why an image should not be answered, or None"
+    why = None if check is None else check_colour(picture.colour_share) or check.check(picture.pixels)
+    if why: return Reason('prediction', 'unlike the training images', why)
+    if picture.lungs is None or not picture.lungs.fault: return None
+    return Reason('prediction', 'no two lungs found', 'not a frontal chest radiograph, or one on which lungs are not '
+                  f'seen: the lung network finds no two lungs ({picture.lungs.fault}).')
+
 def _reasons(picture, ood, check):
     "(why there is no answer, what is said beside an answer)"
     if isinstance(picture, _Refused): return picture, None
-    if ood == 'off' or check is None: return None, None
-    why = check_colour(picture.colour_share) or check.check(picture.pixels)
-    if why is None or ood == 'warn': return None, why
-    return _Refused(why, Reason('prediction', 'unlike the training images', why)), None
+    doubt = None if ood == 'off' else _doubt(picture, check)
+    if doubt is None or ood == 'warn': return None, doubt and doubt.detail
+    return _Refused(doubt.detail, doubt), None
+
+def _uncut(picture):
+    "Why an image is used whole, or None"
+    if picture.cut is None or not picture.cut.fault: return None
+    return f'used whole, and images of the training are cut to their lungs: no two were found ({picture.cut.fault})'
 
 # %% ../nbs/predict.ipynb #decisions
 @dataclass(frozen=True)
@@ -161,6 +180,20 @@ def _decision(bundle):
     classes, threshold = bundle['classes'], bundle['threshold']
     if bundle['activation'] == 'sigmoid': return _AnyFindings(dict(zip(classes, threshold)))
     return _OneClass(classes, threshold if len(classes) == 2 else None)
+
+# %% ../nbs/predict.ipynb #lungs
+def _rule_of(bundle):
+    "How a bundle reads images; one that cuts them to their lungs holds the network that finds them"
+    rule = ImageRule.from_dict(bundle['image'])
+    if not rule.lungs: return rule
+    from covid_cxr.model.cut import restore_finder
+    return restore_finder(rule, bundle['folder'])
+
+def _finder(where):
+    "The lung network of the input check, or None"
+    if where is None: return None
+    from covid_cxr.model.cut import lung_finder
+    return lung_finder(where)
 
 # %% ../nbs/predict.ipynb #engines
 Backend = Literal['auto', 'onnx', 'torch']
@@ -220,10 +253,12 @@ class Predictor:
         folder: str | os.PathLike,   # a bundle, or the run directory that holds one
         device: str | None = None,   # 'cpu' (default) or 'cuda'
         module: Any = None,          # a person's own encoder, where the bundle was made with one
+        lungs: str | os.PathLike | None = None,   # of `load_lung_net`: images without two lungs are as those unlike
+                                                  # the training; None: lungs are not looked for
         backend: Backend = 'auto',   # what runs the network; 'auto': onnxruntime where the bundle has an ONNX file
     ):
         self.bundle = read_bundle(folder)
-        self.classes, self.rule = self.bundle['classes'], ImageRule.from_dict(self.bundle['image'])
+        self.classes, self.rule, self.lungs = self.bundle['classes'], _rule_of(self.bundle), _finder(lungs)
         self.decision = _decision(self.bundle)
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
         check = self.bundle['ood_check']
@@ -274,7 +309,7 @@ class Predictor:
             batch = files[i:i + bs]
             pictures: list[LoadedImage | _Refused] = []
             for f in batch:
-                try: pictures.append(read_picture(f, self.rule))
+                try: pictures.append(read_picture(f, self.rule, self.lungs))
                 except ImageError as e:
                     if on_bad == 'raise' and not isinstance(e, BlankImage): raise
                     pictures.append(_refused(e))
@@ -291,24 +326,27 @@ class Predictor:
     def _picture(self, array):
         "An array as the network sees it"
         picture = apply_rule(array, self.rule)
-        try: refuse_blank(to_8bit(array), 'this array')
+        levels = to_8bit(array)
+        try: refuse_blank(levels, 'this array')
         except BlankImage as e: return _refused(e)
-        return LoadedImage(picture, 0.)
+        cut, lungs = (None if f is None else f(levels) for f in (self.rule.finder, self.lungs))
+        return LoadedImage(picture, 0., cut, lungs)
 
     def _answers(self, paths, pictures, ood):
         "One Prediction per image"
         reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
         answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
         probs = iter(self.probabilities(answered))
-        return [self._answer(f, next(probs), warning) if declined is None else self._decline(f, declined)
-                for f, (declined, warning) in zip(paths, reasons)]
+        return [self._decline(f, declined) if declined is not None
+                else self._answer(f, next(probs), warning=warning, uncut=_uncut(picture))
+                for f, picture, (declined, warning) in zip(paths, pictures, reasons)]
 
     def _decline(self, path, refused):
         return self.decision.decline(path, refused.why, synthetic=self.synthetic, reason=refused.reason)
 
-    def _answer(self, path, p, warning):
+    def _answer(self, path, p, **beside):
         "What the probabilities say; a probability that is no number is no answer"
-        if np.isfinite(p).all(): return self.decision.answer(path, p, synthetic=self.synthetic, warning=warning)
+        if np.isfinite(p).all(): return self.decision.answer(path, p, synthetic=self.synthetic, **beside)
         return self._decline(path, _Refused(f'{_NO_NUMBER}.', Reason('prediction', 'no probability', _NO_NUMBER)))
 
 # %% ../nbs/predict.ipynb #load-predictor
@@ -316,13 +354,15 @@ def load_predictor(
     folder: str | os.PathLike,   # a bundle, or the run directory that holds one
     device: str | None = None,   # 'cpu' (default) or 'cuda'
     module: Any = None,          # a person's own encoder (an nn.Module), where the bundle was made with one
+    lungs: str | os.PathLike | None = None,   # of `load_lung_net`: images without two lungs are as those unlike the
+                                              # training; None: lungs are not looked for
     backend: Backend = 'auto',   # 'onnx', 'torch', or what fits the bundle
 ) -> Predictor:
     "Open a bundle for prediction; nothing in it is executed"
-    return Predictor(folder, device, module, backend)
+    return Predictor(folder, device, module, lungs, backend)
 
 # %% ../nbs/predict.ipynb #to-csv
-_ORDER = ('path', 'predicted', 'prob_', 'predicted_', 'threshold', 'declined', 'warning')
+_ORDER = ('path', 'predicted', 'prob_', 'predicted_', 'threshold', 'declined', 'warning', 'uncut')
 
 def _place(column):
     "The place of a column in a CSV"
@@ -349,13 +389,15 @@ def save_predictions(
 # %% ../nbs/predict.ipynb #job-rows
 AnswerFormat = Literal['csv', 'jsonl']
 
-def _columns(decision, ood):
+def _columns(predictor, ood):
     "The columns of a CSV, known before the first answer"
+    decision = predictor.decision
     classes = decision.classes if isinstance(decision, _OneClass) else list(decision.thresholds)
     one = isinstance(decision, _OneClass)
     named = ['path', *(['predicted'] if one else []), *(f'prob_{c}' for c in classes)]
     named += ['threshold'] if one else [f'predicted_{c}' for c in classes]
-    return [*named, 'declined', *(['warning'] if ood == 'warn' else [])]
+    beside = [('warning', ood == 'warn'), ('uncut', bool(predictor.rule.lungs))]
+    return [*named, 'declined', *(name for name, asked in beside if asked)]
 
 def _csv_line(row, columns):
     "One row of a CSV, safe for a spreadsheet"
@@ -394,7 +436,7 @@ def _job(predictor, files, ood, columns):
     networks = {k: bundle[k]['sha256'] for k in ('weights', 'onnx') if k in bundle}
     return dict(format='covid_cxr answers', version=1, networks=networks, threshold=bundle['threshold'],
                 temperature=bundle['temperature'], bias=bundle.get('bias', 0.), files=names, n=len(files),
-                ood=ood, columns=columns)
+                ood=ood, lungs=predictor.lungs is not None, columns=columns)
 
 def _begun(out, part, job):
     "(rows, bytes) that an earlier call has written, without its header; a half-written row is cut off"
@@ -445,7 +487,7 @@ def predict_to_file(
     out = Path(out)
     kind = out.suffix.lstrip('.').lower()
     check_choice('format', kind, AnswerFormat, RunError)
-    columns, part = _columns(predictor.decision, ood), out.with_name(f'{out.name}.part')
+    columns, part = _columns(predictor, ood), out.with_name(f'{out.name}.part')
     header = _csv_line(dict(zip(columns, columns)), columns) if kind == 'csv' else b''
     try: rows, size = _begun(out, part, _job(predictor, files, ood, columns))
     except OSError as e: raise RunError(f'cannot write {part}: {e.strerror}; choose another place.') from e

@@ -74,6 +74,19 @@ class ImageSpec:
     how: How = 'pad'                # keep the aspect with bars, cut the middle square, or squash
     stretch: Stretch = 'none'       # 'minmax': darkest pixel of each image to 0, brightest to 255
     suppress: Suppress = 'none'     # parts of every image that are blackened
+    lungs: str = field(default='', metadata=_LATER)  # cut images to the lungs that this network finds: folder or name
+
+    def to_rule(self) -> ImageRule:
+        "The same for `images.load_image`; the lung network is read where one is named"
+        whole = ImageRule(self.size, self.how, self.stretch, self.suppress)
+        if not self.lungs: return whole
+        from covid_cxr.model.cut import cut_rule
+        return cut_rule(whole, self.lungs)
+
+    def check(self) -> None:
+        "Refuse values that no image could be read by; whether the lung network is there is seen in `to_rule`"
+        key = sha256_text(self.lungs) if self.lungs else ''
+        ImageRule(self.size, self.how, self.stretch, self.suppress, key)
 
 # %% ../nbs/recipe.ipynb #fields-split
 SplitKind = Literal['group', 'official', 'published', 'fold', 'cluster', 'source', 'time', 'image']
@@ -361,7 +374,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
     task = recipe.question
     _check_words(recipe)
     _check_sources(recipe)
-    ImageRule(**dataclasses.asdict(recipe.image))
+    recipe.image.check()
     _check_split(recipe.split, [s.options.get('source', s.name) for s in recipe.data.sources])
     _check_training(recipe.training, len(task.classes))
     if recipe.several: _check_several(recipe)
@@ -818,13 +831,19 @@ def _split(table, recipe, read):
     return apply_split(table.assign(label=np.nan), spec, recipe.seed).assign(label=table['label'])
 
 # %% ../nbs/recipe.ipynb #build-table
+def _mark_uncut(table, rule):
+    "Which images stay whole, where the rule cuts them to their lungs"
+    if not rule.lungs: return table
+    from covid_cxr.model.cut import mark_uncut
+    return mark_uncut(table, rule)
+
 def build_table(
     recipe: Recipe,
     data: str | os.PathLike,                     # folder that holds the collections
     cache_dir: str | os.PathLike | None = None,  # keeps decoded images and fingerprints; None: nothing is kept
 ) -> pd.DataFrame:                               # label, group and split filled in, every unused row with its reason
     "Read, filter, label, open every file, group and split, as the recipe says"
-    d, rule = recipe.data, ImageRule(**dataclasses.asdict(recipe.image))
+    d, rule = recipe.data, recipe.image.to_rule()
     cache_file = Path(cache_dir) / 'fingerprints.npz' if cache_dir else None
     cache = ImageCache(Path(cache_dir) / 'images', rule) if cache_dir else None
     read = [(spec, word_options(recipe.question, spec.name)) for spec in d.sources]
@@ -838,4 +857,4 @@ def build_table(
     t = _split(t, recipe, cache.get if cache else functools.partial(load_image, rule=rule))
     check_split(t, allow_leak=recipe.split.allow_leak)
     check_pretrained(recipe.model.weights, t)
-    return t
+    return _mark_uncut(t, rule)

@@ -2,10 +2,13 @@
 import json, shutil, signal, time
 import numpy as np, pandas as pd, pytest
 from conftest import DATA, ROOT, build_once, here, needs_data, python, start
+from covid_cxr.audit.baselines import WITHOUT_BOX, WITHOUT_MASKS
 from covid_cxr.audit.findings import read_findings_audit
 from covid_cxr.bundle import read_bundle
 from covid_cxr.core import RunError, used
 from covid_cxr.findings.labels import LEAST_PATIENTS, NIH_FINDINGS
+from covid_cxr.model.lungs import save_lung_net, train_lung_net
+from covid_cxr.phantom import phantom_family
 from covid_cxr.predict import load_predictor
 from covid_cxr.recipe import load_recipe, override, recipe_hash
 from covid_cxr.runs.folder import FindingsRun, RunFolder, open_run
@@ -100,6 +103,21 @@ def test_the_audit_is_written_and_read_back(run):
     text = (run / 'report.html').read_text()
     for word in ('Findings with an AUC gain', 'Finding by finding', 'NOT ESTIMABLE', 'is asked of one finding at a time', 'CLAIM 2024'):
         assert word in text, word
+
+
+def test_an_audit_with_found_lungs_names_them_in_every_finding(copied, tmp_path):
+    x = phantom_family('P1', 12, (1, 1), size=32, seed=2)
+    net = train_lung_net(x.images, x.lungs, size=32, epochs=3, bs=4, weights='none')
+    p = here('audit', copied, '--n-boot', '100', '--lungs', save_lung_net(net, tmp_path / 'net'))
+    assert p.returncode == 0, p.stderr[-2000:]
+    audit, where = read_findings_audit(open_run(copied)), f'the fixed lung box; lungs found by {net.name}'
+    assert audit.whole.lungs_from.startswith(where) and ' '.join(p.stdout.split()).count(f'Where the lungs are: {where}') == 1
+    assert f'Where the lungs are: {where}' in (copied / 'report.html').read_text()
+    for found in audit.findings.values():
+        masks = {v.name: v.facts.get('mask', '') for v in found.verdicts if v.check == 'A5'}
+        assert masks[WITHOUT_BOX] == 'lung box' and masks[WITHOUT_MASKS].startswith(f'one region from lungs found by {net.name}')
+        assert masks['network trained on the lungs alone'].startswith(f'lungs found by {net.name}')
+    assert not [n for n in audit.not_run if n.title == 'lungs alone']
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(run, tmp_path):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT, here, needs_data
 from covid_cxr.audit.baselines import WITHOUT_BOX, WITHOUT_MASKS, Baseline, estimate_auc, fit_baselines, split_scores
-from covid_cxr.audit.case import CHECKS, phantom_case, run_check
+from covid_cxr.audit.case import CHECKS, Audit, phantom_case, read_audit, run_check
 from covid_cxr.audit.checks_model import check_maps, check_occlusion
 from covid_cxr.audit.regions import blacken, common_lungs, lung_box
 from covid_cxr.audit.run import case_of_run
-from covid_cxr.audit.sentences import describe_verdict
+from covid_cxr.audit.sentences import describe_audit, describe_lungs, describe_verdict
 from covid_cxr.core import ImageError, RunError, SourceError, WeightsError
 from covid_cxr.model.lungs import (ARCH, CARD, TENSORS, LungNet, boundary_error, dice, find_lung_masks, find_lungs, keep_two_largest,
                                    load_lung_net, lung_fault, read_lung_masks, save_lung_net, train_lung_net)
@@ -228,6 +228,19 @@ def test_a_run_gets_masks_of_the_sizes_of_its_images(phantom_run, kept, tmp_path
     case = case_of_run(phantom_run, tmp_path / 'cache', copies=False, lungs=kept)
     assert case.masks.shape == case.small.shape and case.image_masks.shape == case.images.shape and case.masks.any((1, 2)).all()
     assert case.masks_from.startswith(f'lungs found by {load_lung_net(kept).name}')
+
+
+def test_an_audit_says_by_what_it_knows_the_lungs(marker, net):
+    found = f'the fixed lung box; lungs found by {net.name}'
+    assert marker.lungs_from == found and dataclasses.replace(marker, masks=None, image_masks=None).lungs_from == 'the fixed lung box'
+    some = np.where(np.arange(len(marker.images))[:, None, None] < 7, marker.image_masks, False)
+    assert dataclasses.replace(marker, masks=None, image_masks=some).lungs_from == f'{found} on 7 of {len(marker.images)} evaluated images'
+    old = read_audit(ROOT / 'benchmarks/results/audited/covid-2020-resnet18-128-audited')     # before there was this field
+    assert describe_lungs(old) == '' and 'Where the lungs' not in describe_audit(old)
+    told = Audit.from_dict(dataclasses.replace(old, lungs_from=found).to_dict())
+    assert f'Where the lungs are: {found}.' == describe_lungs(told) and describe_lungs(told) in ' '.join(describe_audit(told).split())
+    seen = fit_baselines(marker.table, marker.small, 'ill', masks=marker.masks, masks_from=marker.masks_from, n_boot=0)
+    assert next(b.seen for b in seen if b.name == WITHOUT_MASKS).endswith(f'nearly every image (lungs found by {net.name})')
 
 
 def test_the_command_refuses_a_folder_without_a_network(phantom_run, tmp_path):

@@ -21,11 +21,11 @@ from ..words import as_number, format_percent, join_words
 from .regions import LUNG_MARGIN, blacken, check_image_stack, common_lungs, corners, lung_box
 
 # %% auto #0
-__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'WITHOUT_BOX', 'WITHOUT_MASKS', 'ChosenOn', 'small_cnn',
-           'SmallCNN', 'fit_small_cnn', 'estimate_auc', 'calibrate_scores', 'group_folds', 'held_out_scores',
-           'split_scores', 'file_features', 'metadata_columns', 'metadata_features', 'intensity_numbers',
-           'body_outline', 'Baseline', 'fit_baselines', 'best_baseline', 'BestGain', 'gain_over_best',
-           'external_baselines']
+__all__ = ['BaselineModel', 'METADATA_COLUMNS', 'BODY_BANDS', 'WITHOUT_BOX', 'WITHOUT_MASKS', 'MASKS_OF_COLLECTION',
+           'ChosenOn', 'small_cnn', 'SmallCNN', 'fit_small_cnn', 'estimate_auc', 'calibrate_scores', 'group_folds',
+           'held_out_scores', 'split_scores', 'file_features', 'metadata_columns', 'metadata_features',
+           'intensity_numbers', 'body_outline', 'Baseline', 'fit_baselines', 'best_baseline', 'BestGain',
+           'gain_over_best', 'external_baselines']
 
 # %% ../../nbs/audit/baselines.ipynb #net
 class _Pools(nn.Module):
@@ -380,13 +380,14 @@ def _edge_jobs(small):
                body_outline(small), 'forest')
 
 WITHOUT_BOX, WITHOUT_MASKS = 'network trained without lungs', 'network trained without lungs (masks)'
+MASKS_OF_COLLECTION = 'masks of the collection'
 
-def _network_jobs(small, masks):
+def _network_jobs(small, masks, masks_from):
     yield _Job(WITHOUT_BOX, 'image_without_lungs', 'everything outside one fixed box',
                blacken(small, lung_box(*small.shape[1:])), 'small_cnn')
     if masks is not None:
         yield _Job(WITHOUT_MASKS, 'image_without_lungs',
-                   'everything outside one region that covers the lungs of nearly every image',
+                   f'everything outside one region that covers the lungs of nearly every image ({masks_from})',
                    blacken(small, common_lungs(masks)), 'small_cnn')
 
 # %% ../../nbs/audit/baselines.ipynb #jobs-table
@@ -426,6 +427,7 @@ def fit_baselines(
     positive: str,                      # the class whose score is given
     split: str = 'test',                # to score
     masks: np.ndarray | None = None,    # (n, h, w) bool lung masks of all rows; None: the box only
+    masks_from: str = MASKS_OF_COLLECTION,   # who drew them
     retrain: bool = True,               # also train small networks on images without lungs (minutes)
     n_boot: int = 2000,
     seed: int = 0,
@@ -442,7 +444,7 @@ def fit_baselines(
     jobs = [*_edge_jobs(small)]
     if 'path' in table and table['path'].notna().all(): jobs += _file_jobs(table['path'])
     jobs += _metadata_jobs(table)
-    if retrain: jobs += _network_jobs(small, masks)
+    if retrain: jobs += _network_jobs(small, masks, masks_from)
     y, groups = (table['label'] == positive).to_numpy().astype(int), table['group'].to_numpy(object)
     at = _Splits(learn, score, valid & ~score)
     return [_fit_baseline(job, y, groups, at, n_boot, seed) for job in jobs]

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, Mapping, NamedTuple, Sequence, TypeVar
 import numpy as np, pandas as pd
-from .baselines import Baseline, BestGain, ChosenOn, calibrate_scores, fit_small_cnn, gain_over_best
+from .baselines import (MASKS_OF_COLLECTION, Baseline, BestGain, ChosenOn, calibrate_scores,
+                                       fit_small_cnn, gain_over_best)
 from ..core import CxrError, RunError, check_choice, choices, require_columns, to_plain
 from ..curate.patient_ids import MIN_PAIRS
 from ..evaluate import Estimate, Evaluation, allow_undefined, evaluate
 from ..phantom import FAMILY, PhantomName, phantom_family
 from ..runs.folder import RunFiles, RunFolder, baseline_name, reading_file
-from ..words import as_number, join_words
+from ..words import as_number, format_count, join_words
 if TYPE_CHECKING: from covid_cxr.runs.external import ExternalTest
 
 # %% auto #0
@@ -272,6 +273,8 @@ Need = Literal['table', 'predictions', 'baselines', 'pairs', 'image files', 'ima
                'masks', 'run folder', 'out-of-distribution check', 'external tests']
 
 # %% ../../nbs/audit/case.ipynb #case
+_LUNG_BOX = 'the fixed lung box'
+
 @dataclass(eq=False)
 class Case:
     "What the checks may look at"
@@ -288,7 +291,7 @@ class Case:
     network: Any = None                            # what `explain.network_input` takes: a Predictor or a SmallCNN
     masks: np.ndarray | None = None                # (n, h, w) bool, lung masks of all rows
     image_masks: np.ndarray | None = None          # (m, h, w) bool, of the evaluated images; all False: it has none
-    masks_from: str = 'masks of the collection'    # who drew both: 'lungs found by 1a2b3c4d'
+    masks_from: str = MASKS_OF_COLLECTION          # who drew both: 'lungs found by 1a2b3c4d'
     pairs: pd.DataFrame | None = None              # near duplicates among the rows, from `duplicates.find_near`
     baselines: Sequence[Baseline] | None = None    # of `fit_baselines`; None: not fitted yet
     fingerprints: Path | None = None               # keeps what identifies image files; None: files are not read
@@ -331,6 +334,8 @@ class Case:
     def better_than_chance(self) -> bool: return is_better_than_chance(self.auc)
     @property
     def one_class(self) -> bool: return len(set(self.y)) < 2                                          # no AUC
+    @property
+    def lungs_from(self) -> str: return _lungs_from(self)                                             # for a person
     @cached_property
     def leaking_groups(self) -> int: return len(set(self.groups[_known_groups(self)]))                # also in train
     @cached_property
@@ -406,6 +411,13 @@ def _check_lengths(n, rows, **arrays):
 def _unknown_patients(case):
     "Images whose patient is not recorded, where the table has a column for it: what is counted are groups then"
     return int(case.table['patient'].isna().sum()) if 'patient' in case.table else 0
+
+def _lungs_from(case):
+    "By what a case knows where the lungs are: the box alone, or masks of all or some images as well"
+    if case.masks is not None: return f'{_LUNG_BOX}; {case.masks_from}'
+    drawn = 0 if case.image_masks is None else int(case.image_masks.any((1, 2)).sum())
+    if not drawn: return _LUNG_BOX
+    return f'{_LUNG_BOX}; {case.masks_from} on {drawn:,} of {format_count(len(case.rows), "evaluated image")}'
 
 def _known_groups(case):
     "(m,) bool: evaluated images whose group or patient is in the training split"
@@ -627,6 +639,7 @@ class Audit:
     baselines: tuple[Baseline, ...]
     not_run: tuple[NotRun, ...]
     seconds: float
+    lungs_from: str = ''               # how it knew where lungs are; '': not recorded
 
     @property
     def counts(self) -> dict[str, int]:

@@ -341,10 +341,10 @@ def check_acquisition(case: Case) -> list[Verdict]:
 def _acquisition_answer(case, e):
     if e.kind == 'file': rule, verdict = 'file_change', file_change_verdict(e.difference, e.fall, e.outside)
     else: rule, verdict = 'look_change', 'INFO'
+    box = dict(mask='lung box') if e.kind == 'file' else {}          # outside of which a change counts
     return case.answer('A9', rule, e.change, 'logits, ill minus healthy', e.difference, verdict,
                        case.count(case.sample), shift_of_healthy=e.shift_0.value, shift_of_ill=e.shift_1.value,
-                       auc=e.auc.value,
-                       flips=e.flips, outside=e.outside.value)
+                       auc=e.auc.value, flips=e.flips, outside=e.outside.value, **box)
 
 # %% ../../nbs/audit/checks_model.ipynb #ood
 OOD_IMAGES, OOD_MADE = 60, 20      # evaluated images that are turned and inverted; made images of each kind

@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple, Sequence
 import numpy as np, pandas as pd
 import covid_cxr.audit.checks_data, covid_cxr.audit.checks_splits      # these fill CHECKS
 import covid_cxr.audit.checks_numbers, covid_cxr.audit.checks_model
-from .baselines import Baseline, fit_baselines
+from .baselines import MASKS_OF_COLLECTION, Baseline, fit_baselines
 from .case import (CHECKS, RULES, Audit, Case, Headline, NotRun, Verdict, given, is_better_than_chance,
                                   measure_headline, run_check)
 from .checks_numbers import compare_metrics, compare_probabilities
@@ -69,8 +69,8 @@ def rules_table() -> pd.DataFrame:    # checks, rule, text, thresholds, false_al
 # %% ../../nbs/audit/run.ipynb #audit-case
 def _fit_baselines(case, retrain):
     "The lung-free baselines of a case; with `retrain` also those for which a network is trained"
-    return fit_baselines(case.table, case.small, case.positive, case.split, case.masks, retrain, n_boot=case.n_boot,
-                         seed=case.seed)
+    return fit_baselines(case.table, case.small, case.positive, case.split, case.masks, case.masks_from, retrain,
+                         case.n_boot, case.seed)
 
 class CaseAudit(NamedTuple):
     "What the checks said of a case"
@@ -130,7 +130,7 @@ def _drawn_masks(folder, rule: ImageRule):
     rows, evaluated = folder.rows, folder.rows[folder.rows['split'] == folder.split]
     whole = 'mask' in rows and rows['mask'].notna().all()
     small = _read_masks(rows, min(SMALL, rule.size), rule.how) if whole else None
-    return _Masks(small, _read_masks(evaluated, rule.size, rule.how), 'masks of the collection')
+    return _Masks(small, _read_masks(evaluated, rule.size, rule.how), MASKS_OF_COLLECTION)
 
 # %% ../../nbs/audit/run.ipynb #found-masks
 def _found_masks(folder, cache, weights):
@@ -145,6 +145,10 @@ def _found_masks(folder, cache, weights):
         if split == folder.split: evaluated.append(lungs & (not failed))
     doubt = f', not believed on {lost:,} of {format_count(len(small), "image")}' if lost else ''
     return _Masks(np.stack(small), np.stack(evaluated), f'lungs found by {net.name}{doubt}')
+
+def _lung_masks(folder, rule, cache, weights):
+    "Found lungs where a network is named, else the masks of the collection"
+    return _drawn_masks(folder, rule) if weights is None else _found_masks(folder, cache, weights)
 
 # %% ../../nbs/audit/run.ipynb #model
 def _probabilities(predictor, images, bs=16):
@@ -193,7 +197,7 @@ def case_of_run(
     predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
     pictures = ImageCache(cache / 'images', predictor.rule)
     small, images = _read_images(folder, pictures)
-    masks = _drawn_masks(folder, predictor.rule) if lungs is None else _found_masks(folder, pictures, lungs)
+    masks = _lung_masks(folder, predictor.rule, pictures, lungs)
     rows, classes = _last_against_rest(folder.rows, folder.classes)
     point, prints = folder.operating_point, cache / 'fingerprints.npz'
     return Case(
@@ -273,13 +277,14 @@ def audit_run(
     write_baselines(folder.path, case, baselines)
     headline, seconds = measure_headline(case), round(time.perf_counter() - start, 1)
     audit = Audit(folder.state['recipe'], folder.synthetic, quick, case.split, utc_now(), versions(), headline,
-                  tuple(found.verdicts), baselines, tuple(found.not_run), seconds)
+                  tuple(found.verdicts), baselines, tuple(found.not_run), seconds, case.lungs_from)
     _write_audit(folder.path, audit, describe_audit(audit, every=True))
     return audit
 
 # %% ../../nbs/audit/run.ipynb #finding-case
-OF_EACH = ('check_file_properties', 'check_metadata', 'check_image_without_lungs', 'check_precision', 'check_gain',
-           'check_threshold', 'check_calibration', 'check_predictive_values', 'check_subgroups')
+OF_EACH = ('check_file_properties', 'check_metadata', 'check_image_without_lungs', 'check_lungs_only',
+           'check_precision', 'check_gain', 'check_threshold', 'check_calibration', 'check_predictive_values',
+           'check_subgroups')
 ONCE = ('check_groups', 'check_patient_id_signal', 'check_duplicates', 'check_ood', 'check_history')
 _NO_CLASSES = ('two_labels',)     # rules that ask for one class per image
 
@@ -288,13 +293,16 @@ def finding_case(
     finding: str,            # one that has a threshold
     small: np.ndarray,       # (n, h, w) uint8, all used images of about 64 pixels
     n_boot: int = 2000,      # resamples of patients
+    masks: np.ndarray | None = None,         # (n, h, w) bool, lungs of the same images; None: the box only
+    masks_from: str = MASKS_OF_COLLECTION,   # who drew them
 ) -> Case:
     "One finding on the images where it is known, as a question of two classes"
     known = run.rows[LABEL + finding].notna().to_numpy()
     rows, point = run.rows[known], run.operating_points[finding]
     table = rows.assign(label=np.where(rows[LABEL + finding] == 1, 'present', 'absent').astype(object))
     return Case(table, small[known], rows[f'prob_{finding}'].to_numpy(float), ('absent', 'present'), point.threshold,
-                point.to_dict(), run.split, n_boot=n_boot, seed=run.recipe.seed)
+                point.to_dict(), run.split, masks=None if masks is None else masks[known], masks_from=masks_from,
+                n_boot=n_boot, seed=run.recipe.seed)
 
 def _ask(case, names):
     "The verdicts of some checks of a case, in the order of an audit"
@@ -302,11 +310,11 @@ def _ask(case, names):
     return [v for c in asked for v in run_check(c, case) if v.rule not in _NO_CLASSES]
 
 # %% ../../nbs/audit/run.ipynb #whole-case
-def _whole_case(run, predictor, small, images, prints, n_boot):
+def _whole_case(run, predictor, small, images, masks, prints, n_boot):
     "What is asked once: a case without classes"
     return Case(run.rows.assign(label=np.nan), small, np.zeros(len(run.rows)), ('absent', 'present'), split=run.split,
-                images=images, pairs=find_near(run.rows, prints), fingerprints=prints, folder=run,
-                ood=predictor.ood_check, n_boot=n_boot, seed=run.recipe.seed)
+                images=images, masks=masks.small, masks_from=masks.drawn_by, pairs=find_near(run.rows, prints),
+                fingerprints=prints, folder=run, ood=predictor.ood_check, n_boot=n_boot, seed=run.recipe.seed)
 
 def _same_probabilities(run, case, predictor):
     "Does the exported model give the probabilities that the run wrote down, of every finding?"
@@ -316,8 +324,9 @@ def _same_probabilities(run, case, predictor):
 def _not_asked(case):
     "Checks that are asked of one finding at a time, or that lack something"
     for c in _in_order():
+        lacking = c.lacks(case)
         if c.run.__name__ not in (*OF_EACH, *ONCE): yield NotRun(c.code, c.title, 'several findings')
-        elif c.run.__name__ in ONCE and c.lacks(case): yield NotRun(c.code, c.title, c.lacks(case))
+        elif lacking and (c.run.__name__ in ONCE or lacking == 'masks'): yield NotRun(c.code, c.title, lacking)
 
 # %% ../../nbs/audit/run.ipynb #audit-findings
 class _Asked(NamedTuple):
@@ -325,10 +334,10 @@ class _Asked(NamedTuple):
     case: Case
     verdicts: list[Verdict]
 
-def _ask_finding(run, finding, small, n_boot):
-    "The case of a finding with its baselines, and what the checks say of it"
-    case = finding_case(run, finding, small, n_boot)
-    case.baselines = _fit_baselines(case, retrain=False)
+def _ask_finding(run, finding, whole):
+    "The case of a finding with its baselines, and what the checks say of it; with lungs, networks are trained too"
+    case = finding_case(run, finding, whole.small, whole.n_boot, whole.masks, whole.masks_from)
+    case.baselines = _fit_baselines(case, retrain=case.masks is not None)
     e = run.result[finding].evaluation
     stored = {m: v.value for m, v in e.estimates.items()}
     with allow_undefined(): derived = compare_metrics(case, stored, e.threshold)
@@ -341,7 +350,7 @@ def _findings_audit(run, whole, asked, once, began):
                         whole.leaking_groups)
     seconds, left_out = round(time.perf_counter() - began, 1), tuple(_not_asked(whole))
     all_of_it = Audit(run.state['recipe'], run.synthetic, False, run.split, utc_now(), versions(), of_whole,
-                      tuple(once), (), left_out, seconds)
+                      tuple(once), (), left_out, seconds, whole.lungs_from)
     of_each = {f: dataclasses.replace(all_of_it, headline=measure_headline(a.case), verdicts=tuple(corrected[f]),
                                       baselines=tuple(a.case.baselines), not_run=()) for f, a in asked.items()}
     return FindingsAudit(all_of_it, of_each, run.result.left_out)
@@ -352,18 +361,21 @@ def audit_findings(
     cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
     n_boot: int = 2000,                   # resamples of patients
     log: Callable[[str], object] = print, # takes lines of text
+    lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
 ) -> FindingsAudit:
     "Audit a finished run of several findings; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     began, folder = time.perf_counter(), FindingsRun.open(run)
     log('reading the images and the exported model')
     predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
-    small, images = _read_images(folder, ImageCache(cache / 'images', predictor.rule))
-    whole = _whole_case(folder, predictor, small, images, cache / 'fingerprints.npz', n_boot)
+    pictures = ImageCache(cache / 'images', predictor.rule)
+    small, images = _read_images(folder, pictures)
+    masks = _lung_masks(folder, predictor.rule, pictures, lungs)
+    whole = _whole_case(folder, predictor, small, images, masks, cache / 'fingerprints.npz', n_boot)
     log_test_evaluation(folder.path, 'audit', folder.split, folder.headline(folder.result), once=True)
     once, asked = [*_ask(whole, ONCE), _same_probabilities(folder, whole, predictor)], {}
     for f in folder.result.estimable:
         log(f'{f}: baselines that see no lung, and the checks')
-        asked[f] = _ask_finding(folder, f, small, n_boot)
+        asked[f] = _ask_finding(folder, f, whole)
     audit = _findings_audit(folder, whole, asked, once, began)
     tables = [_scores_table(a.case, a.case.baselines).assign(finding=f) for f, a in asked.items()]
     _write_scores(folder.path, pd.concat(tables or [_scores_table(whole, ())]))

@@ -17,7 +17,8 @@ from ..words import (as_number, format_count, format_estimate, format_number, fo
 
 # %% auto #0
 __all__ = ['describe_value', 'describe_count', 'describe_rule', 'describe_verdict', 'describe_headline',
-           'describe_not_run', 'describe_audit', 'describe_findings_headline', 'describe_findings_audit']
+           'describe_not_run', 'describe_lungs', 'describe_audit', 'describe_findings_headline',
+           'describe_findings_audit']
 
 # %% ../../nbs/audit/sentences.ipynb #parts
 def describe_value(v: Verdict) -> str:
@@ -539,6 +540,17 @@ def _headline_lines(h: Headline):
         yield _headline_line(what, baseline.auc, name=baseline.name)
         if not h.leaking_groups: yield _headline_line('gain over it', gain, signed=True)
 
+# %% ../../nbs/audit/sentences.ipynb #describe-lungs
+def describe_lungs(
+    audit: Audit,
+) -> str:         # '' for an audit that did not record it
+    "By what an audit knew where the lungs are"
+    return f'Where the lungs are: {audit.lungs_from}.' if audit.lungs_from else ''
+
+def _lungs_line(audit):
+    said = describe_lungs(audit)
+    return [_wrapped(said)] if said else []
+
 # %% ../../nbs/audit/sentences.ipynb #describe-audit-text
 def _verdict_lines(v: Verdict, every):
     "A verdict as a paragraph"
@@ -565,7 +577,7 @@ def describe_audit(
 ) -> str:                     # lines of at most 100 characters
     "An audit for a screen: the headline, what failed or warns, and counts"
     head = [*_headline_lines(audit.headline), _wrapped(describe_headline(audit.headline))]
-    return _audit_text(head, audit, every)
+    return _audit_text([*head, *_lungs_line(audit)], audit, every)
 
 # %% ../../nbs/audit/sentences.ipynb #describe-findings
 def describe_findings_headline(a: FindingsAudit) -> str:
@@ -595,4 +607,5 @@ def describe_findings_audit(
     mean = f'mean AUC of {len(audit.findings)} of {format_count(asked, "finding")}: {audit.mean_auc}'
     lines = [_finding_line(f, a, audit.gains[f]) for f, a in audit.findings.items()]
     lost = [_wrapped(f'NOT ESTIMABLE  {f}: {why}', 4) for f, why in audit.left_out.items()]
-    return _audit_text([mean, *lines, _wrapped(describe_findings_headline(audit))], audit, every, lost)
+    head = [mean, *lines, _wrapped(describe_findings_headline(audit)), *_lungs_line(audit.whole)]
+    return _audit_text(head, audit, every, lost)

@@ -186,6 +186,7 @@ class LungNet(nn.Module):
         self.spec, self.record, self.size = encoder.spec, encoder.record, _check_size(size)
         self.trained_on: dict[str, Any] = {}
         self.sha256 = ''     # of its file of tensors; '': it was not saved
+        self.note = ''       # of its card
         self.history: list[dict[str, float]] = []
         self.scale, self.shift = STD / self.spec.std, (MEAN - self.spec.mean) / self.spec.std
         self.stem, self.stages = _kept_stages(getattr(encoder.body, 'net', None))
@@ -405,14 +406,14 @@ _FORMAT, _VERSION = 'covid_cxr lung network', 1
 def save_lung_net(
     net: LungNet,
     folder: str | Path,            # to make
-    note: str = '',                # for people: the masks, their licence, what may be done with the file
+    note: str = '',                # for people: masks, licence, what may be done with the file; '': as it was read
 ) -> Path:                         # the folder
     "Write the tensors and the card of a lung network"
     folder = Path(folder)
     tensors = {k: v.detach().contiguous() for k, v in net.state_dict().items()}
     with atomic_path(folder / TENSORS) as tmp: tmp.write_bytes(save(tensors))
-    net.sha256 = sha256_file(folder / TENSORS)
-    card = dict(format=_FORMAT, version=_VERSION, arch=ARCH, size=net.size, encoder=asdict(net.spec), note=note,
+    net.sha256, net.note = sha256_file(folder / TENSORS), note or net.note
+    card = dict(format=_FORMAT, version=_VERSION, arch=ARCH, size=net.size, encoder=asdict(net.spec), note=net.note,
                 tensors=dict(file=TENSORS, sha256=net.sha256), started_from=asdict(net.record),
                 trained_on=net.trained_on, history=net.history, versions=versions())
     write_json(folder / CARD, card)
@@ -429,6 +430,7 @@ class _Card(NamedTuple):
     record: WeightsRecord
     trained_on: dict
     history: list
+    note: str
 
 def _card_of(values):
     "The used fields, or KeyError, TypeError and ValueError"
@@ -436,7 +438,7 @@ def _card_of(values):
     kind = values['format'], values['version'], values['arch'], spec.kind, spec.name
     if kind != (_FORMAT, _VERSION, ARCH, 'timm', ARCH): raise ValueError('another format or encoder')
     return _Card(_check_size(values['size']), str(values['tensors']['sha256']), spec, record,
-                 dict(values['trained_on']), list(values['history']))
+                 dict(values['trained_on']), list(values['history']), str(values.get('note', '')))
 
 def _read_card(folder):
     "The card of a lung network"
@@ -470,5 +472,5 @@ def load_lung_net(
     net = LungNet(Encoder(build_encoder(card.spec), card.spec, card.record), card.size)
     state = match_tensors(net.state_dict(), read_tensors(file), who='a lung network', origin=f'in {file}').state
     net.load_state_dict(state)
-    net.sha256, net.trained_on, net.history = card.sha256, card.trained_on, card.history
+    net.sha256, net.trained_on, net.history, net.note = card.sha256, card.trained_on, card.history, card.note
     return net.eval()

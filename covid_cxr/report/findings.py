@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 import numpy as np
 from .. import plots
-from ..audit.sentences import describe_findings_headline
+from ..audit.sentences import describe_findings_headline, describe_lungs
 from ..core import SPLITS
 from ..evaluate import Estimate
 from .checklist import ChecklistItem, checklist_items, read_answers
@@ -177,6 +177,12 @@ def _headline(run):
                 better=[f for f, word in audit.gains.items() if word == 'better'] if audit else [],
                 headline_sentence=describe_findings_headline(audit) if audit else '')
 
+def _audited(run):
+    "What needs an audit"
+    if not run.audit: return {}
+    return dict(verdicts=verdicts_table(run.audit), not_run=not_run_table(run.audit),
+                lungs=describe_lungs(run.audit.whole))
+
 def findings_context(
     run: FindingsData,
     items: Sequence[ChecklistItem],   # of `findings_checklist`
@@ -185,10 +191,10 @@ def findings_context(
     "What findings.html.j2 asks for"
     sources, fitted = run.table['source'].fillna('(no source)').value_counts(), run.evaluation.get('calibration')
     calibrated = sentence(str(FittedTemperature(**fitted))) if fitted else ''
-    told = dict(verdicts=verdicts_table(run.audit), not_run=not_run_table(run.audit)) if run.audit else {}
     return dict(
-        **_headline(run), **told, findings=findings_table(run), aucs=findings_chart(run), counts=counts_table(run),
-        baselines=findings_baselines_chart(run), history=_history_picture(run), calibration=calibrated,
+        **_headline(run), **_audited(run), findings=findings_table(run), aucs=findings_chart(run),
+        counts=counts_table(run), baselines=findings_baselines_chart(run), history=_history_picture(run),
+        calibration=calibrated,
         classes=f'{format_count(len(run.classes), "finding")}, {len(run.result.estimable)} of them estimable',
         sources_read=', '.join(f'{s} {format_count(n)}' for s, n in sources.items()),
         views_not_recorded=int(run.rows['view'].isna().sum()), flow=flow_steps(run.table), splits=split_counts(run),

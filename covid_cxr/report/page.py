@@ -11,8 +11,8 @@ import numpy as np, pandas as pd
 from .. import plots
 from ..audit.case import Audit
 from ..audit.findings import FindingsAudit
-from ..audit.sentences import (describe_count, describe_headline, describe_not_run, describe_rule,
-                                       describe_value, describe_verdict)
+from ..audit.sentences import (describe_count, describe_headline, describe_lungs, describe_not_run,
+                                       describe_rule, describe_value, describe_verdict)
 from ..bundle import writing_files
 from ..core import SPLITS, choices, write_text
 from ..curate.licences import licence_counts
@@ -541,7 +541,8 @@ def _analysis_context(analysis):
 
 def _audit_context(run):
     "What needs an audit"
-    return dict(verdicts=verdicts_table(run.audit), not_run=not_run_table(run.audit)) if run.audit else {}
+    if not run.audit: return {}
+    return dict(verdicts=verdicts_table(run.audit), not_run=not_run_table(run.audit), lungs=describe_lungs(run.audit))
 
 # %% ../../nbs/report/page.ipynb #page-context-all
 def page_context(

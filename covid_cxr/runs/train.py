@@ -17,7 +17,6 @@ from ..cache import ImageCache
 from ..core import (SPLITS, CxrError, RunError, TableError, atomic_path, sha256_file, to_plain, used, utc_now,
                             versions, write_json, write_text)
 from ..findings.labels import count_labels, stored_labels
-from ..images import ImageRule
 from ..ood import fit_ood_check
 from ..phantom import write_nih_tree, write_phantom_trees
 from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
@@ -168,8 +167,16 @@ def _prepare(job):
     leaks = check_split(table, allow_leak=job.recipe.split.allow_leak)
     if leaks:
         job.log(f'{_leak(len(leaks))} The recipe allows it.')
-    _know_table(job, table, leaking_groups=len(leaks))
+    _know_table(job, table, leaking_groups=len(leaks), **_same_lungs(job))
     return table
+
+def _same_lungs(job):
+    "What run.json keeps of the lung network, which stays the one that the run began with"
+    key = job.recipe.image.to_rule().lungs
+    if job.state.get('lungs', key) != key:
+        raise RunError(f'{job.recipe.image.lungs} holds another lung network than when {job.out} began; put it back, '
+                       'or use a new folder.')
+    return dict(lungs=key) if key else {}
 
 # %% ../../nbs/runs/train.ipynb #fit
 def _check_device(device):
@@ -182,10 +189,11 @@ def _check_device(device):
     return str(device)
 
 def _check_encoder(recipe):
-    "Refuse an encoder or weights that cannot be had, before a folder is made"
+    "Refuse an encoder, weights or a lung network that cannot be had, before a folder is made"
     from covid_cxr.model.backbones import load_encoder
     m = recipe.model
     load_encoder(m.arch, m.weights, recipe.image.size, m.blocks, 'off' if m.on_doubt == 'warn' else m.on_doubt)
+    recipe.image.to_rule()                     # its lung network, where one is named
 
 def _mixing(t):
     "fastai's callbacks that mix images"
@@ -202,7 +210,7 @@ def _learner(job, table, network=0):
     from covid_cxr.data import cxr_dls
     from covid_cxr.findings.learner import findings_dls, findings_learner
     from covid_cxr.learner import cxr_learner
-    recipe, t, rule = job.recipe, job.recipe.training, ImageRule(**dataclasses.asdict(job.recipe.image))
+    recipe, t, rule = job.recipe, job.recipe.training, job.recipe.image.to_rule()
     m = recipe.model
     data = dict(rule=rule, bs=t.bs, allow_leak=recipe.split.allow_leak, device=job.device, num_workers=t.num_workers,
                 augment=_augmentations(t), cache=ImageCache(job.cache_dir / 'images', rule))
@@ -275,6 +283,11 @@ def _trained_line(job, history):
     return (f'trained{networks} {format_count(len(history), "epoch")}, {seen} images at {size} px in {seconds:.0f} s '
             f'({seconds / max(seen, 1):.3f} s per image)')
 
+def _cut_line(table):
+    "How many images stay whole"
+    from covid_cxr.model.cut import describe_uncut
+    return describe_uncut(table)
+
 # %% ../../nbs/runs/train.ipynb #write-evaluation
 def _log_test(job, found, note):
     "The evaluation into the test log, unless a killed process already wrote it; returns its words for the summary"
@@ -314,6 +327,7 @@ def _summary_head(job, found, table, trained):
     if leaking: yield _leak(leaking)
     yield f'{recipe.name}: {recipe.title}' if recipe.title else recipe.name
     yield trained
+    if recipe.image.lungs: yield _cut_line(table)
     yield _evaluated_line(found, table, leaking, job.state.get('design') == 'folds')
     if found.split != 'test': yield 'there is no test split: the threshold was chosen on these very images'
 
