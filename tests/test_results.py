@@ -286,3 +286,18 @@ def test_the_stories_print_the_tables(tables, story, name, rows):
     t = article_results(tables[name], rows['article']) if name == 'articles' else select_rows(tables[name], **rows)
     texts = [v for c in t if not pd.api.types.is_numeric_dtype(t[c]) for v in t[c] if v]
     for v in texts: assert f'<td>{html.escape(str(v), quote=False)}</td>' in page, v
+
+
+def test_the_augmentation_of_the_arms_is_the_one_that_was_chosen_on_held_out_clusters():
+    from covid_cxr.articles.reported import ARMS
+    kept = load('choose_augmentation.json')
+    scores = {}
+    for name, r in kept['candidates'].items():
+        for where in ('held_out', 'by_patient'):
+            for m, value in r[where].items(): assert value == pytest.approx(np.mean([f[where][m] for f in r['folds']]))
+        scores[name] = r['held_out']['balanced_accuracy']
+        for f in (f['held_out'] for f in r['folds']):
+            assert f['balanced_accuracy'] == pytest.approx((f['recall'] + f['specificity']) / 2)
+    assert kept['chosen'] == max(scores, key=scores.get)
+    arm, chosen = ARMS['pneumonia-resnet']['imagenet'].settings, kept['candidates'][kept['chosen']]['settings']
+    assert {k: arm[k] for k in chosen} == chosen

@@ -115,6 +115,8 @@ PUBLISHED_TEST = ('pneumonia-explained', 'pneumonia-explained-honest', 'pneumoni
 _NETWORK: dict[str, Any] = {'model.arch': 'efficientnet_lite0'}
 _AUGMENT = {'training.rotate': 10, 'training.zoom': 1.1, 'training.lighting': .2, 'training.shift': 0.,
             'training.flip': False}
+_WIDE = {**_AUGMENT, 'training.zoom': 1.2, 'training.zoom_out': .85, 'training.shift': .1, 'training.gamma': .3,
+         'training.lighting': .3, 'training.erase': .3}      # chosen by benchmarks/choose_augmentation.py
 PRETRAINED: dict[str, Any] = {     # what all arms but those of the flagship share
     **_NETWORK, 'training.imbalance': 'weighted_loss', 'training.cost_matrix': [], 'training.opt': 'adam',
     'training.schedule': 'one_cycle', 'training.wd': .01, 'training.keep': 'last', 'training.patience': 0}
@@ -126,7 +128,7 @@ HUNDREDS: dict[str, Any] = {       # tasks of hundreds of images
     **PRETRAINED, **_AUGMENT, 'image.size': 224, 'training.bs': 16, 'training.average': .95,
     'training.monitor': 'valid_loss', 'training.stages': _stages(9)}
 THOUSANDS: dict[str, Any] = {      # thousands of children's images, at the size of the recipe
-    **PRETRAINED, **_AUGMENT, 'training.bs': 32, 'training.average': .99, 'training.stages': _stages(3)}
+    **PRETRAINED, **_WIDE, 'training.bs': 32, 'training.average': .99, 'training.stages': _stages(3)}
 
 # %% ../../nbs/articles/reported.ipynb #arms
 ArmName = Literal['imagenet', 'random', 'in-domain']
