@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from conftest import DATA, ROOT, build_once, here, needs_data, python, start
 from covid_cxr.audit.baselines import WITHOUT_BOX, WITHOUT_MASKS
 from covid_cxr.audit.findings import read_findings_audit
-from covid_cxr.bundle import read_bundle
+from covid_cxr.bundle import FORMAT_VERSION, read_bundle
 from covid_cxr.core import RunError, used
 from covid_cxr.findings.labels import LEAST_PATIENTS, NIH_FINDINGS
 from covid_cxr.model.lungs import save_lung_net, train_lung_net
@@ -64,7 +64,7 @@ def test_what_the_terminal_says(run):
 
 def test_the_bundle_holds_a_threshold_for_each(run):
     b = read_bundle(run)
-    assert (b['activation'], b['classes'], b['version'], len(b['threshold'])) == ('sigmoid', FINDINGS, 2, 2)
+    assert (b['activation'], b['classes'], b['version'], len(b['threshold'])) == ('sigmoid', FINDINGS, FORMAT_VERSION, 2)
     assert {f: t for f, t in zip(FINDINGS, b['threshold']) if t is not None} == open_run(run).thresholds
 
 
@@ -88,8 +88,11 @@ def test_a_fresh_process_predicts_the_same(run, tmp_path):
 def test_an_exported_bundle_stands_alone(run, tmp_path):
     assert here('export', run, '--out', tmp_path / 'model').returncode == 0
     image = open_run(run).evaluated['path'][0]
-    first, second = (load_predictor(f).predict(image, ood='off') for f in (run, tmp_path / 'model'))
+    first, second = (load_predictor(f, backend='torch').predict(image, ood='off') for f in (run, tmp_path / 'model'))
     assert first == second and first.probabilities.keys() == set(FINDINGS)
+    light = load_predictor(tmp_path / 'model')
+    third = light.predict(image, ood='off')
+    assert light.backend == 'onnx' and third.labels == first.labels and third.probabilities == pytest.approx(first.probabilities, abs=1e-5)
 
 
 def test_the_audit_is_written_and_read_back(run):

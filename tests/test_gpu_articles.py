@@ -1,5 +1,5 @@
 """benchmarks/gpu_articles.py in tiny form: phantoms, 32 px, one epoch, a budget that leaves something out, and what comes back from it."""
-import json, sys, tarfile
+import json, re, sys, tarfile
 import pytest
 from conftest import ROOT
 from covid_cxr.core import used
@@ -35,7 +35,7 @@ def test_what_fits_is_trained_and_what_does_not_is_said(tried):
     work, found = tried
     assert [r['name'] for r in found['runs']] == DONE and found['failed'] == [] and found['tiny'] is True
     assert [r['name'] for r in found['left_out']] == [LEFT_OUT]
-    assert found['left_out'][0]['why'].startswith('it needs about 1500.0 minutes, 5') and found['minutes_used'] < 60
+    assert re.match(r'it needs about 1500.0 minutes, (5\d|60)\.\d were left', found['left_out'][0]['why']) and found['minutes_used'] < 60
     assert {r['started_from'] for r in found['runs'][:2]} == {'none'} and found['runs'][2]['started_from'] not in ('none', 'imagenet')
     assert all(r['epochs'] == 1 and r['device'] == 'cpu' and r['test_evaluations'] == 1 for r in found['runs'])
     assert [a['arm'] for a in found['arms']] == ['children', 'covid-2020-random', 'covid-2020-in-domain']

@@ -217,12 +217,13 @@ def test_predict_refuses_by_name(phantom_run, tmp_path):
     _refused(here('predict', phantom_run, tmp_path / 'missing.png'), 'missing.png')
     _refused(here('predict', phantom_run, good, '--out', tmp_path / 'bad.png' / 'o.csv'), 'cannot write')
     p = here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv', '--on-bad', 'decline')
-    assert p.returncode == 0 and pd.read_csv(tmp_path / 'o.csv').declined.notna().tolist() == [False, True]
+    assert p.returncode == 3 and pd.read_csv(tmp_path / 'o.csv').declined.notna().tolist() == [False, True]     # some were declined
+    assert '1 answer stood there already' in p.stderr and not list(tmp_path.glob('o.csv.*'))
 
 
 def test_an_exported_bundle_stands_alone(phantom_run, tmp_path):
     assert here('export', phantom_run, '--out', tmp_path / 'model').returncode == 0
-    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'manifest.json', 'weights.safetensors']
+    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['bundle.json', 'manifest.json', 'model.onnx', 'weights.safetensors']
     p = here('predict', tmp_path / 'model', phantom_run / 'new-image.png')
     assert p.returncode == 0 and 'covid' in p.stdout and 'SYNTHETIC' in p.stderr and 'Not a medical device' in p.stderr
     _refused(here('export', phantom_run, '--out', tmp_path / 'model'), 'exists already')
