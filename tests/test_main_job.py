@@ -212,7 +212,8 @@ def test_a_disk_that_fills_up(tmp_path):
 def test_predict_refuses_by_name(phantom_run, tmp_path):
     (tmp_path / 'bad.png').write_bytes(b'no picture')
     good = phantom_run / 'new-image.png'
-    _refused(here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv'), 'bad.png', out=tmp_path / 'o.csv')
+    one_by_one = here('predict', phantom_run, good, tmp_path / 'bad.png', '--out', tmp_path / 'o.csv', '--bs', 1)
+    _refused(one_by_one, 'bad.png', out=tmp_path / 'o.csv')
     _refused(here('predict', tmp_path, good), 'no bundle')
     _refused(here('predict', phantom_run, tmp_path / 'missing.png'), 'missing.png')
     _refused(here('predict', phantom_run, good, '--out', tmp_path / 'bad.png' / 'o.csv'), 'cannot write')
