@@ -12,7 +12,6 @@ from pathlib import Path
 from record import RESULTS, about, machine, write_result
 import numpy as np
 from covid_cxr.core import data_folder
-from covid_cxr.evaluate import evaluate
 from covid_cxr.recipe import load_recipe, override
 from covid_cxr.runs.folder import RunFolder
 from covid_cxr.runs.train import train
@@ -39,9 +38,7 @@ def trained(name, fold, out, data):
 
 def metrics_of(run, split):
     "At the frozen threshold, without intervals"
-    t = run.predictions[run.predictions['split'] == split]
-    e = evaluate(t['label'].to_numpy(object), t[f'prob_{run.classes[1]}'].to_numpy(float), t['group'].to_numpy(object),
-                 run.frozen_threshold, run.classes, n_boot=0, metrics=METRICS)
+    e = run.evaluate(split, n_boot=0)
     return {m: e[m].value for m in METRICS}
 
 

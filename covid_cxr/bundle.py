@@ -527,9 +527,11 @@ def read_description(
     return b
 
 # %% ../nbs/bundle.ipynb #check-networks
+_FILE_OF = {'weights': WEIGHTS, 'onnx': ONNX}      # early bundles do not name the file
+
 def _networks_of(b):
-    "The files that hold the network, and their SHA-256; early bundles do not name the file"
-    return {name: b[k]['sha256'] for k, name in (('weights', WEIGHTS), ('onnx', ONNX)) if k in b}
+    "The files that hold the network, and their SHA-256"
+    return {name: b[k]['sha256'] for k, name in _FILE_OF.items() if k in b}
 
 def _check_networks(b, folder):
     "Refuse weights and ONNX files that are missing or are not those that were written"
@@ -644,15 +646,14 @@ def _misfit(data, wanted):
     odd = next((name for name in have if name not in wanted), None)
     return None if odd is None else f'tensor {reprlib.repr(odd)} is none of its own'
 
-def _read_weights(bundle, wanted):
-    "The bytes of the weights, which are those that the description names"
-    file = Path(bundle['folder']) / WEIGHTS
-    most = 8 + _LONGEST_HEADER + sum(t.bytes for t in wanted.values())
+def _network_bytes(bundle, part, most):
+    "The bytes of the weights or of the ONNX file, which are those that the description names"
+    file = Path(bundle['folder']) / _FILE_OF[part]
     try:
         with open(file, 'rb') as f: data = f.read(most + 1)
     except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); copy the folder again.') from e
     if len(data) > most: raise BundleError(f'{file} is larger than its network; export the run again.')
-    if hashlib.sha256(data).hexdigest() == bundle['weights']['sha256']: return data
+    if hashlib.sha256(data).hexdigest() == bundle[part]['sha256']: return data
     raise BundleError(f'{file} is no longer the file that was described (SHA-256 differs); '
                       'if the bundle was replaced just now, open it again.')
 
@@ -679,7 +680,7 @@ def load_model(
                           f'what was asked for needs {WEIGHTS}: export the run again with --format both.')
     model = _network(bundle, module, 'meta')
     wanted = _wanted(model)
-    data = _read_weights(bundle, wanted)
+    data = _network_bytes(bundle, 'weights', 8 + _LONGEST_HEADER + sum(t.bytes for t in wanted.values()))
     why = _misfit(data, wanted)
     if why: raise BundleError(f"{bundle['folder']}: {WEIGHTS} does not fit {bundle['arch']} ({why}); export it again.")
     return _with_weights(bundle, module, model, _load_tensors(data, bundle['folder']))
@@ -786,12 +787,7 @@ def load_onnx(
 ) -> OnnxNetwork:
     "The ONNX network of a bundle; torch is not imported"
     from covid_cxr.model.onnx import OnnxNetwork
-    file = Path(bundle['folder']) / ONNX
-    if file.stat().st_size > _LARGEST_ONNX: raise BundleError(f'{file} is larger than {format_bytes(_LARGEST_ONNX)}.')
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != bundle['onnx']['sha256']:
-        raise BundleError(f'{file} is no longer the file that was described (SHA-256 differs); open the bundle again.')
-    return OnnxNetwork(data, threads)
+    return OnnxNetwork(_network_bytes(bundle, 'onnx', _LARGEST_ONNX), threads)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):

@@ -361,7 +361,7 @@ def load_predictor(
     "Open a bundle for prediction; nothing in it is executed"
     return Predictor(folder, device, module, lungs, backend)
 
-# %% ../nbs/predict.ipynb #to-csv
+# %% ../nbs/predict.ipynb #csv-order
 _ORDER = ('path', 'predicted', 'prob_', 'predicted_', 'threshold', 'declined', 'warning', 'uncut')
 
 def _place(column):
@@ -369,21 +369,37 @@ def _place(column):
     if column in _ORDER: return _ORDER.index(column)
     return next(i for i, start in enumerate(_ORDER) if start.endswith('_') and column.startswith(start))
 
+def _in_order(rows):
+    "The columns of some rows, in the order of a CSV"
+    return sorted({c: 0 for r in rows or [Prediction(None, None, None, None).to_row()] for c in r}, key=_place)
+
+# %% ../nbs/predict.ipynb #csv-lines
+def _csv_line(row, columns):
+    "One row of a CSV, safe for a spreadsheet"
+    import csv, io
+    out = io.StringIO()
+    cells = [safe_cell(safe_path(row.get(c)) if c == 'path' else row.get(c)) for c in columns]
+    csv.writer(out, lineterminator='\n').writerow(['' if v is None else v for v in cells])
+    return out.getvalue().encode(errors='backslashreplace')
+
+def _csv_header(columns): return _csv_line(dict(zip(columns, columns)), columns)
+
+# %% ../nbs/predict.ipynb #to-csv
 def predictions_frame(predictions: Iterable[AnyPrediction]) -> pd.DataFrame:
     "One row per prediction, with the columns of `to_row`"
     import pandas as pd
     rows = [p.to_row() for p in predictions]
-    columns = dict.fromkeys(c for r in rows or [Prediction(None, None, None, None).to_row()] for c in r)
-    return pd.DataFrame(rows, columns=sorted(columns, key=_place))
+    return pd.DataFrame(rows, columns=_in_order(rows))
 
 def save_predictions(
     predictions: Iterable[AnyPrediction],
     path: str | os.PathLike,            # .csv
 ) -> Path:
     "Write predictions as CSV, whole or not at all; no cell is a formula, and bytes that are no text are shown by code"
-    frame = predictions_frame(predictions)
-    frame = frame.assign(path=frame['path'].map(safe_path)).map(safe_cell).rename(columns=safe_cell)
-    with atomic_path(Path(path)) as tmp: frame.to_csv(tmp, index=False, errors='backslashreplace')
+    rows = [p.to_row() for p in predictions]
+    columns = _in_order(rows)
+    lines = [_csv_header(columns), *(_csv_line(r, columns) for r in rows)]
+    with atomic_path(Path(path)) as tmp: tmp.write_bytes(b''.join(lines))
     return Path(path)
 
 # %% ../nbs/predict.ipynb #job-rows
@@ -398,14 +414,6 @@ def _columns(predictor, ood):
     named += ['threshold'] if one else [f'predicted_{c}' for c in classes]
     beside = [('warning', ood == 'warn'), ('uncut', bool(predictor.rule.lungs))]
     return [*named, 'declined', *(name for name, asked in beside if asked)]
-
-def _csv_line(row, columns):
-    "One row of a CSV, safe for a spreadsheet"
-    import csv, io
-    out = io.StringIO()
-    cells = [safe_cell(safe_path(row.get(c)) if c == 'path' else row.get(c)) for c in columns]
-    csv.writer(out, lineterminator='\n').writerow(['' if v is None else v for v in cells])
-    return out.getvalue().encode(errors='backslashreplace')
 
 # %% ../nbs/predict.ipynb #job-lines
 def _json_line(prediction):
@@ -488,7 +496,7 @@ def predict_to_file(
     kind = out.suffix.lstrip('.').lower()
     check_choice('format', kind, AnswerFormat, RunError)
     columns, part = _columns(predictor, ood), out.with_name(f'{out.name}.part')
-    header = _csv_line(dict(zip(columns, columns)), columns) if kind == 'csv' else b''
+    header = _csv_header(columns) if kind == 'csv' else b''
     try: rows, size = _begun(out, part, _job(predictor, files, ood, columns))
     except OSError as e: raise RunError(f'cannot write {part}: {e.strerror}; choose another place.') from e
     with _held(part) as f:

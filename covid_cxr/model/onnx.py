@@ -53,7 +53,7 @@ def turned_view(
     at_x = (math.cos(a) * columns[None] - math.sin(a) * rows[:, None]) / zoom - 2 * right
     at_y = (math.sin(a) * columns[None] + math.cos(a) * rows[:, None]) / zoom - 2 * down
     px, py = (np.clip(((at + 1) * s - 1) / 2, 0, s - 1) for at, s in ((at_x, w), (at_y, h)))
-    left, top = np.floor(px).astype(int), np.floor(py).astype(int)
+    left, top = px.astype(int), py.astype(int)          # not below 0, so this is the pixel before
     fx, fy = (px - left).astype(np.float32), (py - top).astype(np.float32)
     right_of, below = np.minimum(left + 1, w - 1), np.minimum(top + 1, h - 1)
     above = x[..., top, left] * (1 - fx) + x[..., top, right_of] * fx
