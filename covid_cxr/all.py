@@ -34,7 +34,7 @@ from .stats.calibration import *
 from .findings.labels import *
 from .findings.evaluate import *
 from .findings.learner import *
-from .plots import *
+from .stats.plots import *
 from .ood import *
 from .bundle import *
 from .predict import *

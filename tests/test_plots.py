@@ -4,7 +4,7 @@ import matplotlib, numpy as np, pandas as pd, pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from covid_cxr import plots
+from covid_cxr.stats import plots
 from covid_cxr.stats.paired import subgroups
 from covid_cxr.core import RunError
 from covid_cxr.evaluate import evaluate

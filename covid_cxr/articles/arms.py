@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 import pandas as pd
-from .. import plots
+from ..stats import plots
 from .conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, NO_THRESHOLD, Network, as_text, baselines_text, best_of_kinds,
     conditions, evaluated_on, find_networks, lacks_network, network_text, seeds_text, threshold_text, trained_text)

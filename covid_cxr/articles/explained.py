@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
-from ..plots import new_figure
+from ..stats.plots import new_figure
 from ..words import format_estimate, format_number, format_p, format_percent, join_words
 
 # %% auto #0

@@ -21,7 +21,7 @@ from ..audit.sentences import describe_headline, describe_value
 from ..core import RunError, nearest
 from ..evaluate import evaluate, wilson
 from ..images import load_image
-from ..plots import plot_confusion, plot_intervals, plot_prediction_grid, small_png
+from ..stats.plots import plot_confusion, plot_intervals, plot_prediction_grid, small_png
 from ..predict import load_predictor
 from ..runs.crossval import find_results, paired_settings, score_results
 from ..runs.external import read_external_tests

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Sequence, get_args
 import numpy as np, pandas as pd
-from .. import plots
+from ..stats import plots
 from covid_cxr.articles.arms import (
     aims_table, arms_table, auc_table, crossval_table, gains_table, left_out_table, published_test_table,
     score_external)

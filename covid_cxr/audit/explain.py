@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from ..core import CxrError, ImageError, nearest
 from ..evaluate import Estimate, wilson
-from ..plots import new_figure
+from ..stats.plots import new_figure
 from ..stats.bootstrap import patient_mean, patient_ratio
 from ..words import format_count, format_number, format_percent
 from .perturb import to_logit

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable, Sequence
 import numpy as np
-from .. import plots
+from ..stats import plots
 from ..audit.sentences import describe_findings_headline, describe_lungs
 from ..core import SPLITS
 from ..evaluate import Estimate

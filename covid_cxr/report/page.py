@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 import numpy as np, pandas as pd
-from .. import plots
+from ..stats import plots
 from ..audit.case import Audit
 from ..audit.findings import FindingsAudit
 from ..audit.sentences import (describe_count, describe_headline, describe_lungs, describe_not_run,

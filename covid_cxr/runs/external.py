@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Sequence
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .. import plots
+from ..stats import plots
 from ..cache import OnBad, refuse_images
 from ..bundle import writing_files
 from ..core import (SPLITS, BundleError, LeakError, Reason, RunError, TableError, canonical_finding,

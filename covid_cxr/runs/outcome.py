@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterator, NamedTuple, Protocol, Sequence
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .. import plots
+from ..stats import plots
 from ..core import used
 from ..evaluate import (Estimate, Evaluation, OperatingPoint, UndefinedMetric, allow_undefined,
                                 choose_threshold)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 import numpy as np, pandas as pd
 from fastcore.foundation import L
-from .. import plots
+from ..stats import plots
 from ..bundle import export_pickle, save_bundle, write_manifest
 from ..cache import ImageCache
 from ..core import (SPLITS, CxrError, RunError, TableError, atomic_path, sha256_file, to_plain, used, utc_now,
