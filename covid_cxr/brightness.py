@@ -4,13 +4,15 @@
 
 # %% ../nbs/brightness.ipynb #imports
 from __future__ import annotations
+import re, struct
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'HOT', 'DEPTHS', 'Refused', 'check_size', 'Stored', 'Grey',
-           'robust_ends', 'find_range', 'to_grey', 'to_levels', 'read_dicom_header', 'error_text', 'read_dicom']
+__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'HOT', 'DEPTHS', 'DICOM_DECODERS', 'Refused', 'check_size', 'Stored',
+           'Grey', 'robust_ends', 'find_range', 'to_grey', 'to_levels', 'read_dicom_header', 'Decoder', 'error_text',
+           'read_dicom', 'DicomView', 'read_dicom_view']
 
 # %% ../nbs/brightness.ipynb #limits
 MAX_PIXELS = 100_000_000      # by the header, before decoding
@@ -145,10 +147,6 @@ _DICOM_TAGS: list[Any] = [
     'ModalityLUTSequence', 'VOILUTSequence', 'VOILUTFunction', 'WindowCenter', 'WindowWidth', 'PixelPaddingValue',
     'PixelPaddingRangeLimit']
 _OVERLAY_BITS = [(group << 16) + 0x0102 for group in range(0x6000, 0x6020, 2)]    # where overlays stand within a number
-_DICOM_PLUGINS = {     # the first digits of a transfer syntax -> what decodes it; the longest match counts
-    '1.2.840.10008.1.2.4.5': 'pylibjpeg pylibjpeg-libjpeg', '1.2.840.10008.1.2.4.70': 'pylibjpeg pylibjpeg-libjpeg',
-    '1.2.840.10008.1.2.4.8': 'pyjpegls', '1.2.840.10008.1.2.4.9': 'pylibjpeg pylibjpeg-openjpeg',
-    '1.2.840.10008.1.2.4.20': 'pylibjpeg pylibjpeg-openjpeg', '1.2.840.10008.1.2.5': 'pylibjpeg pylibjpeg-rle'}
 _DEFLATED = '1.2.840.10008.1.2.1.99'
 
 def _transfer_syntax(path: str) -> str:
@@ -178,6 +176,83 @@ def read_dicom_header(
     check_size(int(ds.Columns), int(ds.Rows))
     return ds, syntax
 
+# %% ../nbs/brightness.ipynb #dicom-decoders
+class Decoder(NamedTuple):
+    "What decodes a compression of DICOM, beside what pydicom and Pillow decode themselves"
+    plugin: str     # as pydicom names it
+    packages: str   # of pip
+
+    @property
+    def pip_line(self) -> str:
+        "What a person types"
+        return f'pip install {self.packages}'
+
+_LIBJPEG = Decoder('pylibjpeg', 'pylibjpeg pylibjpeg-libjpeg')
+_OPENJPEG = Decoder('pylibjpeg', 'pylibjpeg pylibjpeg-openjpeg')
+_JPEGLS = Decoder('pyjpegls', 'pyjpegls')
+_JPEG = '1.2.840.10008.1.2.4'
+DICOM_DECODERS = {     # transfer syntax -> what decodes it
+    **{f'{_JPEG}.{n}': _LIBJPEG for n in (51, 57, 70)},                  # JPEG of 12 bits, and lossless
+    **{f'{_JPEG}.{n}': _JPEGLS for n in (80, 81)},                       # JPEG-LS
+    **{f'{_JPEG}.{n}': _OPENJPEG for n in (90, 91, 201, 202, 203)}}      # JPEG 2000, and its fast kind
+_ALWAYS = {'1.2.840.10008.1.2.5': 'pydicom',   # RLE: the decoder of pylibjpeg-rle ends the process on damaged files
+           f'{_JPEG}.50': 'pillow'}            # JPEG: the same pixels whatever else is installed
+
+# %% ../nbs/brightness.ipynb #check-decoder
+def _compression(syntax: str) -> str:
+    "A compression as a person knows it"
+    from pydicom.uid import UID
+    name = UID(syntax).name
+    return syntax if name == syntax else f'{name} ({syntax})'
+
+def _check_decoder(syntax: str) -> None:
+    "Refuse a compression that nothing here decodes, with the line of pip that helps"
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+    try: there = get_decoder(UID(syntax)).is_available
+    except NotImplementedError: there = False
+    if there: return
+    if syntax not in DICOM_DECODERS:
+        raise Refused(f'its DICOM compression {_compression(syntax)} is none that is read; write it uncompressed')
+    raise Refused(f'its DICOM compression {_compression(syntax)} needs a decoder that is missing; '
+                  f'{DICOM_DECODERS[syntax].pip_line}, or write it uncompressed')
+
+def _lacks_plugin(syntax: str) -> bool:
+    "Is what decodes it best missing, while another decoder is there?"
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+    best = DICOM_DECODERS.get(syntax)
+    return best is not None and best.plugin not in get_decoder(UID(syntax)).available_plugins
+
+# %% ../nbs/brightness.ipynb #check-frame
+_FRAME_HEADER = re.compile(rb'\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]..(.)(..)(..)', re.S)    # of JPEG, JPEG-LS
+_SIZ = re.compile(rb'\xff\x4f\xff\x51.{4}(.{16})', re.S)                                            # of JPEG 2000
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    "Width and height that a compressed picture states; None for RLE, which states none"
+    if siz := _SIZ.search(frame[:65536]):
+        right, bottom, left, top = struct.unpack('>4I', siz[1])
+        return right - left, bottom - top
+    if not frame.startswith(b'\xff\xd8'): return None
+    at = 2
+    while at + 4 <= len(frame) and frame[at] == 0xff:
+        if found := _FRAME_HEADER.match(frame, at):
+            return int.from_bytes(found[3], 'big'), int.from_bytes(found[2], 'big')
+        at += 2 + int.from_bytes(frame[at + 2:at + 4], 'big')
+    return None
+
+def _check_frame(ds: Any) -> None:
+    "Refuse a compressed picture of another size than the header says, before a decoder makes room for it"
+    from pydicom.encaps import generate_frames
+    try: frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+    except (ValueError, StopIteration) as e:
+        raise Refused(f'its compressed picture cannot be found ({error_text(e)}); '
+                      'the file is damaged: fetch it again') from e
+    size = _frame_size(frame)
+    if size is None or size == (ds.Columns, ds.Rows): return
+    raise Refused(f'its compressed picture says {size[0]} x {size[1]} pixels and its header {ds.Columns} x {ds.Rows}; '
+                  'the file is damaged: fetch it again')
+
 # %% ../nbs/brightness.ipynb #dicom-pixels
 def error_text(
     error: BaseException,
@@ -191,15 +266,17 @@ def _dicom_pixels(ds: Any, syntax: str) -> np.ndarray:
     "Pixels as stored, with all bits of their words; a missing decoder is named"
     if 'PixelData' not in ds: raise Refused('it is a DICOM file without pixels; leave it out')
     from pydicom.pixels import pixel_array
+    _check_decoder(syntax)
+    if _compressed(ds): _check_frame(ds)
     options: dict[str, Any] = {} if _compressed(ds) else dict(correct_unused_bits=False)
+    if syntax in _ALWAYS: options = dict(decoding_plugin=_ALWAYS[syntax])
     try: return pixel_array(ds, **options)
     except Exception as e:
-        plugins = sorted(_DICOM_PLUGINS.items(), key=lambda kv: -len(kv[0]))
-        plugin = next((p for digits, p in plugins if syntax.startswith(digits)), None)
-        if plugin and isinstance(e, (RuntimeError, NotImplementedError)):
-            raise Refused(f'its DICOM compression {syntax} could not be decoded ({error_text(e)}); '
-                          f'pip install {plugin}, or write it uncompressed') from e
-        raise
+        if not _compressed(ds) or not isinstance(e, (RuntimeError, NotImplementedError)): raise
+        cure = 'the file is damaged: fetch it again'
+        if _lacks_plugin(syntax): cure = f'{DICOM_DECODERS[syntax].pip_line} may decode it, or write it uncompressed'
+        name = _compression(syntax)
+        raise Refused(f'its DICOM compression {name} could not be decoded ({error_text(e)}); {cure}') from e
 
 # %% ../nbs/brightness.ipynb #dicom-words
 class _Words(NamedTuple):
@@ -347,3 +424,36 @@ def read_dicom(
         raise Refused(f'it is a DICOM of kind {kind!r}, shape {a.shape} and {a.dtype}; grey of up to 16 bits and '
                       'colour of 8 are read: save it as PNG')
     return _with_meaning(ds, _dicom_numbers(ds, a))
+
+# %% ../nbs/brightness.ipynb #dicom-view
+_LATERAL = re.compile(r'(?:L|LL|RL|LLD|RLD|LAT|.*\blateral)', re.I)    # ViewPosition, or the meaning of a view code
+_NO_RADIOGRAPH = {'CT', 'MR', 'US', 'NM', 'PT', 'MG', 'XA', 'ECG', 'ES', 'GM', 'SM', 'OP', 'BMD'}
+
+@dataclass(frozen=True)
+class DicomView:
+    "What the header of a DICOM file says of the view"
+    modality: str   # as the header has it: 'DX', 'CR', 'CT'; '' when it says nothing
+    position: str   # ViewPosition, or the meaning of the view code; ''
+
+    @property
+    def lateral(self) -> bool:
+        "Does it say that the picture was taken from the side?"
+        return _LATERAL.fullmatch(self.position) is not None
+
+    @property
+    def doubt(self) -> str:
+        "Why it is no frontal radiograph, or ''"
+        if self.modality in _NO_RADIOGRAPH: return f'its DICOM header says that its modality is {self.modality}'
+        return f'its DICOM header says that its view is {self.position}' if self.lateral else ''
+
+# %% ../nbs/brightness.ipynb #read-dicom-view
+def read_dicom_view(
+    path: str,
+) -> DicomView:
+    "What a DICOM header says of the view; no other tag is read"
+    import pydicom
+    tags: list[Any] = ['Modality', 'ViewPosition', 'ViewCodeSequence']
+    ds = pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=True)
+    coded = [str(item.get('CodeMeaning') or '') for item in ds.get('ViewCodeSequence') or []]
+    said = [str(ds.get('ViewPosition') or ''), *coded]
+    return DicomView(str(ds.get('Modality') or '').strip(), next((v.strip() for v in said if v.strip()), ''))

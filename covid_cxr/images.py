@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from .core import ImageError, Reason, RecipeError, check_choice, nearest, sha256_text
-from .brightness import (Grey, Refused, Stored, check_size, error_text, read_dicom, read_dicom_header, to_grey,
-                                  to_levels)
+from .brightness import (DicomView, Grey, Refused, Stored, check_size, error_text, read_dicom,
+                                  read_dicom_header, read_dicom_view, to_grey, to_levels)
 from .words import format_number
 
 # %% auto #0
@@ -141,6 +141,7 @@ class _Decoded(NamedTuple):
     colour_share: float      # share of the area that is coloured; 0 where it was not asked for
     scale: int               # 1, or 2 or 4 for a JPEG that was read reduced
     whole: tuple[int, int]   # (w, h) of the full picture
+    view: DicomView | None = None   # what a DICOM header says of it; None where it was not asked for
 
 def _on_black(im: Image.Image) -> np.ndarray:
     "An LA or RGBA picture -> (h, w) uint8, with black behind what is transparent"
@@ -514,9 +515,9 @@ def _decode_other(data: bytes, kind: str, colour: bool = False) -> _Decoded:
 
 def _decode_dicom(path: str, colour: bool = False) -> _Decoded:
     "The picture of a DICOM file; black is 0"
-    with _quiet(): found = read_dicom(path)
-    if not isinstance(found, Stored): return _decoded(Image.fromarray(found), None, 1, colour)
-    return _of_grey(to_grey(found))
+    with _quiet(): found, view = read_dicom(path), read_dicom_view(path) if colour else None
+    if isinstance(found, Stored): return _of_grey(to_grey(found))._replace(view=view)
+    return _decoded(Image.fromarray(found), None, 1, colour)._replace(view=view)
 
 # %% ../nbs/images.ipynb #read-grey
 def _decode(path: str, rule: ImageRule | None = None, colour: bool = False) -> _Decoded:
@@ -815,6 +816,7 @@ class LoadedImage(NamedTuple):
     colour_share: float    # share of the file's area that is coloured, 0 to 1
     cut: LungCut | None = None     # the part that it shows; None: the rule keeps whole pictures
     lungs: LungCut | None = None   # where another finder sees lungs; None: none was asked
+    view: DicomView | None = None  # what its DICOM header says of it; None: it has none
 
 def _load(path: str | Path, rule: ImageRule, colour: bool, finder: LungFinder | None = None) -> LoadedImage:
     "One decode; a picture that is cut is always decoded in full"
@@ -827,7 +829,7 @@ def _load(path: str | Path, rule: ImageRule, colour: bool, finder: LungFinder | 
         refuse_blank(levels, path)
         cut = _cut(levels, rule)
         pixels = _finish(grey, levels, rule, d.whole, d.scale, cut)
-        return LoadedImage(pixels, d.colour_share, cut, None if finder is None else finder(levels))
+        return LoadedImage(pixels, d.colour_share, cut, None if finder is None else finder(levels), d.view)
 
 # %% ../nbs/images.ipynb #load-image-public
 def load_image(

@@ -134,6 +134,8 @@ def _doubt(picture, check):
     "Why an image should not be answered, or None"
     why = None if check is None else check_colour(picture.colour_share) or check.check(picture.pixels)
     if why: return Reason('prediction', 'unlike the training images', why)
+    if picture.view is not None and picture.view.doubt:
+        return Reason('prediction', 'no frontal view by its header', f'not a frontal radiograph: {picture.view.doubt}.')
     if picture.lungs is None or not picture.lungs.fault: return None
     return Reason('prediction', 'no two lungs found', 'not a frontal chest radiograph, or one on which lungs are not '
                   f'seen: the lung network finds no two lungs ({picture.lungs.fault}).')
@@ -309,7 +311,7 @@ class Predictor:
             batch = files[i:i + bs]
             pictures: list[LoadedImage | _Refused] = []
             for f in batch:
-                try: pictures.append(read_picture(f, self.rule, self.lungs))
+                try: pictures.append(self._read(f))
                 except ImageError as e:
                     if on_bad == 'raise' and not isinstance(e, BlankImage): raise
                     pictures.append(_refused(e))
@@ -322,6 +324,12 @@ class Predictor:
         "Probabilities of images that are already read"
         if not len(pixels): return np.zeros((0, len(self.classes)))
         return self.engine.probabilities(np.stack(pixels)[:, None])
+
+    def _read(self, file):
+        "A file as the network sees it; a model that learned from lateral views is not kept from them"
+        picture = read_picture(file, self.rule, self.lungs)
+        knows = 'L' in (self.bundle.get('provenance', {}).get('views') or ())
+        return picture._replace(view=None) if knows and picture.view and picture.view.lateral else picture
 
     def _picture(self, array):
         "An array as the network sees it"

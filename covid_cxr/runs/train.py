@@ -368,6 +368,7 @@ def _provenance(job, table, found, declined):
     hashes = {k: job.state[k] for k in ('recipe_hash', 'table_sha256')}
     reference = found.reference()
     known = {} if reference is None else dict(reference=reference._asdict())
+    known |= _learned_from(table)
     return dict(recipe=job.recipe.name, **hashes, **known, split=found.split, ood_check=declined, headline=headline,
                 unknown_patients=count_unknown_patients(table))
 
@@ -379,6 +380,14 @@ def _export(job, learn, table, found: Outcome):
     save_bundle(learn, job.out / 'bundle', ood_check=check, provenance=provenance, synthetic=job.state['synthetic'],
                 tta=tta, pickle=False, **decision._asdict())
     with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, *decision[:2], tta)
+
+# %% ../../nbs/runs/train.ipynb #learned-from
+def _learned_from(table):
+    "Licences and views of the images that the network and its threshold come from: {word: images}"
+    rows = used(table)
+    rows = rows[rows['split'].isin(('train', 'valid'))]
+    words = dict(licences=rows['licence'].fillna('not stated'), views=rows['view'].dropna())
+    return {name: {str(w): int(n) for w, n in v.value_counts().items()} for name, v in words.items()}
 
 # %% ../../nbs/runs/train.ipynb #say-start
 def _say_start(job, learn):
