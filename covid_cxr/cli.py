@@ -300,6 +300,9 @@ def _predict_options(p):
     p.add_argument('--out', metavar='FILE',
                    help='also write every answer to this file, .csv or .jsonl, as it comes; after a kill, the same '
                         'command goes on')
+    p.add_argument('--dicom-out', metavar='DIR',
+                   help='also file every answer to a DICOM image in the study of its patient: a structured report and '
+                        'a heat map, which hold the name of the patient')
     p.add_argument('--on-bad', choices=choices(OnBadFile), default='raise',
                    help="an unreadable file: 'raise' an error (default), or 'decline' it in its row and go on")
     p.add_argument('--ood', choices=choices(OODMode), default='decline',
@@ -317,6 +320,18 @@ def _say_unverified(integrity, folder):
     from covid_cxr.bundle import describe_integrity
     if integrity.status == 'unverified':
         print(f'note: {printable(describe_integrity(integrity, folder))}', file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #predict-dicom
+def _filing(predictor, folder):
+    "The predictor, which also files its answers in DICOM where a folder is named"
+    if folder is None: return predictor
+    from covid_cxr.deploy.dicom import AnswersInDicom
+    return AnswersInDicom(predictor, folder)
+
+def _say_filed(filing):
+    "How many answers were filed in DICOM, and why others were not"
+    print(f'{format_count(filing.written, "answer")} filed in DICOM: {printable(filing.out)}', file=sys.stderr)
+    for why in filing.refused: print(f'note: {printable(why)}', file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #predict
 def _answer(p):
@@ -357,7 +372,9 @@ def _predict(args):
     _say_unverified(predictor.integrity, args.run)
     if predictor.synthetic:
         print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
-    counts = _answer_all(predictor, list_images(args.files), args)
+    answering = _filing(predictor, args.dicom_out)
+    counts = _answer_all(answering, list_images(args.files), args)
+    if args.dicom_out: _say_filed(answering)
     if counts.resumed: print(f'note: {format_count(counts.resumed, "answer")} stood there already.', file=sys.stderr)
     _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
