@@ -14,6 +14,7 @@ from .core import (BundleError, CxrError, RunError, check_choice, choices, neare
 from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
+from .model.hub import fetch_folder, is_hub_address
 from .model.settings import MEAN, STD, Activation, EncoderSpec
 from .words import format_bytes, format_count, join_words, printable
 if TYPE_CHECKING:
@@ -472,10 +473,13 @@ def save_bundle(
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
+_ON_HUB = (DESCRIPTION, WEIGHTS, ONNX, 'lung_net.json', 'lung_net.safetensors')    # the last two: of model.lungs
+
 def find_bundle(
-    folder: str | os.PathLike,  # a bundle, or a run directory
+    folder: str | os.PathLike,  # a bundle, a run directory, or 'hf://user/repo@commit'
 ) -> Path:                      # the folder that holds bundle.json
-    "A bundle's folder, given itself or the run directory around it"
+    "A bundle's folder, given itself, the run directory around it, or its address on the Hub"
+    if is_hub_address(folder): return fetch_folder(folder, _ON_HUB)
     folder = Path(folder)
     for f in (folder, folder / 'bundle'):
         if (f / DESCRIPTION).is_file(): return f

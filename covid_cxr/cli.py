@@ -592,6 +592,22 @@ def _export(args):
     _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
+# %% ../nbs/cli.ipynb #push
+def _push_options(p):
+    p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
+    p.add_argument('repo', metavar='USER/REPO', help='a repository on the Hugging Face Hub; made where there is none')
+    p.add_argument('--private', action='store_true', help='a repository that only you and those you invite can see')
+    p.add_argument('--revision', default='', metavar='BRANCH', help='a branch (default: the main one)')
+    p.add_argument('--rights', default='', metavar='TEXT',
+                   help='why you may publish a model of images whose licences do not say so; it stands in the card')
+
+@command(_push_options, 'covid-cxr push runs/first anna/covid-2020 --private')
+def _push(args):
+    "share a model on the Hugging Face Hub: weights, ONNX file and card, no pickle and no image"
+    from covid_cxr.deploy.hub import push_model
+    address = push_model(args.run, args.repo, args.private, args.revision, args.rights)
+    print(f"pushed: {address}\nopen it with load_predictor('{address}')")
+
 # %% ../nbs/cli.ipynb #recipes
 def _recipes_options(p):
     p.add_argument('--fields', action='store_true', help='list the fields of a recipe: default, meaning, known words')

@@ -419,7 +419,7 @@ class Predictor:
 
 # %% ../nbs/predict.ipynb #load-predictor
 def load_predictor(
-    folder: str | os.PathLike,   # a bundle, or the run directory that holds one
+    folder: str | os.PathLike,   # a bundle, the run directory that holds one, or 'hf://user/repo@commit'
     device: str | None = None,   # 'cpu' (default) or 'cuda'
     module: Any = None,          # a person's own encoder (an nn.Module), where the bundle was made with one
     lungs: str | os.PathLike | None = None,   # of `load_lung_net`: images without two lungs are as those unlike the

@@ -142,3 +142,27 @@ def phantom_run(shared_folder):
     before = _contents(out)
     yield out
     assert _contents(out) == before, 'a test wrote into the run that all tests share'
+
+
+def _make_tiny_bundle(folder):
+    from PIL import Image
+    from covid_cxr.bundle import export_bundle, save_bundle
+    from covid_cxr.core import new_table
+    from covid_cxr.data import cxr_dls
+    from covid_cxr.learner import cxr_learner
+    from covid_cxr.phantom import make_phantom
+    folder.mkdir()
+    rows = []
+    for i in range(8):
+        Image.fromarray(make_phantom(seed=1, patient=i, size=32).image).save(folder / f'{i}.png')
+        rows.append(dict(path=f'{folder}/{i}.png', image_id=f'{i}', patient=f'{i}', group=f'{i}', label=('no', 'yes')[i % 2],
+                         split='valid' if i > 5 else 'train'))
+    learn = cxr_learner(cxr_dls(new_table(rows, 'x'), size=64, bs=2, device='cpu'), 'cnn3', 'none', path=folder)
+    origin = dict(recipe='tiny', split='test', headline=dict(auc=.75), licences={'CC BY 4.0': 8}, collections={'x': 8})
+    export_bundle(save_bundle(learn, folder / 'own', pickle=False, provenance=origin), folder / 'bundle')
+
+
+@pytest.fixture(scope='session')
+def tiny_bundle(shared_folder):
+    "A bundle of a small network with random weights, with its ONNX file. Copy it before you write to it."
+    return build_once(shared_folder / 'tiny-bundle', _make_tiny_bundle) / 'bundle'

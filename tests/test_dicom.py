@@ -192,23 +192,6 @@ def radiograph(path, size=256, **tags):
     return save(data_set(a, 8, **dict(dict(AccessionNumber='A77-KEY'), **tags)), path)
 
 
-@pytest.fixture(scope='module')
-def model_folder(tmp_path_factory):
-    "A bundle of a small network with random weights"
-    from covid_cxr.bundle import save_bundle
-    from covid_cxr.core import new_table
-    from covid_cxr.data import cxr_dls
-    from covid_cxr.learner import cxr_learner
-    folder = tmp_path_factory.mktemp('model')
-    rows = []
-    for i in range(8):
-        Image.fromarray(make_phantom(seed=1, patient=i, size=32).image).save(folder / f'{i}.png')
-        rows.append(dict(path=f'{folder}/{i}.png', image_id=f'{i}', patient=f'{i}', group=f'{i}', label=('no', 'yes')[i % 2],
-                         split='valid' if i > 5 else 'train'))
-    learn = cxr_learner(cxr_dls(new_table(rows, 'x'), size=64, bs=2, device='cpu'), 'cnn3', 'none', path=folder)
-    return save_bundle(learn, folder / 'bundle', pickle=False, provenance=dict(recipe='tiny'))
-
-
 @pytest.fixture
 def study(tmp_path):
     "Two radiographs, one of them compressed; a lateral one, a blank one, one cut short; and a PNG"
@@ -228,24 +211,24 @@ def study(tmp_path):
 def outputs(folder): return b'\n'.join(f.read_bytes() + f.name.encode() for f in sorted(folder.rglob('*')) if f.is_file())
 
 
-def test_no_tag_of_a_patient_is_written_anywhere(model_folder, study, tmp_path):
+def test_no_tag_of_a_patient_is_written_anywhere(tiny_bundle, study, tmp_path):
     from covid_cxr.deploy.explain import explain_files
     from covid_cxr.predict import load_predictor
     assert all(word.encode() in (study / 'IM1').read_bytes() for word in SECRETS)
     out, said = tmp_path / 'out', ''
     for name in ('a.csv', 'a.jsonl'):
-        p = here('predict', model_folder, study, '--out', out / name, '--on-bad', 'decline', '--ood', 'warn')
+        p = here('predict', tiny_bundle, study, '--out', out / name, '--on-bad', 'decline', '--ood', 'warn')
         assert p.returncode == 3 and 'IM1' in p.stdout
         said += p.stdout + p.stderr
-    explain_files(load_predictor(model_folder), [str(study / 'IM1'), str(study / 'IM4')], out / 'explained', said=print)
+    explain_files(load_predictor(tiny_bundle), [str(study / 'IM1'), str(study / 'IM4')], out / 'explained', said=print)
     written = outputs(out)
     assert b'IM2' in written and len(list(out.rglob('*'))) >= 5
     for word in SECRETS: assert word not in said and word.encode() not in written, word
 
 
-def test_a_lateral_view_is_declined_by_its_header(model_folder, study):
+def test_a_lateral_view_is_declined_by_its_header(tiny_bundle, study):
     from covid_cxr.predict import load_predictor
-    predictor = load_predictor(model_folder)
+    predictor = load_predictor(tiny_bundle)
     frontal, lateral = predictor.predict([study / 'IM1', study / 'IM3'], ood='warn')
     assert 'its view is LL' in lateral.warning and 'view' not in (frontal.warning or '')
     assert predictor.predict(study / 'IM3', ood='off').warning is None
@@ -272,19 +255,19 @@ def texts(item):
     for child in item.get('ContentSequence', []): yield from texts(child)
 
 
-def test_answers_are_filed_in_the_study_of_the_patient(model_folder, study, tmp_path):
+def test_answers_are_filed_in_the_study_of_the_patient(tiny_bundle, study, tmp_path):
     import highdicom as hd
     from pydicom import dcmread
     from covid_cxr.core import sha256_file
     from covid_cxr.predict import load_predictor
-    p = here('predict', model_folder, study, '--out', tmp_path / 'a.csv', '--dicom-out', tmp_path / 'dicom', '--on-bad', 'decline',
+    p = here('predict', tiny_bundle, study, '--out', tmp_path / 'a.csv', '--dicom-out', tmp_path / 'dicom', '--on-bad', 'decline',
              '--ood', 'off')
     assert p.returncode == 3 and '5 answers filed in DICOM' in p.stderr and 'IM6.png: it is no DICOM file' in p.stderr
     files = sorted((tmp_path / 'dicom').iterdir())
     assert len(files) == 5 + 3                                       # five reports; heat maps of the three that were answered
     assert len({dcmread(f).SOPInstanceUID for f in files}) == len({dcmread(f).SeriesInstanceUID for f in files}) == 8
     assert [e for f in files for e in dciodvfy(f)] == []
-    predictor = load_predictor(model_folder)
+    predictor = load_predictor(tiny_bundle)
     for source in sorted(study.glob('IM[1-5]')):
         stem, header = sha256_file(source)[:16], dcmread(source, stop_before_pixels=True)
         answer = predictor.predict([source], on_bad='decline', ood='off')[0]
@@ -328,10 +311,10 @@ def check_heat_map(image, header):
     assert np.ptp(pixels[-step:].astype(int), axis=2).max() > 0 or np.ptp(pixels.astype(int), axis=2).max() > 0
 
 
-def test_a_job_that_stops_has_a_report_for_every_row(model_folder, study, tmp_path):
+def test_a_job_that_stops_has_a_report_for_every_row(tiny_bundle, study, tmp_path):
     from covid_cxr.deploy.dicom import AnswersInDicom
     from covid_cxr.predict import list_images, load_predictor, predict_to_file
-    predictor, files = load_predictor(model_folder), list_images(study)
+    predictor, files = load_predictor(tiny_bundle), list_images(study)
     def stop(answer):
         if answer.path.endswith('IM2'): raise KeyboardInterrupt
     filing = AnswersInDicom(predictor, tmp_path / 'dicom')

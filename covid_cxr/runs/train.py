@@ -383,10 +383,11 @@ def _export(job, learn, table, found: Outcome):
 
 # %% ../../nbs/runs/train.ipynb #learned-from
 def _learned_from(table):
-    "Licences and views of the images that the network and its threshold come from: {word: images}"
+    "Licences, views and collections of the images that the network and its threshold come from: {word: images}"
     rows = used(table)
     rows = rows[rows['split'].isin(('train', 'valid'))]
-    words = dict(licences=rows['licence'].fillna('not stated'), views=rows['view'].dropna())
+    words = dict(licences=rows['licence'].fillna('not stated'), views=rows['view'].dropna(),
+                 collections=rows['source'].dropna())
     return {name: {str(w): int(n) for w, n in v.value_counts().items()} for name, v in words.items()}
 
 # %% ../../nbs/runs/train.ipynb #say-start
