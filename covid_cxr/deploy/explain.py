@@ -15,7 +15,8 @@ from ..model.heatmaps import (grad_cam_maps, lime_explain, log_odds, occlusion_m
                                       to_logit)
 from ..model.onnx import NetworkOutputs, mean_logits, randomise_onnx
 from ..bundle import load_onnx
-from ..predict import AnswerCounts, AnyPrediction, OnBadFile, OODMode, Predictor, scale_pixels
+from ..predict import (AnswerCounts, AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor,
+                               scale_pixels)
 from ..words import format_count, format_number, format_percent, join_words, printable, safe_cell
 if TYPE_CHECKING: from covid_cxr.model.lungs import LungNet
 
@@ -41,8 +42,8 @@ def choose_class(
     if cls is not None and cls not in classes:
         raise CxrError(f"no class '{cls}' in this model{nearest(cls, classes)}; it knows {join_words(classes)}.")
     if cls is not None: return cls
-    if predictor.several: return _highest_finding(prediction)
-    return classes[-1] if len(classes) == 2 else prediction.label
+    if isinstance(prediction, FindingsPrediction): return _highest_finding(prediction)
+    return classes[-1] if len(classes) == 2 else str(prediction.label)
 
 # %% ../../nbs/deploy/explain.ipynb #colours
 _RAMP = np.array([(70, 10, 110), (170, 40, 110), (235, 105, 60), (250, 175, 60), (255, 240, 150)], float)
@@ -98,6 +99,11 @@ class Explanation:
     map: np.ndarray | None         # (h, w) float32; above 0: speaks for the class, below: against it, 0: neither.
                                    # Grad-CAM has no negative values, and its largest is 1; None: declined
     method: MapMethod = 'grad_cam'
+
+    @property
+    def probability(self) -> float:     # NaN: declined
+        "Probability of the class that is explained"
+        return (self.prediction.probabilities or {}).get(self.cls or '', np.nan)
 
     def overlay(self) -> np.ndarray:    # (h, w, 3) uint8
         "The map in colours over the picture; the picture alone where there is no map"
@@ -237,7 +243,7 @@ def explain_beside_twin(
 ) -> Compared:
     "`explain_image`, and the same on the random twin"
     e = explain_image(predictor, image, cls, method, on_bad, ood)
-    if e.map is None: return Compared(e, None, np.nan, None)
+    if e.map is None or e.picture is None or e.cls is None: return Compared(e, None, np.nan, None)
     twin.look_at(e.picture)
     of_twin = _draw_map(twin, e.picture, predictor.classes.index(e.cls), method)
     beside = Explanation(e.prediction, e.cls, e.picture, of_twin, method)
@@ -257,7 +263,7 @@ def describe_compared(
     "One sentence on an explained image"
     e = compared.explanation
     if e.map is None: return f'declined: {_why_declined(e.prediction)}'
-    said = f'{e.prediction.answer}, probability of {e.cls} {format_number(e.prediction.probabilities[e.cls], 4)}'
+    said = f'{e.prediction.answer}, probability of {e.cls} {format_number(e.probability, 4)}'
     if not e.map.any(): said += f'; nothing on the image speaks for {e.cls}'
     elif np.isnan(compared.alike): said += '; the map of the random twin is empty'
     else: said += f'; rank correlation with the random twin {format_number(compared.alike, 2)}'
@@ -272,12 +278,11 @@ def explanation_row(
 ) -> dict[str, Any]:
     "One row of `explanations.csv`; blank where there is no number"
     e, shares = compared.explanation, compared.lungs or (np.nan, np.nan)
-    explained = e.map is not None
-    found = dict(probability=e.prediction.probabilities[e.cls] if explained else np.nan,
-                 twin_correlation=compared.alike, share_in_lungs=shares[0], lungs_area=shares[1])
+    found = dict(probability=e.probability, twin_correlation=compared.alike, share_in_lungs=shares[0],
+                 lungs_area=shares[1])
     numbers = {k: None if np.isnan(v) else round(float(v), 6) for k, v in found.items()}
     return dict(file=_name_of(e.prediction), answer=e.prediction.answer, explained=e.cls, method=e.method, **numbers,
-                map=files[0], twin_map=files[1], declined=None if explained else _why_declined(e.prediction))
+                map=files[0], twin_map=files[1], declined=None if e.map is not None else _why_declined(e.prediction))
 
 
 # %% ../../nbs/deploy/explain.ipynb #page
