@@ -115,15 +115,19 @@ def _in_batches(score, bs=8):
     "The same function of many images, a few at a time"
     return lambda x: np.concatenate([score(x[i:i + bs]) for i in range(0, len(x), bs)])
 
+def _grad_cam_of(source, picture, at, against=False):
+    "(h, w) Grad-CAM of a `Predictor` or of its twin"
+    outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
+    return grad_cam_maps(outputs, at, size, source.temperatures, source.several, against)[0]
+
 def _draw_map(source, picture, at, method):
     "(h, w) float32 map of a `Predictor` or of its twin"
-    if method == 'grad_cam':
-        outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
-        return grad_cam_maps(outputs, at, size, source.temperatures, source.several)[0]
+    if method == 'grad_cam': return _grad_cam_of(source, picture, at)
     score = _in_batches(lambda x: source.probabilities(x)[:, at])
     found = lime_explain(score, picture).map if method == 'lime' else occlusion_map(score, picture[None])[0]
     return found.astype(np.float32)
 
+# %% ../../nbs/deploy/explain.ipynb #explain-image
 def explain_image(
     predictor: Predictor,          # of `load_predictor`
     image: Any,                    # a path, bytes, a file object, a PIL image, or an array (h, w) uint8 or uint16
@@ -231,6 +235,11 @@ def _lungs_of(net, e):
     return lung_share(e.map, mask) if lung_fault(mask) == 'none' else None
 
 # %% ../../nbs/deploy/explain.ipynb #beside
+def _map_of_twin(twin, picture, at, method):
+    "The map of random weights, whose classes mean nothing: where none of it is for the class, what is against it"
+    drawn = _draw_map(twin, picture, at, method)
+    return drawn if method != 'grad_cam' or drawn.any() else _grad_cam_of(twin, picture, at, against=True)
+
 def explain_beside_twin(
     predictor: Predictor,
     twin: RandomNetwork,
@@ -245,7 +254,7 @@ def explain_beside_twin(
     e = explain_image(predictor, image, cls, method, on_bad, ood)
     if e.map is None or e.picture is None or e.cls is None: return Compared(e, None, np.nan, None)
     twin.look_at(e.picture)
-    of_twin = _draw_map(twin, e.picture, predictor.classes.index(e.cls), method)
+    of_twin = _map_of_twin(twin, e.picture, predictor.classes.index(e.cls), method)
     beside = Explanation(e.prediction, e.cls, e.picture, of_twin, method)
     return Compared(e, beside, rank_correlation(e.map, of_twin), _lungs_of(lungs, e))
 

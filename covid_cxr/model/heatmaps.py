@@ -101,12 +101,13 @@ def grad_cam_maps(
     size: tuple[int, int],            # of the images, pixels
     temperatures: Sequence[float] = (1.,),   # one for each network
     several: bool = False,            # several findings
-) -> np.ndarray:                      # (n, height, width) float32, 0 to 1; all 0: nothing speaks for the class
+    against: bool = False,            # what speaks against the class, not for it
+) -> np.ndarray:                      # (n, height, width) float32, 0 to 1; all 0: nothing does
     "Grad-CAM from what a network has put out"
     if outputs.gradients is None:
         raise CxrError('Grad-CAM needs the output `gradients`, which this network file does not give; '
                        "export the run again with 'covid-cxr export RUN --out DIR'.")
-    gains = answer_gradient(outputs.logits, temperatures, cls, several)
+    gains = answer_gradient(outputs.logits, temperatures, cls, several) * (-1 if against else 1)
     weights = np.einsum('mnk,mnkf->nmf', gains, outputs.gradients)
     return weigh_maps(outputs.maps, weights.reshape(len(outputs.maps), -1), size)
 
