@@ -93,7 +93,7 @@ class Service:
 
     def __post_init__(self):
         self.metrics, self.rate, self.tries = Metrics(), RateLimit(self.limits.per_minute), RateLimit(10)
-        self.busy, self.heat_maps = 0, False
+        self.busy, self.heat_maps = 0, self.pool.heat_maps
         self.document = openapi_document(self.model, self.limits, __version__, self.door.token is not None)
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING: from covid_cxr.predict import AnyPrediction, Predictor
 
 # %% auto #0
 __all__ = ['AnswerStatus', 'Failure', 'FileAnswer', 'write_message', 'read_message', 'file_of', 'limit_process',
-           'answer_file', 'write_example_bundle', 'run_worker', 'WorkerError', 'Worker', 'WorkerPool']
+           'can_draw', 'answer_file', 'write_example_bundle', 'run_worker', 'WorkerError', 'Worker', 'WorkerPool']
 
 # %% ../../nbs/deploy/worker.ipynb #answer
 AnswerStatus = Literal['answered', 'declined', 'failed']
@@ -106,6 +106,25 @@ def limit_process(
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
 
+# %% ../../nbs/deploy/worker.ipynb #heat-map
+_NO_MAP = 'the ONNX file of this bundle was written before it held what a heat map needs; export the run again.'
+
+def can_draw(
+    predictor: Predictor,
+) -> bool:
+    "Does its ONNX file put out what a heat map needs?"
+    import numpy as np
+    return predictor.outputs([np.zeros((predictor.rule.size,) * 2, np.uint8)]).gradients is not None
+
+def _seen(predictor, path, heat_map):
+    "The answer, and its heat map or None"
+    if not heat_map or not can_draw(predictor): return predictor.see(path, on_bad='raise').prediction, None
+    from covid_cxr.deploy.explain import explain_image, png_bytes
+    e = explain_image(predictor, path)
+    if e.map is None: return e.prediction, None
+    as_text = lambda array: base64.b64encode(png_bytes(array)).decode()
+    return e.prediction, dict(cls=e.cls, picture=as_text(e.picture), overlay=as_text(e.overlay()))
+
 # %% ../../nbs/deploy/worker.ipynb #answer-file
 def _thresholds(p: AnyPrediction) -> dict[str, float | None]:
     "The frozen thresholds that decide; of two classes, that of the last"
@@ -124,15 +143,17 @@ def _of_error(e: ImageError) -> FileAnswer:
 def answer_file(
     predictor: Predictor,
     path: str,
-    heat_map: bool = False,
+    heat_map: bool = False,       # with one, where it is answered
 ) -> FileAnswer:
     "The answer for one file; its path stands nowhere in it"
     from covid_cxr.predict import FindingsPrediction
-    try: p = predictor.predict(path, on_bad='raise')
+    try: p, drawn = _seen(predictor, path, heat_map)
     except ImageError as e: return _of_error(e)
     if p.declined: return FileAnswer('declined', why=printable(p.declined), rule=p.reason.rule if p.reason else None)
     predicted = p.labels if isinstance(p, FindingsPrediction) else p.label
-    return FileAnswer('answered', predicted, p.probabilities, _thresholds(p), uncut=p.uncut)
+    none = _NO_MAP if heat_map and drawn is None else None
+    return FileAnswer('answered', predicted, p.probabilities, _thresholds(p), uncut=p.uncut, heat_map=drawn,
+                      no_heat_map=none)
 
 # %% ../../nbs/deploy/worker.ipynb #example-bundle
 def write_example_bundle(
@@ -171,12 +192,10 @@ def _answer_or_failure(predictor, path, heat_map):
                           failure='crash')
 
 def _loaded(bundle):
-    "The predictor, after one answer: its memory is taken"
-    import numpy as np
+    "The predictor after one answer, when its memory is taken; and whether it can draw"
     from covid_cxr.predict import load_predictor
     predictor = load_predictor(bundle, backend='onnx')
-    predictor.probabilities([np.zeros((predictor.rule.size,) * 2, np.uint8)])
-    return predictor
+    return predictor, can_draw(predictor)
 
 def run_worker(
     bundle: str,
@@ -186,10 +205,10 @@ def run_worker(
     "Answer the files that come through standard input until it is closed"
     said = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)                 # a library that prints disturbs nothing
-    try: predictor = _loaded(bundle)
+    try: predictor, draws = _loaded(bundle)
     except CxrError as e: return write_message(said, dict(error=printable(e)))
     limit_process(memory, writes=shared is None)
-    write_message(said, dict(ready=True))
+    write_message(said, dict(ready=True, heat_maps=draws))
     while (message := read_message(sys.stdin.buffer, 1 << 40)) is not None:
         with file_of(message[1], shared) as path:
             answer = _answer_or_failure(predictor, path, bool(message[0].get('heat_map')))
@@ -240,6 +259,7 @@ class Worker:
         if 'ready' not in told:
             self.stop()
             raise _worker_error(told.get('error', 'the worker process did not start.'))
+        self.heat_maps = bool(told.get('heat_maps'))    # can it draw them?
 
     @property
     def alive(self) -> bool: return self.process.poll() is None
@@ -317,6 +337,8 @@ class WorkerPool:
         self.restarts, self.closed = 0, False
         for w in self.workers: self.free.put(w)
 
+    @property
+    def heat_maps(self) -> bool: return any(w.heat_maps for w in list(self.workers))
     @property
     def up(self) -> int: return sum(w.alive for w in list(self.workers))
 
