@@ -140,7 +140,8 @@ def test_a_request_without_a_file_is_one_sentence(server):
 
 def test_the_page_says_what_the_model_is_and_is_not(server):
     text = server.ask('GET', '/')[2].decode()
-    for said in ('not for diagnosis', 'SYNTHETIC', 'Frozen thresholds', 'pneumonia from 0.400 on', 'Calibrated', 'Input check'):
+    for said in ('not for diagnosis', 'SYNTHETIC', 'Frozen thresholds', 'pneumonia from 0.400 on', 'Calibrated',
+                 'from random weights', 'Input check'):
         assert said in text, said
     model = json.loads(server.ask('GET', '/api/model')[2])
     assert model['classes'] == ['normal', 'pneumonia'] and model['thresholds'] == {'pneumonia': .4}
@@ -338,7 +339,8 @@ def watch(event, args):
     if not on[0]: return
     if event == 'open' and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         seen.append((event, str(args[0])))
-    if event in ('os.mkdir', 'os.rename', 'tempfile.mkstemp', 'tempfile.mkdtemp', 'os.link', 'os.symlink'): seen.append((event, str(args[0])))
+    if event in ('os.mkdir', 'os.rename', 'tempfile.mkstemp', 'tempfile.mkdtemp', 'os.link', 'os.symlink'):
+        seen.append((event, str(args[0])))
 sys.addaudithook(watch)
 '''
 
@@ -392,7 +394,8 @@ def test_the_log_names_no_file_and_no_client(server):
 
 # whatever is sent
 
-CONTENT = st.sampled_from(['image/png', 'multipart/form-data; boundary=xXx', 'multipart/form-data', 'application/x-www-form-urlencoded', '\t'])
+CONTENT = st.sampled_from(['image/png', 'multipart/form-data; boundary=xXx', 'multipart/form-data',
+                           'application/x-www-form-urlencoded', '\t'])
 
 
 @settings(max_examples=examples(25), deadline=None)
@@ -411,7 +414,8 @@ def test_whatever_is_sent_gets_one_sentence(server, data):
 
 
 @settings(max_examples=examples(25), deadline=None)
-@given(data=st.binary(max_size=300), line=st.sampled_from([b'', b'GET / HTTP/1.1\r\n', b'POST /api/predict HTTP/1.1\r\nHost: localhost\r\n']))
+@given(data=st.binary(max_size=300),
+       line=st.sampled_from([b'', b'GET / HTTP/1.1\r\n', b'POST /api/predict HTTP/1.1\r\nHost: localhost\r\n']))
 def test_whatever_bytes_come_the_server_goes_on(server, data, line):
     with socket.create_connection(server.host.split(':'), timeout=10) as s:
         s.sendall(line + data + b'\r\n\r\n')

@@ -46,6 +46,21 @@ def describe_model(
 # %% ../../nbs/deploy/api.ipynb #rows
 _NAMES = {'auc': 'AUC', 'recall': 'sensitivity', 'precision': 'positive predictive value', 'f1': 'F1'}
 
+def _calibrated(temperature: float) -> str:
+    "What was done that a probability means what it says"
+    if temperature == 1: return 'no: the probabilities are those of the network as it is'
+    return (f'yes, with temperature {format_number(temperature, 2)}: a probability holds under the data that it was '
+            'fitted on, not where the disease is more or less frequent')
+
+def _chosen(point: Mapping[str, Any]) -> list[tuple[str, str]]:
+    "How the threshold was chosen"
+    if 'goal' not in point: return []
+    shares = [f'{k} {format_number(point[k])}' for k in ('sensitivity', 'specificity') if k in point]
+    n = sum(point.get(k, 0) for k in ('n_positive', 'n_negative'))
+    where = f"on {format_count(n, 'image')}: " if n else 'with '
+    return [('Chosen by', f"{point['goal']}, {where}{join_words(shares)}")]
+
+# %% ../../nbs/deploy/api.ipynb #rows-says
 def _says(model) -> list[tuple[str, str]]:
     "What it decides, and how"
     if model['several_findings']: kinds = f"any number of {len(model['classes'])} findings: "
@@ -54,8 +69,8 @@ def _says(model) -> list[tuple[str, str]]:
     at = [f'{c} from {format_number(t)} on' for c, t in model['thresholds'].items() if t is not None]
     decides = join_words(at, most=20) if at else 'the class with the largest probability is predicted'
     rows.append(('Frozen thresholds', decides))
-    rows.append(('Calibrated', f"temperature {format_number(model['temperature'], 2)}: a probability holds under the "
-                 'data that it was fitted on, not where the disease is more or less frequent'))
+    rows += _chosen(model['operating_point'])
+    rows.append(('Calibrated', _calibrated(model['temperature'])))
     if model['site']: rows.append(('Calibrated for', str(model['site'].get('name', 'one place'))))
     return rows
 
@@ -72,8 +87,10 @@ def _trained(model) -> list[tuple[str, str]]:
         rows.append(('Not known', f'the patient of {images}, so its figures may be too good'))
     networks = format_count(model['networks'], 'network')
     start = model['started_from'].get('source') or 'none'
-    return [*rows, ('Network', f"{model['arch']}, {networks}, {model['image']['size']} px, weights from {start}")]
+    began = 'from random weights' if start == 'none' else f'from the weights of {start}'
+    return [*rows, ('Network', f"{model['arch']}, {networks}, {model['image']['size']} px, trained {began}")]
 
+# %% ../../nbs/deploy/api.ipynb #about
 def about_model(
     model: Mapping[str, Any],      # of `describe_model`
 ) -> list[tuple[str, str]]:        # (term, what is said of it)

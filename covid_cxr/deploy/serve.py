@@ -6,19 +6,15 @@
 from __future__ import annotations
 import contextlib, json, math, os, threading, time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from .. import __version__
 from ..bundle import check_manifest, describe_integrity, read_bundle
 from ..report.render import environment, render
-from ..words import format_number, format_percent, join_words, printable
+from ..words import format_number, join_words, printable
 from .worker import FileAnswer, Worker, WorkerPool
-from .guard import (COOKIE, Doorkeeper, Form, Limits, Metrics, RateLimit, RequestRefused, ServeError,
+from .guard import (COOKIE, Doorkeeper, Limits, Metrics, RateLimit, RequestRefused, ServeError,
                                     check_host, check_origin, is_loopback, log_request, new_token, read_uploads)
 from .api import about_model, answers_json, describe_model, http_status, openapi_document
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
 
 # %% auto #0
 __all__ = ['describe_answer', 'Bar', 'AnswerView', 'Service', 'open_service', 'GuardedApp', 'make_server', 'serving',
@@ -211,7 +207,7 @@ async def _login(service, request):
     from starlette.responses import HTMLResponse, RedirectResponse
     if request.method != 'POST': return HTMLResponse(service.page('serve_login.html.j2', error=''))
     service.tries.check(_client(request))
-    form: Form = await read_uploads(request, Limits(request_bytes=10_000, upload_seconds=service.limits.header_seconds))
+    form = await read_uploads(request, Limits(request_bytes=10_000, upload_seconds=service.limits.header_seconds))
     if not service.door.knows_token(form.fields.get('token', '')):
         return HTMLResponse(service.page('serve_login.html.j2', error='This is not the token.'), 401)
     reply = RedirectResponse('./', 303)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Iterator, Literal
 from ..core import CxrError, ImageError
 from ..images import file_reason
-from ..words import format_bytes, format_count, printable
+from ..words import format_count, printable
 if TYPE_CHECKING: from covid_cxr.predict import AnyPrediction, Predictor
 
 # %% auto #0
@@ -305,7 +305,7 @@ class Worker:
         "End the process"
         if self.alive: self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
             with suppress(OSError): pipe.close()
         if self.shared is not None: os.close(self.shared)
         self.shared = None
