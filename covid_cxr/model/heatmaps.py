@@ -17,7 +17,7 @@ __all__ = ['to_logit', 'log_odds', 'answer_gradient', 'enlarge', 'weigh_maps', '
            'occlusion_map', 'LimeExplanation', 'lime_explain', 'rank_correlation']
 
 # %% ../../nbs/model/heatmaps.ipynb #logits
-_EDGE = 1e-7      # probabilities are kept this far from 0 and 1
+_EDGE = 1e-7      # single precision knows no probability nearer to 1
 
 def to_logit(
     p: ArrayLike,     # (n,) probabilities
