@@ -86,9 +86,10 @@ class Page:
             self.do('Input.dispatchDragEvent', type=kind, x=box[0], y=box[1], data=data)
 
     def press(self, key, text=''):
+        name = ' ' if key == 'Space' else key
         for kind in ('keyDown', 'keyUp'):
             said = dict(text=text) if text and kind == 'keyDown' else {}
-            self.do('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **said)
+            self.do('Input.dispatchKeyEvent', type=kind, key=name, code=key, windowsVirtualKeyCode=KEYS[key], **said)
 
     def screen(self, width, height=900, dark=False, still=True):
         "A window of this width, in the light or in the dark"

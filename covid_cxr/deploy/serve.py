@@ -12,7 +12,7 @@ from ..bundle import check_manifest, describe_integrity, read_bundle
 from ..report.render import environment, render
 from ..words import format_number, join_words, printable
 from .worker import FileAnswer, Worker, WorkerPool
-from .guard import (COOKIE, Doorkeeper, Limits, Metrics, RateLimit, RequestRefused, ServeError,
+from .guard import (Doorkeeper, Limits, Metrics, RateLimit, RequestRefused, ServeError,
                                     check_host, check_origin, is_loopback, log_request, new_token, read_uploads)
 from .api import about_model, answers_json, describe_model, http_status, openapi_document
 
@@ -111,6 +111,7 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         "For /health"
+        self.pool.mend()
         up = self.pool.up
         return dict(status='ok' if up else 'starting', workers_up=up, workers=self.pool.size,
                     restarts=self.pool.restarts)
@@ -143,7 +144,7 @@ def open_service(
     if not timeout > 0 or not memory > 0: raise ServeError('the time and the memory of a file must be above zero.')
     pool = WorkerPool(lambda: Worker(bundle, memory, timeout), workers)
     integrity = check_manifest(description['folder'])
-    altered = describe_integrity(integrity, description['folder']) if integrity.status == 'altered' else ''
+    altered = describe_integrity(integrity, 'this bundle') if integrity.status == 'altered' else ''
     known = names if host in ('0.0.0.0', '::') else [*names, host]
     return Service(pool, describe_model(description), limits, door, known, local, printable(altered), **more)
 
@@ -211,7 +212,8 @@ async def _login(service, request):
     if not service.door.knows_token(form.fields.get('token', '')):
         return HTMLResponse(service.page('serve_login.html.j2', error='This is not the token.'), 401)
     reply = RedirectResponse('./', 303)
-    if service.door.cookie: reply.set_cookie(COOKIE, service.door.cookie, httponly=True, samesite='strict', path='/')
+    if service.door.cookie:
+        reply.set_cookie(service.door.cookie_name, service.door.cookie, httponly=True, samesite='strict', path='/')
     return reply
 
 # %% ../../nbs/deploy/serve.ipynb #small-handlers
@@ -243,7 +245,7 @@ def _example(service, request):
 async def _api_page(service, request):
     "GET /api"
     from starlette.responses import HTMLResponse
-    schemas = {k: json.dumps(v, indent=1) for k, v in service.document['components']['schemas'].items()}
+    schemas = {k: json.dumps(v, indent=1).splitlines() for k, v in service.document['components']['schemas'].items()}
     return HTMLResponse(service.page('serve_api.html.j2', document=service.document, schemas=schemas,
                                      example=_example(service, request)))
 
@@ -422,4 +424,5 @@ def serve(
     except SystemExit:
         why = f'cannot listen on {host}, port {port}; is another program there? Choose another --port.'
         raise ServeError(why) from None
+    except KeyboardInterrupt: print('the server was stopped.', flush=True)
     finally: service.pool.stop()

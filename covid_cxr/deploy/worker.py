@@ -254,7 +254,7 @@ class Worker:
         fds = () if self.shared is None else (self.shared,)
         self.process = subprocess.Popen(_command(bundle, memory, self.shared), stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=fds,
-                                        env=_environment())
+                                        env=_environment(), start_new_session=True)
         told = self._wait(60.)
         if 'ready' not in told:
             self.stop()
@@ -268,12 +268,14 @@ class Worker:
         self.timed_out = True
         self.process.kill()
 
-    def _wait(self, seconds):
-        "The next message, or {}; a process that takes longer is killed"
+    def _wait(self, seconds, hand_over=lambda: None):
+        "The next message, or {}; a process that takes longer, or does not take what is handed over, is killed"
         watch = threading.Timer(seconds, self._kill)
         watch.daemon = True
         watch.start()
-        try: message = read_message(self.process.stdout)
+        try:
+            hand_over()
+            message = read_message(self.process.stdout)
         except (OSError, ValueError): message = None
         finally: watch.cancel()
         return {} if message is None else message[0]
@@ -281,8 +283,7 @@ class Worker:
     def _hand_over(self, data, heat_map):
         "The file, in memory or through the pipe"
         if self.shared is not None: _write_memory(self.shared, data)
-        try: write_message(self.process.stdin, dict(heat_map=heat_map), data if self.shared is None else b'')
-        except (OSError, ValueError): pass     # it has gone; the answer says so
+        write_message(self.process.stdin, dict(heat_map=heat_map), data if self.shared is None else b'')
 
     def ask(
         self,
@@ -290,8 +291,7 @@ class Worker:
         heat_map: bool = False,
     ) -> FileAnswer:
         "The answer for one file, or a WorkerError; after that the worker is dead"
-        self._hand_over(data, heat_map)
-        told = self._wait(self.timeout)
+        told = self._wait(self.timeout, lambda: self._hand_over(data, heat_map))
         if self.shared is not None: os.ftruncate(self.shared, 0)
         if told: return FileAnswer(**told)
         self.process.kill()
@@ -348,13 +348,27 @@ class WorkerPool:
         heat_map: bool = False,
     ) -> FileAnswer:
         "The answer of a free worker; a file that breaks it has failed"
-        try: worker = self.free.get(timeout=self.patience)
+        try: worker = self._take()
         except queue.Empty: return FileAnswer('failed', why=_BUSY, failure='busy')
         try: return worker.ask(data, heat_map)
         except WorkerError as e: return FileAnswer('failed', why=str(e), failure=e.failure)
-        finally:
-            if worker.alive: self.free.put(worker)
-            else: threading.Thread(target=self._replace, args=[worker], daemon=True).start()
+        finally: self._give_back(worker)
+
+    def mend(self) -> None:
+        "Replace workers that died while they had nothing to do"
+        for _ in range(self.free.qsize()):
+            with suppress(queue.Empty): self._give_back(self.free.get_nowait())
+
+    def _take(self):
+        "A free worker that lives"
+        while True:
+            worker = self.free.get(timeout=self.patience)
+            if worker.alive: return worker
+            self._give_back(worker)
+
+    def _give_back(self, worker):
+        if worker.alive: self.free.put(worker)
+        else: threading.Thread(target=self._replace, args=[worker], daemon=True).start()
 
     def _replace(self, dead):
         "A fresh worker for a dead one, tried until it starts"
