@@ -281,6 +281,14 @@ def test_too_many_requests_and_too_many_at_once(bundle):
         assert status == 429 and int(headers['Retry-After']) > 10 and b'class="answer failed"' in body
 
 
+def test_requests_at_the_same_time_wait_for_the_one_worker(server):
+    got = []
+    asked = [threading.Thread(target=lambda: got.append(server.predict(RADIOGRAPH))) for _ in range(5)]
+    for t in asked: t.start()
+    for t in asked: t.join(30)
+    assert [(status, a['answers'][0]['status']) for status, a in got] == [(200, 'answered')] * 5
+
+
 def test_a_picture_of_a_billion_pixels_is_declined_by_its_header(server):
     header = RADIOGRAPH[:16] + (40000).to_bytes(4, 'big') * 2 + RADIOGRAPH[24:]
     got = server.predict(header)[1]['answers'][0]
@@ -300,7 +308,10 @@ def test_other_names_and_other_sites_are_refused(server):
 
 
 def test_a_token_opens_the_page_and_the_endpoint(bundle):
-    with running(bundle, token=TOKEN) as s:
+    with running(bundle, token=TOKEN, names=['xray.example.org']) as s:
+        behind = dict(Host='xray.example.org', Authorization=f'Bearer {TOKEN}')          # a reverse proxy with TLS
+        assert s.predict(RADIOGRAPH, Origin='https://xray.example.org', **behind)[0] == 200
+        assert s.predict(RADIOGRAPH, Origin='https://other.example.org', **behind)[0] == 403
         status, headers, _ = s.ask('GET', '/')
         assert (status, headers['Location']) == (303, '/login')
         for path in ('/api/model', '/metrics', '/openapi.json'):
