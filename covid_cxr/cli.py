@@ -616,6 +616,35 @@ def _export(args):
     _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
+# %% ../nbs/cli.ipynb #serve-options
+def _serve_options(p):
+    p.add_argument('bundle', metavar='BUNDLE', help='a bundle with an ONNX file, as covid-cxr export writes it')
+    p.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
+                   help='the address to listen on (default: 127.0.0.1, this machine alone); 0.0.0.0 for all of them')
+    p.add_argument('--port', type=int, default=8000, metavar='N', help='default: 8000')
+    p.add_argument('--token', metavar='WORD',
+                   help='what a person or a program must give; other users of this machine can read it here, so better '
+                        'set COVID_CXR_TOKEN; made and printed when another address than 127.0.0.1 has none')
+    p.add_argument('--name', action='append', default=[], metavar='NAME',
+                   help='a name by which the server is asked for, such as that of a reverse proxy; may be repeated')
+    p.add_argument('--workers', type=int, default=1, metavar='N', help='processes that answer (default: 1)')
+    p.add_argument('--timeout', type=float, default=30., metavar='SECONDS', help='for one file (default: 30)')
+    p.add_argument('--memory', type=float, default=1500, metavar='MB',
+                   help='for one file, beyond that of the network (default: 1500)')
+    p.add_argument('--per-minute', type=int, default=120, metavar='N',
+                   help='requests of one client in a minute (default: 120)')
+
+# %% ../nbs/cli.ipynb #serve
+@command(_serve_options, 'covid-cxr serve my-model')
+def _serve(args):
+    "a page in the browser that answers dropped images, and the same for programs"
+    from covid_cxr.deploy.guard import Limits
+    from covid_cxr.deploy.serve import serve
+    if not 0 <= args.port <= 65535: raise RunError(f'--port {args.port} is not from 0 to 65535.')
+    token = args.token or os.environ.get('COVID_CXR_TOKEN') or None
+    serve(args.bundle, args.host, args.port, token=token, names=args.name, workers=args.workers, timeout=args.timeout,
+          memory=int(args.memory * 1e6), limits=Limits(per_minute=args.per_minute))
+
 # %% ../nbs/cli.ipynb #recipes
 def _recipes_options(p):
     p.add_argument('--fields', action='store_true', help='list the fields of a recipe: default, meaning, known words')
