@@ -15,12 +15,13 @@ from ..model.heatmaps import (grad_cam_maps, lime_explain, log_odds, occlusion_m
                                       to_logit)
 from ..model.onnx import NetworkOutputs, mean_logits, randomise_onnx
 from ..bundle import load_onnx
-from ..predict import AnswerCounts, AnyPrediction, OnBadFile, OODMode, Predictor, scale_pixels
+from ..predict import (AnswerCounts, AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor,
+                               scale_pixels)
 from ..words import format_count, format_number, format_percent, join_words, printable, safe_cell
 if TYPE_CHECKING: from covid_cxr.model.lungs import LungNet
 
 # %% auto #0
-__all__ = ['Method', 'choose_class', 'draw_overlay', 'png_bytes', 'Explanation', 'explain_image', 'RandomTwin',
+__all__ = ['MapMethod', 'choose_class', 'draw_overlay', 'png_bytes', 'Explanation', 'explain_image', 'RandomNetwork',
            'LungShare', 'Compared', 'lung_share', 'find_lung_net', 'explain_beside_twin', 'describe_compared',
            'explanation_row', 'explain_files']
 
@@ -41,8 +42,8 @@ def choose_class(
     if cls is not None and cls not in classes:
         raise CxrError(f"no class '{cls}' in this model{nearest(cls, classes)}; it knows {join_words(classes)}.")
     if cls is not None: return cls
-    if predictor.several: return _highest_finding(prediction)
-    return classes[-1] if len(classes) == 2 else prediction.label
+    if isinstance(prediction, FindingsPrediction): return _highest_finding(prediction)
+    return classes[-1] if len(classes) == 2 else str(prediction.label)
 
 # %% ../../nbs/deploy/explain.ipynb #colours
 _RAMP = np.array([(70, 10, 110), (170, 40, 110), (235, 105, 60), (250, 175, 60), (255, 240, 150)], float)
@@ -59,6 +60,7 @@ def _edge_of(inside):
     padded = np.pad(inside, 1, mode='edge')
     return inside & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
 
+# %% ../../nbs/deploy/explain.ipynb #overlay
 def draw_overlay(
     picture: np.ndarray,     # (h, w) uint8
     map: np.ndarray,         # (h, w); 0: no colour
@@ -69,13 +71,14 @@ def draw_overlay(
     strength = np.abs(map) / top
     colour, alpha = _ramp(strength), _SOLID * strength**.75
     if map.min() < 0:
-        colour = np.where((map > 0)[..., None], _FOR, _AGAINST)
+        colour, alpha = np.where((map > 0)[..., None], _FOR, _AGAINST), _SOLID * strength
         stripes = np.add.outer(np.arange(map.shape[0]), np.arange(map.shape[1])) // _STRIPE % 2 == 1
         alpha = np.where((map < 0) & stripes, .3 * alpha, alpha)
     out = grey * (1 - alpha[..., None]) + colour * alpha[..., None]
     out[_edge_of(strength >= .5)] = 255
     return out.round().astype(np.uint8)
 
+# %% ../../nbs/deploy/explain.ipynb #png
 def png_bytes(
     array: np.ndarray,     # (h, w) or (h, w, 3) uint8
 ) -> bytes:
@@ -85,7 +88,7 @@ def png_bytes(
     return out.getvalue()
 
 # %% ../../nbs/deploy/explain.ipynb #explanation
-Method = Literal['grad_cam', 'occlusion', 'lime']
+MapMethod = Literal['grad_cam', 'occlusion', 'lime']
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
@@ -95,7 +98,12 @@ class Explanation:
     picture: np.ndarray | None     # (h, w) uint8, as the network sees it; None: there is none
     map: np.ndarray | None         # (h, w) float32; above 0: speaks for the class, below: against it, 0: neither.
                                    # Grad-CAM has no negative values, and its largest is 1; None: declined
-    method: Method = 'grad_cam'
+    method: MapMethod = 'grad_cam'
+
+    @property
+    def probability(self) -> float:     # NaN: declined
+        "Probability of the class that is explained"
+        return (self.prediction.probabilities or {}).get(self.cls or '', np.nan)
 
     def overlay(self) -> np.ndarray:    # (h, w, 3) uint8
         "The map in colours over the picture; the picture alone where there is no map"
@@ -107,25 +115,29 @@ def _in_batches(score, bs=8):
     "The same function of many images, a few at a time"
     return lambda x: np.concatenate([score(x[i:i + bs]) for i in range(0, len(x), bs)])
 
+def _grad_cam_of(source, picture, at, against=False):
+    "(h, w) Grad-CAM of a `Predictor` or of its twin"
+    outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
+    return grad_cam_maps(outputs, at, size, source.temperatures, source.several, against)[0]
+
 def _draw_map(source, picture, at, method):
     "(h, w) float32 map of a `Predictor` or of its twin"
-    if method == 'grad_cam':
-        outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
-        return grad_cam_maps(outputs, at, size, source.temperatures, source.several)[0]
+    if method == 'grad_cam': return _grad_cam_of(source, picture, at)
     score = _in_batches(lambda x: source.probabilities(x)[:, at])
     found = lime_explain(score, picture).map if method == 'lime' else occlusion_map(score, picture[None])[0]
     return found.astype(np.float32)
 
+# %% ../../nbs/deploy/explain.ipynb #explain-image
 def explain_image(
     predictor: Predictor,          # of `load_predictor`
     image: Any,                    # a path, bytes, a file object, a PIL image, or an array (h, w) uint8 or uint16
     cls: str | None = None,        # the class or finding that is explained; None: as `choose_class` says
-    method: Method = 'grad_cam',
+    method: MapMethod = 'grad_cam',
     on_bad: OnBadFile = 'raise',   # 'decline': a file that cannot be read is declined
     ood: OODMode = 'decline',      # what is unlike the training: 'decline', answer and 'warn', or do not ask
 ) -> Explanation:
     "The answer for one image, and where on it the answer came from"
-    check_choice('method', method, Method)
+    check_choice('method', method, MapMethod)
     prediction, picture = predictor.see(image, on_bad, ood)
     if picture is None or prediction.declined: return Explanation(prediction, None, picture, None, method)
     cls = choose_class(predictor, prediction, cls)
@@ -146,11 +158,12 @@ def _covered_quarters(picture):
     "The picture, and four copies with a quarter in its mean grey"
     out = np.repeat(picture[None], 5, 0)
     h, w = picture.shape[0] // 2, picture.shape[1] // 2
-    for copy, (rows, columns) in zip(out[1:], ((r, c) for r in (slice(h), slice(h, None)) for c in (slice(w), slice(w, None)))):
-        copy[rows, columns] = round(picture.mean())
+    quarters = [(rows, columns) for rows in (slice(h), slice(h, None)) for columns in (slice(w), slice(w, None))]
+    for copy, at in zip(out[1:], quarters): copy[at] = round(picture.mean())
     return out
 
-class RandomTwin:
+# %% ../../nbs/deploy/explain.ipynb #random-network
+class RandomNetwork:
     "The network of a predictor with random weights, which has learned nothing"
     def __init__(
         self,
@@ -202,6 +215,7 @@ def lung_share(
     total = float(weight.sum())
     return LungShare(float((weight * lungs).sum()) / total if total > 0 else np.nan, float(lungs.mean()))
 
+# %% ../../nbs/deploy/explain.ipynb #lung-net
 def find_lung_net(
     predictor: Predictor,
     where: str | os.PathLike | None = None,    # a folder of `save_lung_net`; None: that of the bundle, where it has one
@@ -220,21 +234,27 @@ def _lungs_of(net, e):
     mask, = find_lungs(net, e.picture[None])
     return lung_share(e.map, mask) if lung_fault(mask) == 'none' else None
 
+# %% ../../nbs/deploy/explain.ipynb #beside
+def _map_of_twin(twin, picture, at, method):
+    "The map of random weights, whose classes mean nothing: where none of it is for the class, what is against it"
+    drawn = _draw_map(twin, picture, at, method)
+    return drawn if method != 'grad_cam' or drawn.any() else _grad_cam_of(twin, picture, at, against=True)
+
 def explain_beside_twin(
     predictor: Predictor,
-    twin: RandomTwin,
+    twin: RandomNetwork,
     image: Any,                        # as for `explain_image`
     cls: str | None = None,
-    method: Method = 'grad_cam',
+    method: MapMethod = 'grad_cam',
     lungs: LungNet | None = None,      # of `find_lung_net`; None: the share inside the lungs is not measured
     on_bad: OnBadFile = 'raise',
     ood: OODMode = 'decline',
 ) -> Compared:
     "`explain_image`, and the same on the random twin"
     e = explain_image(predictor, image, cls, method, on_bad, ood)
-    if e.map is None: return Compared(e, None, np.nan, None)
+    if e.map is None or e.picture is None or e.cls is None: return Compared(e, None, np.nan, None)
     twin.look_at(e.picture)
-    of_twin = _draw_map(twin, e.picture, predictor.classes.index(e.cls), method)
+    of_twin = _map_of_twin(twin, e.picture, predictor.classes.index(e.cls), method)
     beside = Explanation(e.prediction, e.cls, e.picture, of_twin, method)
     return Compared(e, beside, rank_correlation(e.map, of_twin), _lungs_of(lungs, e))
 
@@ -252,7 +272,7 @@ def describe_compared(
     "One sentence on an explained image"
     e = compared.explanation
     if e.map is None: return f'declined: {_why_declined(e.prediction)}'
-    said = f'{e.prediction.answer}, probability of {e.cls} {format_number(e.prediction.probabilities[e.cls], 4)}'
+    said = f'{e.prediction.answer}, probability of {e.cls} {format_number(e.probability, 4)}'
     if not e.map.any(): said += f'; nothing on the image speaks for {e.cls}'
     elif np.isnan(compared.alike): said += '; the map of the random twin is empty'
     else: said += f'; rank correlation with the random twin {format_number(compared.alike, 2)}'
@@ -260,30 +280,32 @@ def describe_compared(
     inside, area = (format_percent(v, 0) for v in compared.lungs)
     return printable(f'{said}; {inside} of the map inside the lungs, which are {area} of the picture')
 
+# %% ../../nbs/deploy/explain.ipynb #row
 def explanation_row(
     compared: Compared,
     files: Sequence[str] = ('', ''),      # names of the two PNG files
 ) -> dict[str, Any]:
     "One row of `explanations.csv`; blank where there is no number"
     e, shares = compared.explanation, compared.lungs or (np.nan, np.nan)
-    explained = e.map is not None
-    numbers = dict(probability=e.prediction.probabilities[e.cls] if explained else np.nan, twin_correlation=compared.alike,
-                   share_in_lungs=shares[0], lungs_area=shares[1])
-    return dict(file=_name_of(e.prediction), answer=e.prediction.answer, explained=e.cls, method=e.method,
-                **{k: None if np.isnan(v) else round(float(v), 6) for k, v in numbers.items()}, map=files[0], twin_map=files[1],
-                declined=None if explained else _why_declined(e.prediction))
+    found = dict(probability=e.probability, twin_correlation=compared.alike, share_in_lungs=shares[0],
+                 lungs_area=shares[1])
+    numbers = {k: None if np.isnan(v) else round(float(v), 6) for k, v in found.items()}
+    return dict(file=_name_of(e.prediction), answer=e.prediction.answer, explained=e.cls, method=e.method, **numbers,
+                map=files[0], twin_map=files[1], declined=None if e.map is not None else _why_declined(e.prediction))
 
 
 # %% ../../nbs/deploy/explain.ipynb #page
-_MOST_ON_PAGE = 100      # images; the others are in their files
-_METHODS = dict(grad_cam='Grad-CAM: the last feature maps of the network, each weighed with what the answer gains from it.',
-                occlusion='Occlusion: what the answer loses when a patch of the image is covered with its mean grey.',
-                lime='LIME: superpixels are blanked at random, and a linear model says what each does to the answer.')
-_SIGNED = ('Green speaks for the class, striped red against it, no colour is zero. The white line runs around half of the '
-           'largest value.')
+_MOST_ON_PAGE, _SIDE = 100, 400      # images on the page, the others are in their files; side of a picture, pixels
+_METHODS = dict(
+    grad_cam='Grad-CAM: the last feature maps of the network, each weighed with what the answer gains from it.',
+    occlusion='Occlusion: what the answer loses when a patch of the image is covered with its mean grey.',
+    lime='LIME: superpixels are blanked at random, and a linear model says what each does to the answer.')
+_SIGNED = ('Green speaks for the class, striped red against it, no colour is zero. The white line runs around half of '
+           'the largest value.')
 _UNSIGNED = ('From violet to yellow: what speaks for the class, of the largest value of this map. No colour is zero: '
              'nothing there speaks for it. The white line runs around half of the largest value.')
 
+# %% ../../nbs/deploy/explain.ipynb #entry
 class _Entry(NamedTuple):
     "One image on the page"
     name: str
@@ -291,9 +313,13 @@ class _Entry(NamedTuple):
     pictures: list
 
 def _picture(array, alt, caption):
+    "A small JPEG inside the page; the PNG files hold every pixel"
     import base64
     from covid_cxr.report.render import Picture
-    return Picture('data:image/png;base64,' + base64.b64encode(png_bytes(array)).decode(), alt, caption)
+    small, out = Image.fromarray(array).convert('RGB'), io.BytesIO()
+    small.thumbnail((_SIDE, _SIDE))
+    small.save(out, 'jpeg', quality=88, subsampling=0)
+    return Picture('data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode(), alt, caption)
 
 def _entry(compared):
     "An image with its maps, for the page"
@@ -301,10 +327,12 @@ def _entry(compared):
     shown = []
     if e.picture is not None: shown.append(_picture(e.picture, f'{name} as the network sees it', 'image'))
     if compared.twin is not None:
+        twin = compared.twin.overlay()
         shown += [_picture(e.overlay(), f'{name} with its heat map', f'map for {e.cls}'),
-                  _picture(compared.twin.overlay(), f'{name} with the map of random weights', 'the same, random weights')]
+                  _picture(twin, f'{name} with the map of random weights', 'the same, random weights')]
     return _Entry(printable(name), describe_compared(compared), shown)
 
+# %% ../../nbs/deploy/explain.ipynb #table
 def _numbers_table(rows):
     "The numbers of all images, as a table of the page"
     from covid_cxr.report.render import Table
@@ -313,7 +341,8 @@ def _numbers_table(rows):
     lines = [[printable(r['file']), r['explained'], format_number(r['probability'], 3),
               shown(r, 'twin_correlation', lambda v: format_number(v, 2)), shown(r, 'share_in_lungs', percent),
               shown(r, 'lungs_area', percent)] for r in rows if r['declined'] is None]
-    head = ['image', 'class', 'probability', 'rank correlation with the twin', 'share inside the lungs', 'area of the lungs']
+    head = ['image', 'class', 'probability', 'rank correlation with the twin', 'share inside the lungs',
+            'area of the lungs']
     return Table('Every explained image', head, lines, numbers=(2, 3, 4, 5))
 
 
@@ -332,20 +361,24 @@ def _write_csv(rows, file):
     lines.writerows({k: '' if v is None else safe_cell(v) for k, v in row.items()} for row in rows)
     with atomic_path(file) as tmp: tmp.write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
 
+# %% ../../nbs/deploy/explain.ipynb #write-page
+def _page_context(predictor, rows, entries, method):
+    "What the template asks for"
+    few = (f'The first {format_count(len(entries), "image")} of {len(rows):,} are shown; '
+           'the maps of the others are PNG files in this folder.')
+    return dict(not_for=predictor.bundle['not_for'], synthetic=predictor.synthetic, entries=entries,
+                method_sentence=_METHODS[method], colours_sentence=_UNSIGNED if method == 'grad_cam' else _SIGNED,
+                few='' if len(entries) == len(rows) else few, numbers=_numbers_table(rows))
+
 def _write_page(predictor, rows, entries, method, file):
     from covid_cxr.report.render import render
-    few = '' if len(entries) == len(rows) else (f'The first {format_count(len(entries), "image")} of {len(rows):,} are '
-                                                'shown; the maps of the others are PNG files in this folder.')
-    text = render('explain.html.j2', not_for=predictor.bundle['not_for'], synthetic=predictor.synthetic, entries=entries,
-                  method_sentence=_METHODS[method], colours_sentence=_UNSIGNED if method == 'grad_cam' else _SIGNED,
-                  few=few, numbers=_numbers_table(rows))
-    with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf-8')
+    text = render('explain.html.j2', **_page_context(predictor, rows, entries, method))
+    with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 def _stem(i, compared):
     "A short name of plain letters for the files of an image"
     own = Path(_name_of(compared.explanation.prediction)).stem
     return f'{i:04}-' + ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in own)[:60]
-
 
 # %% ../../nbs/deploy/explain.ipynb #explain-files
 def explain_files(
@@ -353,7 +386,7 @@ def explain_files(
     files: Sequence[str],                # of `list_images`
     out: str | os.PathLike,              # folder for the pictures, the page and the numbers
     cls: str | None = None,              # as for `explain_image`
-    method: Method = 'grad_cam',
+    method: MapMethod = 'grad_cam',
     lungs: LungNet | None = None,        # of `find_lung_net`
     on_bad: OnBadFile = 'raise',
     ood: OODMode = 'decline',
@@ -361,7 +394,7 @@ def explain_files(
     said: Callable[[str], object] = lambda line: None,   # called with a line for each image
 ) -> AnswerCounts:
     "Explain files one after the other, each beside the random twin; write pictures, numbers and a page"
-    out, twin = Path(out), RandomTwin(predictor, seed)
+    out, twin = Path(out), RandomNetwork(predictor, seed)
     rows: list[dict[str, Any]] = []
     entries: list[_Entry] = []
     try:
