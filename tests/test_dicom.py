@@ -258,7 +258,7 @@ def texts(item):
 def test_answers_are_filed_in_the_study_of_the_patient(tiny_bundle, study, tmp_path):
     import highdicom as hd
     from pydicom import dcmread
-    from covid_cxr.core import sha256_file
+    from covid_cxr.deploy.dicom import _stem
     from covid_cxr.predict import load_predictor
     p = here('predict', tiny_bundle, study, '--out', tmp_path / 'a.csv', '--dicom-out', tmp_path / 'dicom', '--on-bad', 'decline',
              '--ood', 'off')
@@ -269,8 +269,8 @@ def test_answers_are_filed_in_the_study_of_the_patient(tiny_bundle, study, tmp_p
     assert [e for f in files for e in dciodvfy(f)] == []
     predictor = load_predictor(tiny_bundle)
     for source in sorted(study.glob('IM[1-5]')):
-        stem, header = sha256_file(source)[:16], dcmread(source, stop_before_pixels=True)
-        answer = predictor.predict([source], on_bad='decline', ood='off')[0]
+        header, answer = dcmread(source, stop_before_pixels=True), predictor.predict([source], on_bad='decline', ood='off')[0]
+        stem = _stem(predictor, answer)
         report = hd.sr.srread(tmp_path / 'dicom' / f'{stem}-report.dcm')
         heat_map = tmp_path / 'dicom' / f'{stem}-heat-map.dcm'
         assert heat_map.is_file() == (answer.declined is None)
@@ -325,6 +325,9 @@ def test_a_job_that_stops_has_a_report_for_every_row(tiny_bundle, study, tmp_pat
     assert predict_to_file(filing, files, tmp_path / 'a.csv', 1, 'decline', 'off').resumed == 2
     assert filing.written == 3 and len(list((tmp_path / 'dicom').glob('*-report.dcm'))) == 5
     assert all((tmp_path / 'dicom' / name).read_bytes() == data for name, data in before.items())
+    predictor.bundle['threshold'] = .9                               # another decision is another answer
+    filing = AnswersInDicom(predictor, tmp_path / 'dicom')
+    assert len(list(filing.stream(files[:1], ood='off'))) == 1 and len(list((tmp_path / 'dicom').glob('*-report.dcm'))) == 6
 
 
 def test_odd_tags_are_copied_or_refused_without_being_repeated(tmp_path, recwarn, caplog):

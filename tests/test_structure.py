@@ -104,7 +104,8 @@ def test_no_line_of_the_package_is_wide():
 LIGHT = {'core': 'pandas torch', 'words': 'pandas torch', 'model.settings': 'pandas torch fastai',
          'predict': 'pandas torch fastai matplotlib', 'ood': 'pandas torch scipy', 'model.heatmaps': 'pandas torch scipy',
          'deploy.explain': 'pandas torch fastai matplotlib sklearn skimage', 'cli': 'pandas torch fastai',
-         'deploy.worker': 'pandas torch fastai matplotlib onnxruntime', 'deploy.serve': 'pandas torch fastai matplotlib onnxruntime'}
+         'deploy.worker': 'pandas torch fastai matplotlib onnxruntime', 'deploy.serve': 'pandas torch fastai matplotlib onnxruntime',
+         'deploy.dicom': 'pandas torch fastai pydicom highdicom', 'model.hub': 'pandas torch huggingface_hub'}
 
 
 @pytest.mark.parametrize('module', LIGHT)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from .. import __version__
-from ..core import CxrError, ImageError, RunError, atomic_path, sha256_file
+from ..core import CxrError, ImageError, RunError, atomic_path, sha256_file, sha256_text
 from ..words import format_number, join_words, printable
 from ..predict import AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor
 from .explain import explain_image
@@ -304,6 +304,15 @@ def _heat_map_of(predictor, prediction, study, model):
     e = explain_image(predictor, prediction.path, ood='off')
     return make_heat_map(study, label_picture(e.overlay(), _lines(e, model)), model)
 
+# %% ../../nbs/deploy/dicom.ipynb #stem
+def _stem(predictor, prediction):
+    "The name of an answer: of this file, this network and this decision"
+    b = predictor.bundle
+    try: file = sha256_file(prediction.path)
+    except OSError as e: raise _no_answer(prediction.path, str(e.strerror)) from e
+    decision = [b.get(k) for k in ('threshold', 'temperature', 'bias')]
+    return sha256_text(file, name_model(b).sha256, decision, prediction.declined is None)[:16]
+
 def _save(ds, file):
     with atomic_path(file) as tmp: ds.save_as(tmp, enforce_file_format=True)
     return file
@@ -330,8 +339,7 @@ def write_dicom_answer(
 ) -> DicomAnswer:
     "File an answer, or a decline with its reason, in the patient's own study"
     if prediction.path is None: raise ImageError('an array has no study; give the path of a DICOM file.')
-    try: stem = sha256_file(prediction.path)[:16]
-    except OSError as e: raise _no_answer(prediction.path, str(e.strerror)) from e
+    stem = _stem(predictor, prediction)
     report, heat_map = (Path(out)/f'{stem}-{what}.dcm' for what in ('report', 'heat-map'))
     if not report.is_file():                         # written last
         report_object, picture = _objects(predictor, prediction)

@@ -4,12 +4,12 @@
 
 # %% ../../nbs/model/hub.ipynb #imports
 from __future__ import annotations
-import hashlib, json, os, re, shutil
+import json, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 from urllib.parse import urljoin, urlsplit
-from ..core import BundleError
+from ..core import BundleError, sha256_file
 from ..words import format_bytes, printable
 
 # %% auto #0
@@ -159,8 +159,7 @@ def _read_files(text: bytes, allowed: Iterable[str], address: HubAddress) -> lis
 def _fetch_checked(address: HubAddress, f: HubFile, folder: Path) -> None:
     "Fetch a file that must be the one of the manifest"
     fetch_file(address, f.name, folder / f.name, f.size)
-    h = hashlib.sha256((folder / f.name).read_bytes()).hexdigest()
-    if h != f.sha256 or (folder / f.name).stat().st_size != f.size:
+    if sha256_file(folder / f.name) != f.sha256 or (folder / f.name).stat().st_size != f.size:
         raise BundleError(f'{f.name} of {address} is not the file of its manifest (size or SHA-256 differs); '
                           'it was not kept.')
 
