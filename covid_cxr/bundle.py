@@ -466,8 +466,9 @@ def save_bundle(
     from covid_cxr.learner import learner_info
     info, state = learner_info(learn), _tensors(learn.model)
     description = _description(
-        info, state, dict(ood_check=ood_check, feature_check=feature_check), **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
-        temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
+        info, state, dict(ood_check=ood_check, feature_check=feature_check), **_members(learn.model), tta=tta,
+        synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
+        operating_point=operating_point or {}, provenance=provenance or {})
     def add_files(tmp):
         if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
         _save_lungs(info.rule, tmp)

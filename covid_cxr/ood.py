@@ -16,10 +16,10 @@ from .words import format_number, format_percent
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'WrongKind', 'WIDER', 'OODCheck',
-           'fit_ood_check', 'check_colour', 'make_ood_images', 'change_images', 'make_wrong', 'make_other_machine',
-           'FeatureCheck', 'fit_feature_check', 'InputCheck', 'widen_check', 'PlaceMeasures', 'measure_place',
-           'move_input_check', 'declines', 'left_out_declines', 'evaluate_ood_check', 'coverage_curve']
+__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'WrongKind', 'WIDER', 'Look',
+           'OODCheck', 'fit_ood_check', 'check_colour', 'make_ood_images', 'change_images', 'make_wrong',
+           'make_other_machine', 'FeatureCheck', 'fit_feature_check', 'InputCheck', 'widen_check', 'PlaceMeasures',
+           'measure_place', 'move_input_check', 'declines', 'left_out_declines', 'evaluate_ood_check', 'coverage_curve']
 
 # %% ../nbs/ood.ipynb #frame
 THUMB = 16    # side of the thumbnail, pixels
@@ -76,6 +76,11 @@ def _features(mean, waves, z, stats):
     return np.c_[c, np.log(np.maximum(rest, 0) + .003), stats]
 
 # %% ../nbs/ood.ipynb #ood-check
+class Look(NamedTuple):
+    "What the pixels of one image say"
+    why: str | None    # why it should not be answered; None: nothing against it
+    score: float       # of `OODCheck.score`
+
 @dataclass(frozen=True, eq=False)
 class OODCheck:
     "The measured training images, and how far an image may be from them"
@@ -112,12 +117,20 @@ class OODCheck:
         pixels: np.ndarray,  # (h, w) uint8 as `load_image` gives them
     ) -> str | None:         # None, or one sentence
         "Why this image should not be answered, or None"
+        return self.look(pixels).why
+
+    def look(
+        self,
+        pixels: np.ndarray,  # (h, w) uint8
+    ) -> Look:
+        "How far an image is, and why it should not be answered"
         z, stats = _measure(pixels)
-        if is_blank(pixels):
-            return f'not a chest radiograph: the image is one even shade ({format_number(pixels.mean(), 0)} of 255).'
         d = float(self._score(z[None], stats[None])[0])
-        if d <= self.limit: return None
-        return f'{_why(self, pixels, stats)} (distance {format_number(d, 1)}, limit {format_number(self.limit, 1)}).'
+        shade = f'not a chest radiograph: the image is one even shade ({format_number(pixels.mean(), 0)} of 255).'
+        if is_blank(pixels): return Look(shade, d)
+        if d <= self.limit: return Look(None, d)
+        beyond = f'(distance {format_number(d, 1)}, limit {format_number(self.limit, 1)})'
+        return Look(f'{_why(self, pixels, stats)} {beyond}.', d)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain numbers and texts, for JSON"
@@ -404,6 +417,7 @@ class FeatureCheck:
     weights: np.ndarray      # (5, f) log-odds of every `WrongKind` against a right image
     bias: np.ndarray         # (5,)
     wrong: float             # larger log-odds of being wrong are declined
+    doubt: float             # the same of images whose pixels are far from the training too
     far: float               # larger distances are declined
     keep: float              # share of left-out training images that stay within both limits
     n: int                   # training images
@@ -434,22 +448,24 @@ class FeatureCheck:
     def score(
         self,
         features: np.ndarray,   # (n, f)
+        doubtful: np.ndarray | None = None,   # (n,) bool: are its pixels far from the training? None: of none
     ) -> np.ndarray:            # (n,)
         "How unlike the training images are; above 1 is declined"
-        odds = _log_sum(self.kinds(features))
-        return np.maximum(1 + (odds - self.wrong) / 10, self.distance(features) / self.far)
+        limit = self.wrong if doubtful is None else np.where(doubtful, self.doubt, self.wrong)
+        return np.maximum(1 + (_log_sum(self.kinds(features)) - limit) / 10, self.distance(features) / self.far)
 
     def check(
         self,
         features: np.ndarray,   # (f,)
+        doubtful: bool = False, # are its pixels far from the training?
     ) -> str | None:            # None, or one sentence
         "Why this image should not be answered, or None"
         if not np.isfinite(features).all(): return f'{_FAR} (what the network sees in it are no numbers).'
         kinds, d = self.kinds(features[None])[0], float(self.distance(features[None])[0])
-        odds = float(_log_sum(kinds[None])[0])
-        if odds > self.wrong:
+        odds, limit = float(_log_sum(kinds[None])[0]), self.doubt if doubtful else self.wrong
+        if odds > limit:
             why = _SENTENCES[choices(WrongKind)[int(kinds.argmax())]]
-            return f'{why} (log-odds {format_number(odds, 1)}, limit {format_number(self.wrong, 1)}).'
+            return f'{why} (log-odds {format_number(odds, 1)}, limit {format_number(limit, 1)}).'
         if d <= self.far: return None
         return f'{_FAR} (distance {format_number(d, 1)}, limit {format_number(self.far, 1)}).'
 
@@ -466,7 +482,7 @@ class FeatureCheck:
 
 # %% ../nbs/ood.ipynb #feature-parts
 _FEATURE_ARRAYS = dict(mean='<f4', spread='<f4', directions='<f2', lengths='<f4', weights='<f2', bias='<f4')
-_FEATURE_NUMBERS = dict(wrong=float, far=float, keep=float, n=int)
+_FEATURE_NUMBERS = dict(wrong=float, doubt=float, far=float, keep=float, n=int)
 _MOST_FEATURES, _MOST_DIRECTIONS = 8192, 64
 
 def _log_sum(x):
@@ -489,7 +505,8 @@ def _feature_fault(check):
         if not (np.abs(getattr(check, name)) < _LARGEST).all(): return f"'{name}' holds no numbers"
     if not ((check.spread > 1 / _LARGEST).all() and (check.lengths > 1 / _LARGEST).all()):
         return 'its spread is no positive number'
-    fits = abs(check.wrong) < _LARGEST and 0 < check.far < _LARGEST and 0 < check.keep <= 1 and 0 < check.n < 1e9
+    odds = -_LARGEST < check.doubt <= check.wrong < _LARGEST
+    fits = odds and 0 < check.far < _LARGEST and 0 < check.keep <= 1 and 0 < check.n < 1e9
     return None if fits else 'its limits, its share or its count is no possible number'
 
 def _read_feature_check(cls, values):
@@ -550,7 +567,7 @@ class _Seen(NamedTuple):
         x = np.concatenate([self.right[kept], self.other[kept], self.wrong[wrong]])
         kinds = np.r_[np.zeros(2 * kept.sum(), int), self.kind[wrong]]
         odds = _odds((x - around['mean']) / around['spread'], kinds)
-        return FeatureCheck(**around, **odds, wrong=0., far=1., keep=1., n=int(kept.sum()))
+        return FeatureCheck(**around, **odds, wrong=0., doubt=0., far=1., keep=1., n=int(kept.sum()))
 
 def _see(images, encode, seed):
     "Show a network the training images and their versions"
@@ -572,9 +589,13 @@ def _parts_of(groups, n, seed, parts=5):
                          'give more patients.')
     return (np.random.default_rng(seed).permutation(len(names)) % parts)[which]
 
-def _limits(odds, distances, keep):
-    "The two limits, each with half of what may be declined"
-    return dict(wrong=_limit(odds, (1 + keep) / 2), far=_limit(distances, (1 + keep) / 2))
+_KEEP_DOUBTFUL = .97      # share of left-out images below the limit for images whose pixels are far
+
+def _limits(seen, distances, keep):
+    "Limits by the log-odds of images (as they are, as another machine gives them) and by their distances"
+    every, half = np.concatenate(seen), (1 + keep) / 2
+    wrong = _limit(every, half)
+    return dict(wrong=wrong, doubt=min(wrong, _limit(seen[0], _KEEP_DOUBTFUL)), far=_limit(distances, half))
 
 def fit_feature_check(
     images: Sequence[np.ndarray],   # (n, h, w) uint8: TRAINING images as the network sees them
@@ -589,12 +610,12 @@ def fit_feature_check(
         raise TableError(f'fit_feature_check needs {MIN_IMAGES} images and got {len(images)}; '
                          'a smaller run has no such check.')
     part, seen = _parts_of(groups, len(images), seed), _see(images, encode, seed)
-    odds, distances = [], []
+    odds, distances = np.zeros((2, len(images))), np.zeros((2, len(images)))
     for p in range(part.max() + 1):
-        without, left_out = seen.fit(part == p), np.concatenate([seen.right[part == p], seen.other[part == p]])
-        odds.append(_log_sum(without.kinds(left_out)))
-        distances.append(without.distance(left_out))
-    limits = _limits(np.concatenate(odds), np.concatenate(distances), keep)
+        without = seen.fit(part == p)
+        for k, x in enumerate((seen.right[part == p], seen.other[part == p])):
+            odds[k, part == p], distances[k, part == p] = _log_sum(without.kinds(x)), without.distance(x)
+    limits = _limits(odds, distances.ravel(), keep)
     return FeatureCheck.from_dict(replace(seen.fit(), **limits, keep=keep).to_dict())     # as it will be read back
 
 # %% ../nbs/ood.ipynb #input-check
@@ -618,15 +639,24 @@ class InputCheck:
         "How unlike the training images are, by the check that objects more"
         given, out = iter(images), [np.zeros(0)]
         while some := list(itertools.islice(given, 64)):       # so many images are held at a time
-            out.append(np.maximum(self.pixels.score(some) / self.pixels.limit, self.features.score(self.encode(some))))
+            pixels, features = self.pixels.score(some), self.encode(some)
+            out.append(np.maximum(pixels / self.pixels.limit, self.features.score(features, self.doubtful(pixels))))
         return np.concatenate(out)
+
+    def doubtful(
+        self,
+        scores: np.ndarray,   # of the pixel check
+    ) -> np.ndarray:          # bool, the same shape
+        "Are the pixels beyond the limit that the pixel check alone would have?"
+        return np.asarray(scores) > self.pixels.limit / WIDER
 
     def check(
         self,
         pixels: np.ndarray,  # (h, w) uint8
     ) -> str | None:         # None, or one sentence
         "Why this image should not be answered, or None"
-        return self.pixels.check(pixels) or self.features.check(self.encode([pixels])[0])
+        look = self.pixels.look(pixels)
+        return look.why or self.features.check(self.encode([pixels])[0], bool(self.doubtful(np.array(look.score))))
 
 def widen_check(check: OODCheck) -> OODCheck: # for a bundle that checks features too
     "The pixel check with its limit widened by `WIDER`"
@@ -653,7 +683,7 @@ def move_input_check(
     if n < MIN_IMAGES:
         raise TableError(f'a check is moved to a place with {MIN_IMAGES} images or more, and {n} were given.')
     moved = replace(old, mean=place.features[:, :len(old.mean)].mean(0), n=n)
-    limits = _limits(_log_sum(moved.kinds(place.features)), moved.distance(place.features), old.keep)
+    limits = _limits(_log_sum(moved.kinds(place.features))[None], moved.distance(place.features), old.keep)
     features = FeatureCheck.from_dict(replace(moved, **limits).to_dict())
     pixels = replace(check.pixels, limit=max(check.pixels.limit, round(float(place.scores.max()) + 1e-3, 4)))
     return replace(check, pixels=pixels, features=features)
@@ -661,7 +691,8 @@ def move_input_check(
 # %% ../nbs/ood.ipynb #left-out
 def declines(check: InputCheck, place: PlaceMeasures) -> np.ndarray: # (n,) bool
     "Which images of a place a check declines"
-    return (place.scores > check.pixels.limit) | (check.features.score(place.features) > 1)
+    features = check.features.score(place.features, check.doubtful(place.scores))
+    return (place.scores > check.pixels.limit) | (features > 1)
 
 def left_out_declines(
     check: InputCheck,

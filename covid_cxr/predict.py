@@ -15,7 +15,7 @@ from .core import (IMAGE_SUFFIXES, BundleError, ImageError, Reason, RunError, at
                             sha256_text, write_json)
 from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_any, refuse_blank,
                               to_8bit)
-from .ood import FeatureCheck, InputCheck, OODCheck, check_colour
+from .ood import WIDER, FeatureCheck, InputCheck, OODCheck, check_colour
 from .model.settings import TTA_VIEWS
 from .model.onnx import NetworkOutputs, mean_logits, softmax, turned_view
 from .words import join_words, safe_cell, safe_path
@@ -132,18 +132,18 @@ def _refused(error):
     return _Refused(f'not a chest radiograph: {error.why}.' if blank else str(error), file_reason(error))
 
 # %% ../nbs/predict.ipynb #reasons
-def _doubt(picture, check):
+def _doubt(picture, look):
     "Why an image should not be answered, or None"
-    why = None if check is None else check_colour(picture.colour_share) or check.check(picture.pixels)
+    why = look and (check_colour(picture.colour_share) or look.why)
     if why: return _unlike(why)
     if picture.lungs is None or not picture.lungs.fault: return None
     return Reason('prediction', 'no two lungs found', 'not a frontal chest radiograph, or one on which lungs are not '
                   f'seen: the lung network finds no two lungs ({picture.lungs.fault}).')
 
-def _reasons(picture, ood, check):
+def _reasons(picture, ood, look):
     "(why there is no answer, what is said beside an answer)"
     if isinstance(picture, _Refused): return picture, None
-    doubt = None if ood == 'off' else _doubt(picture, check)
+    doubt = None if ood == 'off' else _doubt(picture, look)
     if doubt is None or ood == 'warn': return None, doubt and doubt.detail
     return _Refused(doubt.detail, doubt), None
 
@@ -432,16 +432,22 @@ class Predictor:
 
     def _answers(self, paths, pictures, ood):
         "One Prediction per image"
-        reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
+        looks = [self._look(p) for p in pictures]
+        reasons = [_reasons(p, ood, look) for p, look in zip(pictures, looks)]
         answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
         given = zip(*self._run(answered))
         return [self._decline(f, declined) if declined is not None
-                else self._judge(f, *next(given), ood, warning=warning, uncut=_uncut(picture))
-                for f, picture, (declined, warning) in zip(paths, pictures, reasons)]
+                else self._judge(f, *next(given), look, ood, warning=warning, uncut=_uncut(picture))
+                for f, picture, look, (declined, warning) in zip(paths, pictures, looks, reasons)]
 
-    def _judge(self, path, p, features, ood, warning, uncut):
-        "The answer, unless the features say that the image is unlike the training"
-        why = None if ood == 'off' or features is None else self.feature_check.check(features)
+    def _look(self, picture):
+        "What the pixel check says of a picture; None: there is no picture or no check"
+        return None if isinstance(picture, _Refused) or self.ood_check is None else self.ood_check.look(picture.pixels)
+
+    def _judge(self, path, p, features, look, ood, warning, uncut):
+        "The answer, unless what the network saw says that the image is unlike the training"
+        far = look is not None and look.score > self.ood_check.limit / WIDER
+        why = None if ood == 'off' or features is None else self.feature_check.check(features, far)
         if why and ood == 'decline': return self._decline(path, _Refused(why, _unlike(why)))
         return self._answer(path, p, warning=warning or why, uncut=uncut)
 
