@@ -1,6 +1,6 @@
 """What the input check declines, kind by kind on real files: the check of pixels alone beside the check that also asks the network.
 
-    python benchmarks/input_check.py RUN [RUN ...]      about ten minutes on one core for each run
+    python benchmarks/input_check.py RUN [RUN ...]      about two minutes on one core for each run; --layers: three more
 
 RUN: finished runs of one network on real radiographs. The check of pixels is that of the bundle, at the limit that it has alone. The new
 check is fitted as a training does it: on training images of the run, through the network of the run. Good images of the training place are
@@ -18,13 +18,14 @@ from covid_cxr.core import CxrError, choices, data_folder, used
 from covid_cxr.evaluate import patient_wilson
 from covid_cxr.images import ImageRule, apply_rule, read_picture
 from covid_cxr.model.network import middle_encoder
+from covid_cxr.model.settings import MEAN, STD
 from covid_cxr.ood import (FeatureCheck, InputCheck, OODCheck, OODKind, check_colour, fit_feature_check, make_ood_images, make_wrong,
                            widen_check)
 from covid_cxr.runs.folder import RunFolder
 from covid_cxr.sources import read_covid_chestxray, read_kaggle_pneumonia, read_nih
 
 OUT = RESULTS / 'input_check.json'
-FITTED, MOST, CHANGED, LAYERED, DRAWN = 400, 150, 50, 100, 10    # images: fitted, of a set, made wrong, at two layers, drawn of each kind
+FITTED, MOST, CHANGED, LAYERED, DRAWN = 200, 80, 30, 48, 8    # images: fitted, of a set, made wrong, at two layers, drawn of each kind
 
 
 # ---- sets of files
@@ -111,8 +112,8 @@ def photo_set(rule):
 
 def made_wrong(held, checks):
     "{kind: shares} of held-out images made wrong"
-    kinds = {'inverted': lambda a: 255 - a, 'turned by 180 degrees': lambda a: a[::-1, ::-1], 'turned by 90 degrees left': lambda a: np.rot90(a),
-             'turned by 90 degrees right': lambda a: np.rot90(a, 3), 'a part': lambda a: make_wrong(a, 'a part', int(a[5, 5])),
+    kinds = {'inverted': lambda a: 255 - a, 'turned by 180 degrees': lambda a: a[::-1, ::-1],
+             'turned by 90 degrees left': lambda a: np.rot90(a), 'turned by 90 degrees right': lambda a: np.rot90(a, 3), 'a part': lambda a: make_wrong(a, 'a part', int(a[5, 5])),
              'left and right exchanged': lambda a: a[:, ::-1]}
     return {f'held out, {k}': checks.measure([np.ascontiguousarray(f(a)) for a in held[0]], held[1], False) for k, f in kinds.items()}
 
@@ -134,7 +135,8 @@ def no_radiographs(rule, checks):
 def end_encoder(model):
     "Mean of the last maps of a network"
     def some(images):
-        with torch.inference_mode(): return model[0]((torch.from_numpy(np.stack(images))[:, None].float() / 255 - .449) / .226).mean((2, 3)).numpy()
+        x = (torch.from_numpy(np.stack(images))[:, None].float() / 255 - MEAN) / STD
+        with torch.inference_mode(): return model[0](x).mean((2, 3)).numpy()
     return lambda images: np.concatenate([some(images[i:i + 16]) for i in range(0, len(images), 16)])
 
 
@@ -149,13 +151,14 @@ def layers(model, images, groups, held, seed):
         out[name] = dict(features=len(check.mean))
         for kind, pictures in changed.items():
             x = encode([np.ascontiguousarray(a) for a in pictures])
-            out[name][kind] = dict(declined=round(float((check.score(x) > 1).mean()), 4), by_distance=round(float((check.distance(x) > own).mean()), 4))
+            declined, by_distance = float((check.score(x) > 1).mean()), float((check.distance(x) > own).mean())
+            out[name][kind] = dict(declined=round(declined, 4), by_distance=round(by_distance, 4))
         print(name, out[name], flush=True)
     return out
 
 
 # ---- one run
-def measure(folder, data):
+def measure(folder, data, two_layers=False):
     run = RunFolder.open(folder)
     bundle, seed = read_bundle(run.path), run.recipe.seed
     model, rule, alone = load_model(bundle), ImageRule.from_dict(bundle['image']), OODCheck.from_dict(bundle['ood_check'])
@@ -170,24 +173,25 @@ def measure(folder, data):
     size = len(json.dumps(features.to_dict()))
     print(run.path.name, 'fitted on', features.n, 'images;', size, 'characters', flush=True)
     held = table[table['split'] != 'train']
-    own = read_set(held.sample(min(len(held), MOST), random_state=0), rule)
+    own = read_set(held.sample(min(len(held), 2 * MOST), random_state=0), rule)
     sets = {'held out': checks.measure(*own, True)}
     for name, rows in collections(data, set(train['patient'])).items():
         sets[name] = checks.measure(*read_set(rows, rule), not name.endswith(('lateral', 'CT slices')))
     some = own[0][:CHANGED], own[1][:CHANGED]
     sets |= made_wrong(some, checks) | no_radiographs(rule, checks)
-    found = dict(recipe=run.recipe.name, collections=sorted(set(train['source'])), arch=bundle['arch'], started_from=bundle['weights'].get('started_from'),
-                 size=rule.size, fitted_on=features.n, characters=size, features=len(features.mean), keep=features.keep, sets=sets)
-    return found | dict(layers=layers(model, images[:LAYERED], groups[:LAYERED], own[0][:CHANGED], seed))
+    found = dict(recipe=run.recipe.name, collections=sorted(set(train['source'])), arch=bundle['arch'],
+                 started_from=bundle['weights'].get('started_from'), size=rule.size, fitted_on=features.n, characters=size, features=len(features.mean), keep=features.keep, sets=sets)
+    return found | (dict(layers=layers(model, images[:LAYERED], groups[:LAYERED], own[0][:CHANGED], seed)) if two_layers else {})
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='+', metavar='RUN', help='finished runs')
     p.add_argument('--data', default=str(data_folder()), help='folder of the collections')
+    p.add_argument('--layers', action='store_true', help='also compare half-way with the end of the network')
     p.add_argument('--out', default=str(OUT))
     a = p.parse_args()
     torch.set_num_threads(1)
     for folder in a.runs:
         kept = json.loads(Path(a.out).read_text(encoding='utf-8'))['runs'] if Path(a.out).is_file() else {}
-        write_result(a.out, dict(about(), machine=machine(), runs={**kept, Path(folder).name: measure(folder, a.data)}))
+        write_result(a.out, dict(about(), machine=machine(), runs={**kept, Path(folder).name: measure(folder, a.data, a.layers)}))

@@ -344,7 +344,7 @@ def _draw(job, found, fit):
         draw(f'lr_find_{stage}', plots.plot_lr_find(c['lr'].to_numpy(), c['loss'].to_numpy(), lr, synthetic=synthetic))
 
 # %% ../../nbs/runs/train.ipynb #ood
-_OOD_IMAGES, _SEEN_IMAGES = 2000, 400    # training images that are enough for the check of pixels, of features
+_OOD_IMAGES, _SEEN_IMAGES = 2000, 200    # training images that are enough for the check of pixels, of features
 
 def _fit_checks(job, learn, pixels, train):
     "The input check: by pixels and by what the network sees half-way"
