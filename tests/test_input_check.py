@@ -44,11 +44,16 @@ def test_slices_and_side_views_of_phantoms_are_declined(predictor):
 
 
 def test_reasons_name_what_is_wrong(predictor, held_out):
-    "Where the pixels say nothing, the network still tells how the image lies"
-    check = predictor.feature_check
     for kind in ('inverted', 'upside down', 'turned by 90 degrees'):
-        said = [check.check(x) or '' for x in predictor.features([make_wrong(a, kind, i) for i, a in enumerate(held_out)])]
+        said = [predictor.input_check.check(make_wrong(a, kind, i)) or '' for i, a in enumerate(held_out)]
         assert np.mean([kind in s for s in said]) >= .8, (kind, said[:3])
+
+
+def test_the_network_alone_tells_what_is_wrong(predictor, held_out):
+    "Every kind that was shown at the fit has a sentence of its own"
+    said = {kind: predictor.feature_check.check(predictor.features([make_wrong(held_out[0], kind)])[0], doubtful=True)
+            for kind in ('inverted', 'turned by 90 degrees')}
+    assert all(kind in (why or '') for kind, why in said.items()), said
 
 
 def test_onnx_and_torch_decline_alike(phantom_run, predictor, held_out, tmp_path):
