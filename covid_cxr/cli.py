@@ -364,6 +364,47 @@ def _predict(args):
     if not counts.declined: return 0
     return 3 if counts.answered else 4
 
+# %% ../nbs/cli.ipynb #explain-options
+def _explain_options(p):
+    from covid_cxr.deploy.explain import MapMethod
+    from covid_cxr.predict import Backend, OnBadFile, OODMode
+    p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
+    p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
+    p.add_argument('--out', default='explained', metavar='DIR',
+                   help='folder for the pictures, the page and the numbers (default: explained)')
+    p.add_argument('--method', choices=choices(MapMethod), default='grad_cam',
+                   help='how the map is made (default: grad_cam, which takes one pass; the others take hundreds)')
+    p.add_argument('--class', dest='cls', metavar='NAME',
+                   help='the class or finding that is explained (default: the one for which the threshold stands; of '
+                        'several classes the predicted one; of several findings the one highest above its threshold)')
+    p.add_argument('--lungs', metavar='WEIGHTS',
+                   help='folder of a network that finds lungs, or its name in the folder of weights: the share of the '
+                        "map inside the lungs is measured (default: the bundle's own, where it has one)")
+    p.add_argument('--seed', type=int, default=0, metavar='S', help='of the random weights beside which a map is shown')
+    p.add_argument('--on-bad', choices=choices(OnBadFile), default='raise',
+                   help="an unreadable file: 'raise' an error (default), or 'decline' it and go on")
+    p.add_argument('--ood', choices=choices(OODMode), default='decline',
+                   help="an image unlike the training images: 'decline' it (default), 'warn' and explain, or 'off'")
+    p.add_argument('--backend', choices=choices(Backend), default='auto',
+                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
+
+# %% ../nbs/cli.ipynb #explain
+@command(_explain_options, 'covid-cxr explain runs/first chest.png --out explained')
+def _explain(args):
+    "where on an image an answer came from, beside the same network with random weights; exit codes as in predict"
+    from covid_cxr.deploy.explain import explain_files, find_lung_net
+    from covid_cxr.predict import list_images, load_predictor
+    predictor, files = load_predictor(args.run, backend=args.backend), list_images(args.files)
+    _say_unverified(predictor.integrity, args.run)
+    if predictor.synthetic:
+        print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
+    counts = explain_files(predictor, files, args.out, args.cls, args.method, find_lung_net(predictor, args.lungs),
+                           args.on_bad, args.ood, args.seed, said=lambda line: print(line, flush=True))
+    print(f"page: {Path(args.out) / 'index.html'}")
+    print(predictor.bundle['not_for'], file=sys.stderr)
+    if not counts.declined: return 0
+    return 3 if counts.answered else 4
+
 # %% ../nbs/cli.ipynb #evaluate
 def _say_unrecorded(images):
     "A note on images whose patient is not recorded"
@@ -574,6 +615,35 @@ def _export(args):
     print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle, args.format))}')
     _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
+
+# %% ../nbs/cli.ipynb #serve-options
+def _serve_options(p):
+    p.add_argument('bundle', metavar='BUNDLE', help='a bundle with an ONNX file, as covid-cxr export writes it')
+    p.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
+                   help='the address to listen on (default: 127.0.0.1, this machine alone); 0.0.0.0 for all of them')
+    p.add_argument('--port', type=int, default=8000, metavar='N', help='default: 8000')
+    p.add_argument('--token', metavar='WORD',
+                   help='what a person or a program must give; other users of this machine can read it here, so better '
+                        'set COVID_CXR_TOKEN; made and printed when another address than 127.0.0.1 has none')
+    p.add_argument('--name', action='append', default=[], metavar='NAME',
+                   help='a name by which the server is asked for, such as that of a reverse proxy; may be repeated')
+    p.add_argument('--workers', type=int, default=1, metavar='N', help='processes that answer (default: 1)')
+    p.add_argument('--timeout', type=float, default=30., metavar='SECONDS', help='for one file (default: 30)')
+    p.add_argument('--memory', type=float, default=1500, metavar='MB',
+                   help='for one file, beyond that of the network (default: 1500)')
+    p.add_argument('--per-minute', type=int, default=120, metavar='N',
+                   help='requests of one client in a minute (default: 120)')
+
+# %% ../nbs/cli.ipynb #serve
+@command(_serve_options, 'covid-cxr serve my-model')
+def _serve(args):
+    "a page in the browser that answers dropped images, and the same for programs"
+    from covid_cxr.deploy.guard import Limits
+    from covid_cxr.deploy.serve import serve
+    if not 0 <= args.port <= 65535: raise RunError(f'--port {args.port} is not from 0 to 65535.')
+    token = args.token or os.environ.get('COVID_CXR_TOKEN') or None
+    serve(args.bundle, args.host, args.port, token=token, names=args.name, workers=args.workers, timeout=args.timeout,
+          memory=int(args.memory * 1e6), limits=Limits(per_minute=args.per_minute))
 
 # %% ../nbs/cli.ipynb #recipes
 def _recipes_options(p):

@@ -317,6 +317,8 @@ class Predictor:
     @property
     def several(self) -> bool: return isinstance(self.decision, _AnyFindings)     # any number of findings per image
     @property
+    def temperatures(self) -> list[float]: return self.engine.temperatures        # one for each network
+    @property
     def threshold(self) -> float | None: return getattr(self.decision, 'threshold', None)
 
     @property

@@ -1,1 +1,1 @@
-"From a model to the people who use it"
+"""From a model to the people who use it"""

@@ -4,20 +4,26 @@
 
 # %% ../../nbs/deploy/explain.ipynb #imports
 from __future__ import annotations
-import io
+import csv, io, json, os
 from dataclasses import dataclass
-from typing import Any, Callable, Literal, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, NamedTuple, Sequence
 import numpy as np
 from PIL import Image
-from ..core import CxrError, ImageError, check_choice, nearest
-from ..model.heatmaps import grad_cam_maps, lime_explain, log_odds, occlusion_map, to_logit
+from ..core import CxrError, ImageError, RunError, atomic_path, check_choice, nearest, write_json
+from ..model.heatmaps import (grad_cam_maps, lime_explain, log_odds, occlusion_map, rank_correlation,
+                                      to_logit)
 from ..model.onnx import NetworkOutputs, mean_logits, randomise_onnx
 from ..bundle import load_onnx
-from ..predict import AnyPrediction, OnBadFile, OODMode, Predictor, Seen, scale_pixels
-from ..words import join_words
+from ..predict import (AnswerCounts, AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor,
+                               scale_pixels)
+from ..words import format_count, format_number, format_percent, join_words, printable, safe_cell
+if TYPE_CHECKING: from covid_cxr.model.lungs import LungNet
 
 # %% auto #0
-__all__ = ['Method', 'choose_class', 'draw_overlay', 'png_bytes', 'Explanation', 'explain_image']
+__all__ = ['MapMethod', 'choose_class', 'draw_overlay', 'png_bytes', 'Explanation', 'explain_image', 'RandomNetwork',
+           'LungShare', 'Compared', 'lung_share', 'find_lung_net', 'explain_beside_twin', 'describe_compared',
+           'explanation_row', 'explain_files']
 
 # %% ../../nbs/deploy/explain.ipynb #class
 def _highest_finding(prediction):
@@ -36,8 +42,8 @@ def choose_class(
     if cls is not None and cls not in classes:
         raise CxrError(f"no class '{cls}' in this model{nearest(cls, classes)}; it knows {join_words(classes)}.")
     if cls is not None: return cls
-    if predictor.several: return _highest_finding(prediction)
-    return classes[-1] if len(classes) == 2 else prediction.label
+    if isinstance(prediction, FindingsPrediction): return _highest_finding(prediction)
+    return classes[-1] if len(classes) == 2 else str(prediction.label)
 
 # %% ../../nbs/deploy/explain.ipynb #colours
 _RAMP = np.array([(70, 10, 110), (170, 40, 110), (235, 105, 60), (250, 175, 60), (255, 240, 150)], float)
@@ -54,6 +60,7 @@ def _edge_of(inside):
     padded = np.pad(inside, 1, mode='edge')
     return inside & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
 
+# %% ../../nbs/deploy/explain.ipynb #overlay
 def draw_overlay(
     picture: np.ndarray,     # (h, w) uint8
     map: np.ndarray,         # (h, w); 0: no colour
@@ -64,13 +71,14 @@ def draw_overlay(
     strength = np.abs(map) / top
     colour, alpha = _ramp(strength), _SOLID * strength**.75
     if map.min() < 0:
-        colour = np.where((map > 0)[..., None], _FOR, _AGAINST)
+        colour, alpha = np.where((map > 0)[..., None], _FOR, _AGAINST), _SOLID * strength
         stripes = np.add.outer(np.arange(map.shape[0]), np.arange(map.shape[1])) // _STRIPE % 2 == 1
         alpha = np.where((map < 0) & stripes, .3 * alpha, alpha)
     out = grey * (1 - alpha[..., None]) + colour * alpha[..., None]
     out[_edge_of(strength >= .5)] = 255
     return out.round().astype(np.uint8)
 
+# %% ../../nbs/deploy/explain.ipynb #png
 def png_bytes(
     array: np.ndarray,     # (h, w) or (h, w, 3) uint8
 ) -> bytes:
@@ -80,7 +88,7 @@ def png_bytes(
     return out.getvalue()
 
 # %% ../../nbs/deploy/explain.ipynb #explanation
-Method = Literal['grad_cam', 'occlusion', 'lime']
+MapMethod = Literal['grad_cam', 'occlusion', 'lime']
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
@@ -90,7 +98,12 @@ class Explanation:
     picture: np.ndarray | None     # (h, w) uint8, as the network sees it; None: there is none
     map: np.ndarray | None         # (h, w) float32; above 0: speaks for the class, below: against it, 0: neither.
                                    # Grad-CAM has no negative values, and its largest is 1; None: declined
-    method: Method = 'grad_cam'
+    method: MapMethod = 'grad_cam'
+
+    @property
+    def probability(self) -> float:     # NaN: declined
+        "Probability of the class that is explained"
+        return (self.prediction.probabilities or {}).get(self.cls or '', np.nan)
 
     def overlay(self) -> np.ndarray:    # (h, w, 3) uint8
         "The map in colours over the picture; the picture alone where there is no map"
@@ -102,27 +115,300 @@ def _in_batches(score, bs=8):
     "The same function of many images, a few at a time"
     return lambda x: np.concatenate([score(x[i:i + bs]) for i in range(0, len(x), bs)])
 
+def _grad_cam_of(source, picture, at, against=False):
+    "(h, w) Grad-CAM of a `Predictor` or of its twin"
+    outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
+    return grad_cam_maps(outputs, at, size, source.temperatures, source.several, against)[0]
+
 def _draw_map(source, picture, at, method):
     "(h, w) float32 map of a `Predictor` or of its twin"
-    if method == 'grad_cam':
-        outputs, size = source.outputs(picture[None], gradients=True), (picture.shape[0], picture.shape[1])
-        return grad_cam_maps(outputs, at, size, source.engine.temperatures, source.several)[0]
+    if method == 'grad_cam': return _grad_cam_of(source, picture, at)
     score = _in_batches(lambda x: source.probabilities(x)[:, at])
     found = lime_explain(score, picture).map if method == 'lime' else occlusion_map(score, picture[None])[0]
     return found.astype(np.float32)
 
+# %% ../../nbs/deploy/explain.ipynb #explain-image
 def explain_image(
     predictor: Predictor,          # of `load_predictor`
     image: Any,                    # a path, bytes, a file object, a PIL image, or an array (h, w) uint8 or uint16
     cls: str | None = None,        # the class or finding that is explained; None: as `choose_class` says
-    method: Method = 'grad_cam',
+    method: MapMethod = 'grad_cam',
     on_bad: OnBadFile = 'raise',   # 'decline': a file that cannot be read is declined
     ood: OODMode = 'decline',      # what is unlike the training: 'decline', answer and 'warn', or do not ask
 ) -> Explanation:
     "The answer for one image, and where on it the answer came from"
-    check_choice('method', method, Method)
+    check_choice('method', method, MapMethod)
     prediction, picture = predictor.see(image, on_bad, ood)
     if picture is None or prediction.declined: return Explanation(prediction, None, picture, None, method)
     cls = choose_class(predictor, prediction, cls)
     at = predictor.classes.index(cls)
     return Explanation(prediction, cls, picture, _draw_map(predictor, picture, at, method), method)
+
+# %% ../../nbs/deploy/explain.ipynb #twin
+def _random_outputs(predictor, seed):
+    "All outputs of the same network with random weights"
+    bundle = predictor.bundle
+    complete = predictor.backend == 'onnx' and 'gradients' in predictor.engine.network.names
+    if complete or 'weights' not in bundle: return load_onnx(bundle, change=lambda data: randomise_onnx(data, seed))
+    from covid_cxr.audit.explain import randomise_weights
+    from covid_cxr.model.onnx import TorchNetwork
+    return TorchNetwork(randomise_weights(predictor.model, seed), predictor.rule.size)
+
+def _covered_quarters(picture):
+    "The picture, and four copies with a quarter in its mean grey"
+    out = np.repeat(picture[None], 5, 0)
+    h, w = picture.shape[0] // 2, picture.shape[1] // 2
+    quarters = [(rows, columns) for rows in (slice(h), slice(h, None)) for columns in (slice(w), slice(w, None))]
+    for copy, at in zip(out[1:], quarters): copy[at] = round(picture.mean())
+    return out
+
+# %% ../../nbs/deploy/explain.ipynb #random-network
+class RandomNetwork:
+    "The network of a predictor with random weights, which has learned nothing"
+    def __init__(
+        self,
+        predictor: Predictor,   # it is left as it is
+        seed: int = 0,
+    ):
+        self.bundle, self.network = predictor.bundle, _random_outputs(predictor, seed)
+        self.several, self.temperatures = predictor.several, predictor.temperatures
+        self.centre, self.spread = np.zeros(len(predictor.classes)), np.ones(len(predictor.classes))
+
+    def outputs(self, pixels: Sequence[np.ndarray], gradients: bool = False) -> NetworkOutputs:
+        "What the random weights put out; as `Predictor.outputs`"
+        return self.network(scale_pixels(np.stack(pixels)[:, None], self.bundle))
+
+    def _log_odds(self, pixels):
+        logits = mean_logits(self.outputs(pixels).logits[None].astype(float), self.temperatures, self.several)
+        return np.stack([log_odds(logits, k, self.several) for k in range(logits.shape[1])], 1)
+
+    def look_at(self, picture: np.ndarray) -> None:     # (h, w) uint8
+        "Centre and spread the log-odds for this picture"
+        values = self._log_odds(_covered_quarters(picture))
+        self.centre, self.spread = values[0], np.maximum(values.std(0), 1e-12)
+
+    def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:     # (n, k)
+        "Centred and spread log-odds as probabilities, each class by itself"
+        return 1 / (1 + np.exp((self.centre - self._log_odds(pixels)) / self.spread))
+
+
+# %% ../../nbs/deploy/explain.ipynb #compared
+class LungShare(NamedTuple):
+    "How much of a map lies inside the lungs"
+    inside: float     # share of the map's weight; NaN: the map is empty
+    area: float       # share of the picture that the lungs are
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    "An explanation beside that of the random twin"
+    explanation: Explanation
+    twin: Explanation | None     # None: declined
+    alike: float                 # rank correlation of the two maps; NaN: one of them is constant, or there is none
+    lungs: LungShare | None      # None: no lung network, or no two lungs were found
+
+def lung_share(
+    map: np.ndarray,      # (h, w)
+    lungs: np.ndarray,    # (h, w) bool
+) -> LungShare:
+    "The share of a map that lies inside the lungs"
+    weight = np.abs(map)
+    total = float(weight.sum())
+    return LungShare(float((weight * lungs).sum()) / total if total > 0 else np.nan, float(lungs.mean()))
+
+# %% ../../nbs/deploy/explain.ipynb #lung-net
+def find_lung_net(
+    predictor: Predictor,
+    where: str | os.PathLike | None = None,    # a folder of `save_lung_net`; None: that of the bundle, where it has one
+) -> LungNet | None:
+    "The network that says where the lungs are"
+    if where is None: return getattr(predictor.rule.finder, 'net', None)
+    try: from covid_cxr.model.lungs import load_lung_net
+    except ImportError as e:
+        raise CxrError(f'a lung network needs a package that is missing ({e.name}): pip install covid_cxr') from e
+    return load_lung_net(Path(where))
+
+def _lungs_of(net, e):
+    "The share inside the lungs, where two are believed"
+    if net is None or e.map is None: return None
+    from covid_cxr.model.lungs import find_lungs, lung_fault
+    mask, = find_lungs(net, e.picture[None])
+    return lung_share(e.map, mask) if lung_fault(mask) == 'none' else None
+
+# %% ../../nbs/deploy/explain.ipynb #beside
+def _map_of_twin(twin, picture, at, method):
+    "The map of random weights, whose classes mean nothing: where none of it is for the class, what is against it"
+    drawn = _draw_map(twin, picture, at, method)
+    return drawn if method != 'grad_cam' or drawn.any() else _grad_cam_of(twin, picture, at, against=True)
+
+def explain_beside_twin(
+    predictor: Predictor,
+    twin: RandomNetwork,
+    image: Any,                        # as for `explain_image`
+    cls: str | None = None,
+    method: MapMethod = 'grad_cam',
+    lungs: LungNet | None = None,      # of `find_lung_net`; None: the share inside the lungs is not measured
+    on_bad: OnBadFile = 'raise',
+    ood: OODMode = 'decline',
+) -> Compared:
+    "`explain_image`, and the same on the random twin"
+    e = explain_image(predictor, image, cls, method, on_bad, ood)
+    if e.map is None or e.picture is None or e.cls is None: return Compared(e, None, np.nan, None)
+    twin.look_at(e.picture)
+    of_twin = _map_of_twin(twin, e.picture, predictor.classes.index(e.cls), method)
+    beside = Explanation(e.prediction, e.cls, e.picture, of_twin, method)
+    return Compared(e, beside, rank_correlation(e.map, of_twin), _lungs_of(lungs, e))
+
+
+# %% ../../nbs/deploy/explain.ipynb #words
+def _name_of(prediction): return Path(prediction.path).name if prediction.path else 'image'
+
+def _why_declined(prediction):
+    "The reason without the folders of the file"
+    return printable(prediction.declined.replace(str(prediction.path), _name_of(prediction)))
+
+def describe_compared(
+    compared: Compared,
+) -> str:
+    "One sentence on an explained image"
+    e = compared.explanation
+    if e.map is None: return f'declined: {_why_declined(e.prediction)}'
+    said = f'{e.prediction.answer}, probability of {e.cls} {format_number(e.probability, 4)}'
+    if not e.map.any(): said += f'; nothing on the image speaks for {e.cls}'
+    elif np.isnan(compared.alike): said += '; the map of the random twin is empty'
+    else: said += f'; rank correlation with the random twin {format_number(compared.alike, 2)}'
+    if compared.lungs is None or np.isnan(compared.lungs.inside): return printable(said)
+    inside, area = (format_percent(v, 0) for v in compared.lungs)
+    return printable(f'{said}; {inside} of the map inside the lungs, which are {area} of the picture')
+
+# %% ../../nbs/deploy/explain.ipynb #row
+def explanation_row(
+    compared: Compared,
+    files: Sequence[str] = ('', ''),      # names of the two PNG files
+) -> dict[str, Any]:
+    "One row of `explanations.csv`; blank where there is no number"
+    e, shares = compared.explanation, compared.lungs or (np.nan, np.nan)
+    found = dict(probability=e.probability, twin_correlation=compared.alike, share_in_lungs=shares[0],
+                 lungs_area=shares[1])
+    numbers = {k: None if np.isnan(v) else round(float(v), 6) for k, v in found.items()}
+    return dict(file=_name_of(e.prediction), answer=e.prediction.answer, explained=e.cls, method=e.method, **numbers,
+                map=files[0], twin_map=files[1], declined=None if e.map is not None else _why_declined(e.prediction))
+
+
+# %% ../../nbs/deploy/explain.ipynb #page
+_MOST_ON_PAGE, _SIDE = 100, 400      # images on the page, the others are in their files; side of a picture, pixels
+_METHODS = dict(
+    grad_cam='Grad-CAM: the last feature maps of the network, each weighed with what the answer gains from it.',
+    occlusion='Occlusion: what the answer loses when a patch of the image is covered with its mean grey.',
+    lime='LIME: superpixels are blanked at random, and a linear model says what each does to the answer.')
+_SIGNED = ('Green speaks for the class, striped red against it, no colour is zero. The white line runs around half of '
+           'the largest value.')
+_UNSIGNED = ('From violet to yellow: what speaks for the class, of the largest value of this map. No colour is zero: '
+             'nothing there speaks for it. The white line runs around half of the largest value.')
+
+# %% ../../nbs/deploy/explain.ipynb #entry
+class _Entry(NamedTuple):
+    "One image on the page"
+    name: str
+    said: str
+    pictures: list
+
+def _picture(array, alt, caption):
+    "A small JPEG inside the page; the PNG files hold every pixel"
+    import base64
+    from covid_cxr.report.render import Picture
+    small, out = Image.fromarray(array).convert('RGB'), io.BytesIO()
+    small.thumbnail((_SIDE, _SIDE))
+    small.save(out, 'jpeg', quality=88, subsampling=0)
+    return Picture('data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode(), alt, caption)
+
+def _entry(compared):
+    "An image with its maps, for the page"
+    e, name = compared.explanation, _name_of(compared.explanation.prediction)
+    shown = []
+    if e.picture is not None: shown.append(_picture(e.picture, f'{name} as the network sees it', 'image'))
+    if compared.twin is not None:
+        twin = compared.twin.overlay()
+        shown += [_picture(e.overlay(), f'{name} with its heat map', f'map for {e.cls}'),
+                  _picture(twin, f'{name} with the map of random weights', 'the same, random weights')]
+    return _Entry(printable(name), describe_compared(compared), shown)
+
+# %% ../../nbs/deploy/explain.ipynb #table
+def _numbers_table(rows):
+    "The numbers of all images, as a table of the page"
+    from covid_cxr.report.render import Table
+    def shown(row, key, write): return '' if row[key] is None else write(row[key])
+    def percent(v): return format_percent(v, 0)
+    lines = [[printable(r['file']), r['explained'], format_number(r['probability'], 3),
+              shown(r, 'twin_correlation', lambda v: format_number(v, 2)), shown(r, 'share_in_lungs', percent),
+              shown(r, 'lungs_area', percent)] for r in rows if r['declined'] is None]
+    head = ['image', 'class', 'probability', 'rank correlation with the twin', 'share inside the lungs',
+            'area of the lungs']
+    return Table('Every explained image', head, lines, numbers=(2, 3, 4, 5))
+
+
+# %% ../../nbs/deploy/explain.ipynb #write
+def _save_pictures(compared, out, stem):
+    "The two PNG files; their names"
+    if compared.twin is None: return '', ''
+    names = f'{stem}-{compared.explanation.method}.png', f'{stem}-{compared.explanation.method}-twin.png'
+    for name, e in zip(names, (compared.explanation, compared.twin)): (out / name).write_bytes(png_bytes(e.overlay()))
+    return names
+
+def _write_csv(rows, file):
+    text = io.StringIO()
+    lines = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    lines.writeheader()
+    lines.writerows({k: '' if v is None else safe_cell(v) for k, v in row.items()} for row in rows)
+    with atomic_path(file) as tmp: tmp.write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
+
+# %% ../../nbs/deploy/explain.ipynb #write-page
+def _page_context(predictor, rows, entries, method):
+    "What the template asks for"
+    few = (f'The first {format_count(len(entries), "image")} of {len(rows):,} are shown; '
+           'the maps of the others are PNG files in this folder.')
+    return dict(not_for=predictor.bundle['not_for'], synthetic=predictor.synthetic, entries=entries,
+                method_sentence=_METHODS[method], colours_sentence=_UNSIGNED if method == 'grad_cam' else _SIGNED,
+                few='' if len(entries) == len(rows) else few, numbers=_numbers_table(rows))
+
+def _write_page(predictor, rows, entries, method, file):
+    from covid_cxr.report.render import render
+    text = render('explain.html.j2', **_page_context(predictor, rows, entries, method))
+    with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
+
+def _stem(i, compared):
+    "A short name of plain letters for the files of an image"
+    own = Path(_name_of(compared.explanation.prediction)).stem
+    return f'{i:04}-' + ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in own)[:60]
+
+# %% ../../nbs/deploy/explain.ipynb #explain-files
+def explain_files(
+    predictor: Predictor,
+    files: Sequence[str],                # of `list_images`
+    out: str | os.PathLike,              # folder for the pictures, the page and the numbers
+    cls: str | None = None,              # as for `explain_image`
+    method: MapMethod = 'grad_cam',
+    lungs: LungNet | None = None,        # of `find_lung_net`
+    on_bad: OnBadFile = 'raise',
+    ood: OODMode = 'decline',
+    seed: int = 0,                       # of the random weights
+    said: Callable[[str], object] = lambda line: None,   # called with a line for each image
+) -> AnswerCounts:
+    "Explain files one after the other, each beside the random twin; write pictures, numbers and a page"
+    out, twin = Path(out), RandomNetwork(predictor, seed)
+    rows: list[dict[str, Any]] = []
+    entries: list[_Entry] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(files, 1):
+            compared = explain_beside_twin(predictor, twin, file, cls, method, lungs, on_bad, ood)
+            rows.append(explanation_row(compared, _save_pictures(compared, out, _stem(i, compared))))
+            if i <= _MOST_ON_PAGE: entries.append(_entry(compared))
+            said(f"{printable(rows[-1]['file'])}: {describe_compared(compared)}")
+        _write_csv(rows, out / 'explanations.csv')
+        write_json(out / 'explanations.json', dict(format='covid_cxr explanations', version=1, method=method, seed=seed,
+                                                   synthetic=predictor.synthetic, images=rows))
+        _write_page(predictor, rows, entries, method, out / 'index.html')
+    except OSError as e: raise RunError(f'cannot write into {out}: {e.strerror or e}; choose another folder.') from e
+    declined = sum(r['declined'] is not None for r in rows)
+    return AnswerCounts(len(rows) - declined, declined)
+

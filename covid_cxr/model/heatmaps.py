@@ -17,7 +17,7 @@ __all__ = ['to_logit', 'log_odds', 'answer_gradient', 'enlarge', 'weigh_maps', '
            'occlusion_map', 'LimeExplanation', 'lime_explain', 'rank_correlation']
 
 # %% ../../nbs/model/heatmaps.ipynb #logits
-_EDGE = 1e-7      # probabilities are kept this far from 0 and 1
+_EDGE = 1e-7      # single precision knows no probability nearer to 1
 
 def to_logit(
     p: ArrayLike,     # (n,) probabilities
@@ -101,12 +101,13 @@ def grad_cam_maps(
     size: tuple[int, int],            # of the images, pixels
     temperatures: Sequence[float] = (1.,),   # one for each network
     several: bool = False,            # several findings
-) -> np.ndarray:                      # (n, height, width) float32, 0 to 1; all 0: nothing speaks for the class
+    against: bool = False,            # what speaks against the class, not for it
+) -> np.ndarray:                      # (n, height, width) float32, 0 to 1; all 0: nothing does
     "Grad-CAM from what a network has put out"
     if outputs.gradients is None:
         raise CxrError('Grad-CAM needs the output `gradients`, which this network file does not give; '
                        "export the run again with 'covid-cxr export RUN --out DIR'.")
-    gains = answer_gradient(outputs.logits, temperatures, cls, several)
+    gains = answer_gradient(outputs.logits, temperatures, cls, several) * (-1 if against else 1)
     weights = np.einsum('mnk,mnkf->nmf', gains, outputs.gradients)
     return weigh_maps(outputs.maps, weights.reshape(len(outputs.maps), -1), size)
 

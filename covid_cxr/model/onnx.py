@@ -420,7 +420,7 @@ def randomise_onnx(
     proto, rng = onnx.load_from_string(data), np.random.default_rng(seed)
     uses, kinds = _first_uses(proto.graph), onnx.TensorProto
     for t in proto.graph.initializer:
-        weights = t.data_type in (kinds.FLOAT, kinds.FLOAT16) or t.data_type in (kinds.INT8, kinds.UINT8) and len(t.dims) > 1
+        weights = t.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.INT8, kinds.UINT8)
         if t.name not in uses or not weights or math.prod(t.dims) < 2: continue
         t.CopyFrom(arrays.from_array(_redrawn(arrays.to_array(t), t.name, uses[t.name], rng), t.name))
     return proto.SerializeToString()
