@@ -13,7 +13,7 @@ from .core import (BundleError, CxrError, RunError, check_choice, choices, neare
                             write_json)
 from .brightness import error_text
 from .images import ImageRule
-from .ood import OODCheck
+from .ood import FeatureCheck, OODCheck
 from .model.hub import fetch_folder, is_hub_address
 from .model.settings import MEAN, STD, Activation, EncoderSpec
 from .words import format_bytes, format_count, join_words, printable
@@ -276,6 +276,7 @@ SCHEMA = (
     BundleField('operating_point', 'a dictionary', _is_dict, needed=False),
     BundleField('provenance', 'a dictionary', _is_dict, needed=False),
     BundleField('ood_check', 'a dictionary', lambda v: v is None or isinstance(v, dict), needed=False),
+    BundleField('feature_check', 'a dictionary', lambda v: v is None or isinstance(v, dict), needed=False),
     BundleField('versions', 'a dictionary', _is_dict, needed=False),
 )
 
@@ -301,6 +302,7 @@ def _check_parts(b, where):
         ImageRule.from_dict(b['image'])
         if 'encoder' in b: EncoderSpec(**b['encoder'])
         if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
+        if b.get('feature_check') is not None: FeatureCheck.from_dict(b['feature_check'])
     except (CxrError, TypeError, AttributeError) as e:
         raise BundleError(f'{where}: {printable(e)[:400]}') from e
 
@@ -405,9 +407,9 @@ def export_pickle(
 # %% ../nbs/bundle.ipynb #describe
 NOT_FOR = 'Research and teaching only. Not a medical device: not for diagnosis, triage or any decision about a patient.'
 
-def _description(info, state, ood_check, **more):
+def _description(info, state, checks, **more):
     "bundle.json; what the caller of `save_bundle` gives is passed on under its own name"
-    checks = {} if ood_check is None else dict(ood_check=ood_check.to_dict())
+    checks = {name: check.to_dict() for name, check in checks.items() if check is not None}
     weights = dict(file=WEIGHTS, sha256=hashlib.sha256(state).hexdigest(), started_from=Path(info.weights).name)
     return dict(format=FORMAT, version=FORMAT_VERSION, not_for=NOT_FOR, arch=info.arch, classes=info.classes,
                 activation=info.activation,
@@ -459,13 +461,15 @@ def save_bundle(
     pickle: bool = True,                 # also write export.pkl for fastai users
     ood_check: OODCheck | None = None,   # what is declined before the model answers; None answers everything
     tta: int = 0,                        # views of every image whose mean is the answer; 0: as it is
+    feature_check: FeatureCheck | None = None,   # what is declined by what the network sees in it
 ) -> Path:                               # the folder
     "Write weights and `bundle.json` (and fastai's pickle beside them), whole or not at all"
     from covid_cxr.learner import learner_info
     info, state = learner_info(learn), _tensors(learn.model)
     description = _description(
-        info, state, ood_check, **_members(learn.model), tta=tta, synthetic=bool(synthetic), threshold=threshold,
-        temperature=temperature, operating_point=operating_point or {}, provenance=provenance or {})
+        info, state, dict(ood_check=ood_check, feature_check=feature_check), **_members(learn.model), tta=tta,
+        synthetic=bool(synthetic), threshold=threshold, temperature=temperature,
+        operating_point=operating_point or {}, provenance=provenance or {})
     def add_files(tmp):
         if pickle: export_pickle(learn, tmp / PICKLE, threshold, temperature, tta)
         _save_lungs(info.rule, tmp)
@@ -523,7 +527,7 @@ def _read_object(file):
 
 def read_description(
     folder: str | os.PathLike,   # a bundle, or a run directory
-) -> dict[str, Any]:             # bundle.json under today's names; `ood_check` None where there is none
+) -> dict[str, Any]:             # bundle.json under today's names; `ood_check`, `feature_check` None: there is none
     "The description of a bundle alone, without looking at its weights"
     file = find_bundle(folder) / DESCRIPTION
     b = _read_object(file)
@@ -534,6 +538,7 @@ def read_description(
     old = [b.pop(k) for k in _OLD_CHECK if k in b]
     b = dict(b, ood_check=next((v for v in (b.get('ood_check'), *old) if v is not None), None))
     b.setdefault('activation', 'softmax')
+    b.setdefault('feature_check', None)
     _check_fields(b, str(file))
     return b
 
@@ -749,6 +754,7 @@ def adapt_bundle(
     threshold: float,            # of the place, a probability of this bundle; it becomes one half
     temperature: float,          # of the place, beside that of the bundle
     site: dict[str, Any],        # its name, and what was known of it
+    checks: dict[str, OODCheck | FeatureCheck] | None = None,   # of the place, by their names; None: as they are
 ) -> Path:
     "The same weights with the threshold and the probabilities of another place; no pickle"
     b, p = read_bundle(folder), min(max(threshold, 1e-6), 1 - 1e-6)
@@ -757,7 +763,8 @@ def adapt_bundle(
     files = {name: (Path(b['folder']) / name).read_bytes() for name in _networks_of(b)}
     description = _written(b) | dict(
         threshold=.5, temperature=b['temperature'] * temperature,
-        bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions())
+        bias=-math.log(p / (1 - p)) * b['temperature'], operating_point={}, site=site, versions=versions(),
+        **{name: check.to_dict() for name, check in (checks or {}).items()})
     _write_bundle(to, files, description, lambda tmp: _copy_lungs(b, tmp))
     return Path(to)
 

@@ -4,19 +4,22 @@
 
 # %% ../nbs/ood.ipynb #imports
 from __future__ import annotations
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterable, Literal, Mapping, Sequence
+import base64, itertools, math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Mapping, NamedTuple, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
-from .core import BundleError, ImageError, TableError, check_choice
+from .core import BundleError, ImageError, TableError, check_choice, choices
 from .brightness import error_text
 from .images import FLAT, cut_frame, is_blank
 from .words import format_number, format_percent
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'OODCheck', 'fit_ood_check',
-           'check_colour', 'make_ood_images', 'change_images', 'evaluate_ood_check', 'coverage_curve']
+__all__ = ['THUMB', 'WAVES', 'STATISTICS', 'MIN_IMAGES', 'COLOUR_SHARE', 'OODKind', 'WrongKind', 'WIDER', 'Look',
+           'OODCheck', 'fit_ood_check', 'check_colour', 'make_ood_images', 'change_images', 'make_wrong',
+           'make_other_machine', 'FeatureCheck', 'fit_feature_check', 'InputCheck', 'widen_check', 'PlaceMeasures',
+           'measure_place', 'move_input_check', 'declines', 'left_out_declines', 'evaluate_ood_check', 'coverage_curve']
 
 # %% ../nbs/ood.ipynb #frame
 THUMB = 16    # side of the thumbnail, pixels
@@ -73,6 +76,11 @@ def _features(mean, waves, z, stats):
     return np.c_[c, np.log(np.maximum(rest, 0) + .003), stats]
 
 # %% ../nbs/ood.ipynb #ood-check
+class Look(NamedTuple):
+    "What the pixels of one image say"
+    why: str | None    # why it should not be answered; None: nothing against it
+    score: float       # of `OODCheck.score`
+
 @dataclass(frozen=True, eq=False)
 class OODCheck:
     "The measured training images, and how far an image may be from them"
@@ -109,12 +117,20 @@ class OODCheck:
         pixels: np.ndarray,  # (h, w) uint8 as `load_image` gives them
     ) -> str | None:         # None, or one sentence
         "Why this image should not be answered, or None"
+        return self.look(pixels).why
+
+    def look(
+        self,
+        pixels: np.ndarray,  # (h, w) uint8
+    ) -> Look:
+        "How far an image is, and why it should not be answered"
         z, stats = _measure(pixels)
-        if is_blank(pixels):
-            return f'not a chest radiograph: the image is one even shade ({format_number(pixels.mean(), 0)} of 255).'
         d = float(self._score(z[None], stats[None])[0])
-        if d <= self.limit: return None
-        return f'{_why(self, pixels, stats)} (distance {format_number(d, 1)}, limit {format_number(self.limit, 1)}).'
+        shade = f'not a chest radiograph: the image is one even shade ({format_number(pixels.mean(), 0)} of 255).'
+        if is_blank(pixels): return Look(shade, d)
+        if d <= self.limit: return Look(None, d)
+        beyond = f'(distance {format_number(d, 1)}, limit {format_number(self.limit, 1)})'
+        return Look(f'{_why(self, pixels, stats)} {beyond}.', d)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain numbers and texts, for JSON"
@@ -306,6 +322,389 @@ def change_images(
     images = np.asarray(images)
     return {'inverted': 255 - images, 'turned 90 left': np.rot90(images, 1, (1, 2)),
             'turned 90 right': np.rot90(images, 3, (1, 2)), 'turned 180': images[:, ::-1, ::-1]}
+
+# %% ../nbs/ood.ipynb #wrong-parts
+WrongKind = Literal['inverted', 'upside down', 'turned by 90 degrees', 'a part', 'no chest']
+
+def _scaled(a, shape):
+    return np.asarray(Image.fromarray(np.ascontiguousarray(a)).resize(shape[::-1], Image.Resampling.BILINEAR))
+
+def _part(a, r):
+    "One half of an image, or a corner of it, enlarged"
+    h, w = a.shape
+    if r.random() < .5: return _scaled(a[:, :w // 2] if r.random() < .5 else a[:, w // 2:], a.shape)
+    share = r.uniform(.3, .5)
+    y, x = (int(r.uniform(0, 1 - share) * side) for side in a.shape)
+    return _scaled(a[y:y + max(2, int(share * h)), x:x + max(2, int(share * w))], a.shape)
+
+def _shuffled(a, r):
+    "The pieces of an image in another order"
+    k = int(r.integers(2, 5))
+    h, w = (side // k for side in a.shape)
+    pieces = a[:k * h, :k * w].reshape(k, h, k, w).swapaxes(1, 2).reshape(-1, h, w)
+    return _scaled(r.permutation(pieces).reshape(k, k, h, w).swapaxes(1, 2).reshape(k * h, k * w), a.shape)
+
+# %% ../nbs/ood.ipynb #wrong
+_MAKE_WRONG: dict[WrongKind, Any] = {
+    'inverted': lambda a, r: 255 - a, 'upside down': lambda a, r: a[::-1, ::r.choice([-1, 1])],
+    'turned by 90 degrees': lambda a, r: np.rot90(a, r.choice([1, 3])), 'a part': _part, 'no chest': _shuffled}
+
+def make_wrong(
+    image: np.ndarray,   # (h, w) uint8: an upright frontal chest
+    kind: WrongKind,
+    seed: int = 0,
+) -> np.ndarray:         # (h, w) uint8, of a square image the same shape
+    "A good radiograph made wrong"
+    check_choice('kind', kind, WrongKind)
+    _check_pixels(image)
+    return np.ascontiguousarray(_MAKE_WRONG[kind](image, np.random.default_rng(seed)))
+
+# %% ../nbs/ood.ipynb #machine-steps
+def _toned(a, r):
+    "Another exposure curve, contrast and brightness"
+    x = (a / 255.)**np.exp(r.uniform(-.4, .4))
+    return np.clip(255 * ((x - .5) * r.uniform(.7, 1.3) + .5 + r.uniform(-.1, .1)), 0, 255).astype(np.uint8)
+
+def _framed(a, r):
+    "A little less of the image"
+    share = r.uniform(.85, 1)
+    h, w = (int(share * side) for side in a.shape)
+    y, x = (int(r.integers(0, side - kept + 1)) for side, kept in zip(a.shape, (h, w)))
+    return _scaled(a[y:y + h, x:x + w], a.shape)
+
+def _softened(a, r):
+    coarse = tuple(max(8, int(r.uniform(.3, .8) * side)) for side in a.shape)
+    return _scaled(_scaled(a, coarse), a.shape)
+
+
+
+# %% ../nbs/ood.ipynb #machine
+def _barred(a, r):
+    "Black or white bars at two sides"
+    out, share, high = np.full(a.shape, r.choice([0, 0, 255]), np.uint8), r.uniform(.75, .95), r.random() < .5
+    h, w = (side if whole else int(share * side) for side, whole in zip(a.shape, (high, not high)))
+    y, x = (a.shape[0] - h) // 2, (a.shape[1] - w) // 2
+    out[y:y + h, x:x + w] = _scaled(a, (h, w))
+    return out
+
+def make_other_machine(
+    image: np.ndarray,   # (h, w) uint8
+    seed: int = 0,
+) -> np.ndarray:         # (h, w) uint8
+    "The same radiograph as another machine might give it: other tones, frame, sharpness or bars"
+    _check_pixels(image)
+    r = np.random.default_rng(seed)
+    for step in (_toned, _framed, _softened, _barred):
+        if r.random() < .5: image = step(image, r)
+    return image
+
+# %% ../nbs/ood.ipynb #feature-check
+_CLIP = 5.            # standard deviations: a feature beyond counts as one there
+_SENTENCES = {'inverted': 'not an upright frontal chest radiograph: it looks inverted (a negative)',
+              'upside down': 'not an upright frontal chest radiograph: it looks upside down',
+              'turned by 90 degrees': 'not an upright frontal chest radiograph: it looks turned by 90 degrees',
+              'a part': 'not a whole frontal chest radiograph: lateral or another view, or a part of one',
+              'no chest': 'no chest radiograph like those this model was trained on'}
+_FAR = 'unlike the radiographs that this model was trained on'
+
+@dataclass(frozen=True, eq=False)
+class FeatureCheck:
+    "What a network sees in its training images, and how far an image may be from that"
+    mean: np.ndarray         # (f,) of the features of the training
+    spread: np.ndarray       # (f,) standard deviations
+    directions: np.ndarray   # (k, f) main directions
+    lengths: np.ndarray      # (k + 1,) standard deviations along them; last: of what they leave over, for one feature
+    weights: np.ndarray      # (5, f) log-odds of every `WrongKind` against a right image
+    bias: np.ndarray         # (5,)
+    wrong: float             # larger log-odds of being wrong are declined
+    doubt: float             # the same of images whose pixels are far from the training too
+    far: float               # larger distances are declined
+    keep: float              # share of left-out training images that stay within both limits
+    n: int                   # training images
+
+    def _normal(self, features):
+        if features.shape[1] < len(self.mean):
+            raise BundleError(f'the network gives {features.shape[1]} features and its input check needs '
+                              f'{len(self.mean)}; export the run again.')
+        return (features[:, :len(self.mean)].astype(float) - self.mean) / self.spread
+
+    def kinds(
+        self,
+        features: np.ndarray,   # (n, f): `NetworkOutputs.features`; of an ensemble the first network's count
+    ) -> np.ndarray:            # (n, 5)
+        "Log-odds of every `WrongKind` against a right image"
+        return np.clip(self._normal(features), -_CLIP, _CLIP) @ self.weights.T + self.bias
+
+    def distance(
+        self,
+        features: np.ndarray,   # (n, f)
+    ) -> np.ndarray:            # (n,) about 1 for the training images
+        "How far features are from those of the training"
+        z = self._normal(features)
+        c = z @ self.directions.T
+        rest = np.maximum((z**2).sum(1) - (c**2).sum(1), 0) / self.lengths[-1]**2
+        return np.sqrt((((c / self.lengths[:-1])**2).sum(1) + rest) / z.shape[1])
+
+    def score(
+        self,
+        features: np.ndarray,   # (n, f)
+        doubtful: np.ndarray | None = None,   # (n,) bool: are its pixels far from the training? None: of none
+    ) -> np.ndarray:            # (n,)
+        "How unlike the training images are; above 1 is declined"
+        limit = self.wrong if doubtful is None else np.where(doubtful, self.doubt, self.wrong)
+        return np.maximum(1 + (_log_sum(self.kinds(features)) - limit) / 10, self.distance(features) / self.far)
+
+    def check(
+        self,
+        features: np.ndarray,   # (f,)
+        doubtful: bool = False, # are its pixels far from the training?
+    ) -> str | None:            # None, or one sentence
+        "Why this image should not be answered, or None"
+        if not np.isfinite(features).all(): return f'{_FAR} (what the network sees in it are no numbers).'
+        kinds, d = self.kinds(features[None])[0], float(self.distance(features[None])[0])
+        odds, limit = float(_log_sum(kinds[None])[0]), self.doubt if doubtful else self.wrong
+        if odds > limit:
+            why = _SENTENCES[choices(WrongKind)[int(kinds.argmax())]]
+            return f'{why} (log-odds {format_number(odds, 1)}, limit {format_number(limit, 1)}).'
+        if d <= self.far: return None
+        return f'{_FAR} (distance {format_number(d, 1)}, limit {format_number(self.far, 1)}).'
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain numbers and texts, for JSON"
+        arrays = {k: _encode(getattr(self, k), kind) for k, kind in _FEATURE_ARRAYS.items()}
+        return dict(version=1, features=len(self.mean), directions_kept=len(self.directions), **arrays,
+                    **{k: getattr(self, k) for k in _FEATURE_NUMBERS})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureCheck:
+        "The check that `to_dict` wrote, or a refusal"
+        return _read_feature_check(cls, values)
+
+# %% ../nbs/ood.ipynb #feature-parts
+_FEATURE_ARRAYS = dict(mean='<f4', spread='<f4', directions='<f2', lengths='<f4', weights='<f2', bias='<f4')
+_FEATURE_NUMBERS = dict(wrong=float, doubt=float, far=float, keep=float, n=int)
+_MOST_FEATURES, _MOST_DIRECTIONS = 8192, 64
+
+def _log_sum(x):
+    "Logarithm of the sum of exponentials along the last axis"
+    top = x.max(-1)
+    return top + np.log(np.exp(x - top[..., None]).sum(-1))
+
+def _encode(a, kind): return base64.b64encode(np.ascontiguousarray(a, kind).tobytes()).decode()
+
+def _decode(text, kind, shape):
+    "An array of a known shape; a text of another length is refused before anything is made of it"
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if not isinstance(text, str) or len(text) != 4 * -(-size // 3): raise ValueError('an array has another length')
+    return np.frombuffer(base64.b64decode(text, validate=True), kind).reshape(shape).astype(float)
+
+# %% ../nbs/ood.ipynb #feature-read
+def _feature_fault(check):
+    "What is wrong with the numbers of a check of features, or None"
+    for name in _FEATURE_ARRAYS:
+        if not (np.abs(getattr(check, name)) < _LARGEST).all(): return f"'{name}' holds no numbers"
+    if not ((check.spread > 1 / _LARGEST).all() and (check.lengths > 1 / _LARGEST).all()):
+        return 'its spread is no positive number'
+    odds = -_LARGEST < check.doubt <= check.wrong < _LARGEST
+    fits = odds and 0 < check.far < _LARGEST and 0 < check.keep <= 1 and 0 < check.n < 1e9
+    return None if fits else 'its limits, its share or its count is no possible number'
+
+def _read_feature_check(cls, values):
+    "A check of features from its dictionary; what is missing or damaged is refused"
+    if not isinstance(values, Mapping) or values.get('version') != 1:
+        raise BundleError('this check of features has another version; export the run again.')
+    f, k = values.get('features'), values.get('directions_kept')
+    if type(f) is not int or type(k) is not int or not (0 < f <= _MOST_FEATURES and 0 < k <= min(f, _MOST_DIRECTIONS)):
+        raise _damaged('its size is impossible')
+    c = len(choices(WrongKind))
+    shapes = dict(mean=(f,), spread=(f,), directions=(k, f), lengths=(k + 1,), weights=(c, f), bias=(c,))
+    try: check = cls(**{name: _decode(values[name], kind, shapes[name]) for name, kind in _FEATURE_ARRAYS.items()},
+                     **{name: kind(values[name]) for name, kind in _FEATURE_NUMBERS.items()})
+    except (KeyError, TypeError, ValueError, OverflowError) as e: raise _damaged(error_text(e)) from e
+    fault = _feature_fault(check)
+    if fault: raise _damaged(fault)
+    return check
+
+# %% ../nbs/ood.ipynb #feature-fit-once
+_DIRECTIONS, _ROOM = 32, 80_000     # directions that are kept, and numbers that they may have together
+_WRONG_EACH, _DRAWN = 2, 8           # wrong versions of an image; drawn pictures of each kind
+
+def _around(x):
+    "Mean, spread and main directions of features (n, f), and the standard deviations along them"
+    mean, spread = x.mean(0), x.std(0)
+    spread = spread + .1 * spread.mean() + 1e-6
+    z = (x - mean) / spread
+    k = max(1, min(_DIRECTIONS, x.shape[1] - 1, len(x) // 6, _ROOM // x.shape[1]))
+    size, directions = np.linalg.svd(z, full_matrices=False)[1:]
+    along = size[:k]**2 / len(x)
+    rest = max(((z**2).sum() / len(x) - along.sum()) / max(1, x.shape[1] - k), 1e-3)
+    shrunk = .9 * along + .1 * (z**2).mean()
+    return dict(mean=mean, spread=spread, directions=directions[:k], lengths=np.sqrt(np.r_[shrunk, rest]))
+
+def _odds(z, kinds):
+    "Weights and bias of the log-odds of every kind; `kinds` (n,) is 0 for a right image"
+    from sklearn.linear_model import LogisticRegression
+    count = np.bincount(kinds)
+    weight = len(z) / (len(count) * count[kinds])
+    weight[kinds == 0] *= len(count) - 1                       # as many right as wrong
+    fitted = LogisticRegression(C=1 / z.shape[1], max_iter=200).fit(np.clip(z, -_CLIP, _CLIP), kinds, weight)
+    return dict(weights=fitted.coef_[1:] - fitted.coef_[0], bias=fitted.intercept_[1:] - fitted.intercept_[0])
+
+# %% ../nbs/ood.ipynb #feature-seen
+class _Seen(NamedTuple):
+    "Features of the training images and of their versions; `of` is the image, -1 for a drawn picture"
+    right: np.ndarray     # (n, f)
+    other: np.ndarray     # (n, f) as another machine gives them
+    wrong: np.ndarray     # (m, f)
+    of: np.ndarray        # (m,)
+    kind: np.ndarray      # (m,) from 1
+
+    def fit(self, out=None):
+        "A check without limits, fitted without the images `out`"
+        kept = np.ones(len(self.right), bool) if out is None else ~out
+        wrong = (self.of < 0) | kept[self.of]
+        around = _around(self.right[kept])
+        x = np.concatenate([self.right[kept], self.other[kept], self.wrong[wrong]])
+        kinds = np.r_[np.zeros(2 * kept.sum(), int), self.kind[wrong]]
+        odds = _odds((x - around['mean']) / around['spread'], kinds)
+        return FeatureCheck(**around, **odds, wrong=0., doubt=0., far=1., keep=1., n=int(kept.sum()))
+
+def _see(images, encode, seed):
+    "Show a network the training images and their versions"
+    r, kinds = np.random.default_rng(seed), choices(WrongKind)
+    drawn = [a for k in choices(OODKind) for a in make_ood_images(k, _DRAWN, max(images[0].shape), seed)]
+    order = [r.permutation(len(kinds))[:_WRONG_EACH] for _ in images]
+    of, kind = (np.array(v, int) for v in zip(*((i, k) for i, some in enumerate(order) for k in some)))
+    wrong = [make_wrong(images[i], kinds[k], [seed, i, k]) for i, k in zip(of, kind)]
+    other = [make_other_machine(a, [seed, i]) for i, a in enumerate(images)]
+    return _Seen(encode(images), encode(other), encode([*wrong, *drawn]), np.r_[of, np.full(len(drawn), -1)],
+                 np.r_[kind, np.full(len(drawn), len(kinds) - 1)] + 1)
+
+# %% ../nbs/ood.ipynb #feature-fit
+def _parts_of(groups, n, seed, parts=5):
+    "(n,) which fifth of the groups an image belongs to"
+    names, which = np.unique(np.asarray(range(n) if groups is None else groups, str), return_inverse=True)
+    if len(names) < parts:
+        raise TableError(f'a check of features needs images of {parts} groups and got {len(names)}; '
+                         'give more patients.')
+    return (np.random.default_rng(seed).permutation(len(names)) % parts)[which]
+
+_KEEP_DOUBTFUL = .97      # share of left-out images below the limit for images whose pixels are far
+
+def _limits(seen, distances, keep):
+    "Limits by the log-odds of images (as they are, as another machine gives them) and by their distances"
+    every, half = np.concatenate(seen), (1 + keep) / 2
+    wrong = _limit(every, half)
+    return dict(wrong=wrong, doubt=min(wrong, _limit(seen[0], _KEEP_DOUBTFUL)), far=_limit(distances, half))
+
+def fit_feature_check(
+    images: Sequence[np.ndarray],   # (n, h, w) uint8: TRAINING images as the network sees them
+    encode: Callable[[Sequence[np.ndarray]], np.ndarray],   # images -> (n, f) `NetworkOutputs.features`
+    groups: Sequence | None = None, # (n,) patient groups; None: every image is a group of its own
+    keep: float = .98,              # share of images of new groups that shall pass
+    seed: int = 0,                  # decides which groups are left out together, and how images are made wrong
+) -> FeatureCheck:
+    "Show a network its training images, right and made wrong, and set the limits that left-out groups stay within"
+    if not .5 <= keep < 1: raise TableError(f'keep={keep!r}; give a share of images from .5 to below 1.')
+    if len(images) < MIN_IMAGES:
+        raise TableError(f'fit_feature_check needs {MIN_IMAGES} images and got {len(images)}; '
+                         'a smaller run has no such check.')
+    part, seen = _parts_of(groups, len(images), seed), _see(images, encode, seed)
+    odds, distances = np.zeros((2, len(images))), np.zeros((2, len(images)))
+    for p in range(part.max() + 1):
+        without = seen.fit(part == p)
+        for k, x in enumerate((seen.right[part == p], seen.other[part == p])):
+            odds[k, part == p], distances[k, part == p] = _log_sum(without.kinds(x)), without.distance(x)
+    limits = _limits(odds, distances.ravel(), keep)
+    return FeatureCheck.from_dict(replace(seen.fit(), **limits, keep=keep).to_dict())     # as it will be read back
+
+# %% ../nbs/ood.ipynb #input-check
+WIDER = 2.     # factor on the limit of the pixel check where features are checked too
+
+@dataclass(frozen=True, eq=False)
+class InputCheck:
+    "The check of pixels and the check of features as one"
+    pixels: OODCheck
+    features: FeatureCheck
+    encode: Callable[[Sequence[np.ndarray]], np.ndarray]   # images -> (n, f)
+    limit: float = 1.        # a larger score is declined
+
+    @property
+    def keep(self) -> float: return self.features.keep
+
+    def score(
+        self,
+        images: Iterable[np.ndarray],  # (n, h, w) uint8
+    ) -> np.ndarray:                   # (n,)
+        "How unlike the training images are, by the check that objects more"
+        given, out = iter(images), [np.zeros(0)]
+        while some := list(itertools.islice(given, 64)):       # so many images are held at a time
+            pixels, features = self.pixels.score(some), self.encode(some)
+            out.append(np.maximum(pixels / self.pixels.limit, self.features.score(features, self.doubtful(pixels))))
+        return np.concatenate(out)
+
+    def doubtful(
+        self,
+        scores: np.ndarray,   # of the pixel check
+    ) -> np.ndarray:          # bool, the same shape
+        "Are the pixels beyond the limit that the pixel check alone would have?"
+        return np.asarray(scores) > self.pixels.limit / WIDER
+
+    def check(
+        self,
+        pixels: np.ndarray,  # (h, w) uint8
+    ) -> str | None:         # None, or one sentence
+        "Why this image should not be answered, or None"
+        look = self.pixels.look(pixels)
+        return look.why or self.features.check(self.encode([pixels])[0], bool(self.doubtful(np.array(look.score))))
+
+def widen_check(check: OODCheck) -> OODCheck: # for a bundle that checks features too
+    "The pixel check with its limit widened by `WIDER`"
+    return replace(check, limit=round(WIDER * check.limit, 4))
+
+# %% ../nbs/ood.ipynb #site
+class PlaceMeasures(NamedTuple):
+    "Good images of a place, as a check sees them"
+    scores: np.ndarray     # (n,) of the pixel check
+    features: np.ndarray   # (n, f)
+
+    def some(self, which: np.ndarray) -> PlaceMeasures: return PlaceMeasures(self.scores[which], self.features[which])
+
+def measure_place(check: InputCheck, images: Sequence[np.ndarray]) -> PlaceMeasures: # (n, h, w) uint8
+    "What moves a check to a place"
+    return PlaceMeasures(check.pixels.score(images), check.encode(images))
+
+def move_input_check(
+    check: InputCheck,
+    place: PlaceMeasures,    # of good images of a place
+) -> InputCheck:
+    "The same check around the images of a place, with limits that they stay within"
+    n, old = len(place.features), check.features
+    if n < MIN_IMAGES:
+        raise TableError(f'a check is moved to a place with {MIN_IMAGES} images or more, and {n} were given.')
+    moved = replace(old, mean=place.features[:, :len(old.mean)].mean(0), n=n)
+    limits = _limits(_log_sum(moved.kinds(place.features))[None], moved.distance(place.features), old.keep)
+    features = FeatureCheck.from_dict(replace(moved, **limits).to_dict())
+    pixels = replace(check.pixels, limit=max(check.pixels.limit, round(float(place.scores.max()) + 1e-3, 4)))
+    return replace(check, pixels=pixels, features=features)
+
+# %% ../nbs/ood.ipynb #left-out
+def declines(check: InputCheck, place: PlaceMeasures) -> np.ndarray: # (n,) bool
+    "Which images of a place a check declines"
+    features = check.features.score(place.features, check.doubtful(place.scores))
+    return (place.scores > check.pixels.limit) | (features > 1)
+
+def left_out_declines(
+    check: InputCheck,
+    place: PlaceMeasures,
+    groups: Sequence | None = None, # (n,) patients; None: every image is one of its own
+    seed: int = 0,                  # decides which patients are left out together
+) -> np.ndarray:                    # (n,) bool
+    "Which images are declined by the check that was moved with images of other patients"
+    part, out = _parts_of(groups, len(place.scores), seed), np.zeros(len(place.scores), bool)
+    for p in range(part.max() + 1):
+        out[part == p] = declines(move_input_check(check, place.some(part != p)), place.some(part == p))
+    return out
 
 # %% ../nbs/ood.ipynb #evaluate
 def _area(good, other):

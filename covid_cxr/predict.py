@@ -15,7 +15,7 @@ from .core import (IMAGE_SUFFIXES, BundleError, ImageError, Reason, RunError, at
                             sha256_text, write_json)
 from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_any, refuse_blank,
                               to_8bit)
-from .ood import OODCheck, check_colour
+from .ood import WIDER, FeatureCheck, InputCheck, OODCheck, check_colour
 from .model.settings import TTA_VIEWS
 from .model.onnx import NetworkOutputs, mean_logits, softmax, turned_view
 from .words import join_words, safe_cell, safe_path
@@ -124,26 +124,28 @@ class _Refused(NamedTuple):
     why: str
     reason: Reason
 
+def _unlike(why): return Reason('prediction', 'unlike the training images', why)
+
 def _refused(error):
     "A file that cannot be read, or an image that is blank"
     blank = isinstance(error, BlankImage)
     return _Refused(f'not a chest radiograph: {error.why}.' if blank else str(error), file_reason(error))
 
 # %% ../nbs/predict.ipynb #reasons
-def _doubt(picture, check):
+def _doubt(picture, look):
     "Why an image should not be answered, or None"
-    why = None if check is None else check_colour(picture.colour_share) or check.check(picture.pixels)
-    if why: return Reason('prediction', 'unlike the training images', why)
+    why = look and (check_colour(picture.colour_share) or look.why)
+    if why: return _unlike(why)
     if picture.view is not None and picture.view.doubt:
         return Reason('prediction', 'no frontal view by its header', f'not a frontal radiograph: {picture.view.doubt}.')
     if picture.lungs is None or not picture.lungs.fault: return None
     return Reason('prediction', 'no two lungs found', 'not a frontal chest radiograph, or one on which lungs are not '
                   f'seen: the lung network finds no two lungs ({picture.lungs.fault}).')
 
-def _reasons(picture, ood, check):
+def _reasons(picture, ood, look):
     "(why there is no answer, what is said beside an answer)"
     if isinstance(picture, _Refused): return picture, None
-    doubt = None if ood == 'off' else _doubt(picture, check)
+    doubt = None if ood == 'off' else _doubt(picture, look)
     if doubt is None or ood == 'warn': return None, doubt and doubt.detail
     return _Refused(doubt.detail, doubt), None
 
@@ -237,6 +239,18 @@ class _TorchEngine:
         own = getattr(self.model[1], 'temperatures', None)
         return [1.] if own is None else own.tolist()
 
+    @cached_property
+    def middle(self):
+        "A layer to look at, where the bundle checks features"
+        from covid_cxr.model.network import find_middle
+        return find_middle(self.model[0], self.bundle['image']['size']) if self.bundle.get('feature_check') else None
+
+    def answers(self, x):            # (n, 1, h, w) uint8 -> (n, k) float64, (n, f) features or None
+        from covid_cxr.model.network import tap_means
+        if self.middle is None: return self.probabilities(x), None
+        with tap_means(self.middle) as seen: p = self.probabilities(x)
+        return p, seen[0].float().cpu().numpy()      # of the image as it is, the first view
+
     def probabilities(self, x):      # (n, 1, h, w) uint8 -> (n, k) float64
         import torch
         pixels = torch.from_numpy(x).to(self.device).float() / 255
@@ -253,15 +267,18 @@ class _OnnxEngine:
         self.bundle, self.network = bundle, load_onnx(bundle)
         self.all_outputs, self.temperatures = self.network, bundle['onnx']['temperatures']
 
-    def probabilities(self, x):      # (n, 1, h, w) uint8 -> (n, k) float64
+    def probabilities(self, x): return self.answers(x)[0]
+
+    def answers(self, x):            # (n, 1, h, w) uint8 -> (n, k) float64, (n, f) features
         b, several = self.bundle, self.bundle['activation'] == 'sigmoid'
         pixels = scale_pixels(x, b)
         views = [turned_view(pixels, *v) if k else pixels for k, v in enumerate(TTA_VIEWS[:max(1, b.get('tta', 0))])]
-        logits = mean_logits(np.stack([self.network(v).logits for v in views]), self.temperatures, several)
+        found = [self.network(v) for v in views]
+        logits = mean_logits(np.stack([f.logits for f in found]), self.temperatures, several)
         logits = logits.astype(np.float64)
         logits[:, -1] += b.get('bias', 0.)
         logits /= b['temperature']
-        return 1 / (1 + np.exp(-logits)) if several else softmax(logits)
+        return 1 / (1 + np.exp(-logits)) if several else softmax(logits), found[0].features
 
 # %% ../nbs/predict.ipynb #predictor
 _NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained'
@@ -289,6 +306,8 @@ class Predictor:
         self.synthetic, self.device = bool(self.bundle['synthetic']), device or 'cpu'
         check = self.bundle['ood_check']
         self.ood_check = OODCheck.from_dict(check) if check is not None else None
+        check = self.bundle['feature_check']
+        self.feature_check = FeatureCheck.from_dict(check) if check is not None else None
         self.backend = _backend(self.bundle, backend, module, self.device)
         self._module = module
         onnx = self.backend == 'onnx'
@@ -303,6 +322,20 @@ class Predictor:
     def temperatures(self) -> list[float]: return self.engine.temperatures        # one for each network
     @property
     def threshold(self) -> float | None: return getattr(self.decision, 'threshold', None)
+
+    @property
+    def input_check(self) -> OODCheck | InputCheck | None:
+        "Everything that declines an image by its pixels and its features; None: nothing does"
+        if self.ood_check is None or self.feature_check is None: return self.ood_check
+        return InputCheck(self.ood_check, self.feature_check, self.features)
+
+    def features(
+        self,
+        pixels: Sequence[np.ndarray],  # (n, size, size) uint8, as `load_image` gives them
+        bs: int = 8,                   # images per batch
+    ) -> np.ndarray:                   # (n, f)
+        "What the input check looks at, of images that are already read"
+        return np.concatenate([self._run(pixels[i:i + bs])[1] for i in range(0, len(pixels), bs)])
 
     @cached_property
     def model(self) -> Any:
@@ -358,6 +391,12 @@ class Predictor:
         if not len(pixels): return np.zeros((0, len(self.classes)))
         return self.engine.probabilities(np.stack(pixels)[:, None])
 
+    def _run(self, pixels):
+        "(probabilities, features) of some images; without a check of features, None for each instead"
+        if not len(pixels): return [], []
+        probs, features = self.engine.answers(np.stack(pixels)[:, None])
+        return probs, [None] * len(probs) if self.feature_check is None else features
+
     def outputs(
         self,
         pixels: Sequence[np.ndarray],  # (n, size, size) uint8, as `load_image` gives them
@@ -402,12 +441,24 @@ class Predictor:
 
     def _answers(self, paths, pictures, ood):
         "One Prediction per image"
-        reasons = [_reasons(p, ood, self.ood_check) for p in pictures]
+        looks = [self._look(p) for p in pictures]
+        reasons = [_reasons(p, ood, look) for p, look in zip(pictures, looks)]
         answered = [p.pixels for p, (declined, _) in zip(pictures, reasons) if declined is None]
-        probs = iter(self.probabilities(answered))
+        given = zip(*self._run(answered))
         return [self._decline(f, declined) if declined is not None
-                else self._answer(f, next(probs), warning=warning, uncut=_uncut(picture))
-                for f, picture, (declined, warning) in zip(paths, pictures, reasons)]
+                else self._judge(f, *next(given), look, ood, warning=warning, uncut=_uncut(picture))
+                for f, picture, look, (declined, warning) in zip(paths, pictures, looks, reasons)]
+
+    def _look(self, picture):
+        "What the pixel check says of a picture; None: there is no picture or no check"
+        return None if isinstance(picture, _Refused) or self.ood_check is None else self.ood_check.look(picture.pixels)
+
+    def _judge(self, path, p, features, look, ood, warning, uncut):
+        "The answer, unless what the network saw says that the image is unlike the training"
+        far = look is not None and look.score > self.ood_check.limit / WIDER
+        why = None if ood == 'off' or features is None else self.feature_check.check(features, far)
+        if why and ood == 'decline': return self._decline(path, _Refused(why, _unlike(why)))
+        return self._answer(path, p, warning=warning or why, uncut=uncut)
 
     def _decline(self, path, refused):
         return self.decision.decline(path, refused.why, synthetic=self.synthetic, reason=refused.reason)

@@ -115,8 +115,8 @@ def test_a_run_carries_its_check(phantom_run, tmp_path):
     files = pd.read_csv(phantom_run / 'predictions.csv').query('split == "test"').path.tolist()
     assert np.mean([p.declined is not None for p in predictor.predict(files)]) <= .15
     assert predictor.predict(phantom_run / 'new-image.png').declined is None
-    without = _bundle(phantom_run, tmp_path / 'without', lambda b: b.pop('ood_check'))
-    assert load_predictor(without).ood_check is None
+    without = _bundle(phantom_run, tmp_path / 'without', lambda b: [b.pop(k) for k in ('ood_check', 'feature_check')])
+    assert load_predictor(without).input_check is None
     assert load_predictor(without).predict(page).probabilities == off.probabilities
 
 

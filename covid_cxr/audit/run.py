@@ -205,7 +205,7 @@ def case_of_run(
         point.to_dict() if point else None, folder.split, images, score=lambda x: _probabilities(predictor, x)[:, -1],
         features=lambda x: last_features(predictor, x), network=predictor, masks=masks.small,
         image_masks=masks.evaluated, masks_from=masks.drawn_by, pairs=find_near(rows, prints) if copies else None,
-        fingerprints=prints, folder=folder, ood=predictor.ood_check, external_tests=read_external_tests(folder),
+        fingerprints=prints, folder=folder, ood=predictor.input_check, external_tests=read_external_tests(folder),
         n_boot=n_boot, seed=folder.recipe.seed)
 
 # %% ../../nbs/audit/run.ipynb #baselines
@@ -314,7 +314,7 @@ def _whole_case(run, predictor, small, images, masks, prints, n_boot):
     "What is asked once: a case without classes"
     return Case(run.rows.assign(label=np.nan), small, np.zeros(len(run.rows)), ('absent', 'present'), split=run.split,
                 images=images, masks=masks.small, masks_from=masks.drawn_by, pairs=find_near(run.rows, prints),
-                fingerprints=prints, folder=run, ood=predictor.ood_check, n_boot=n_boot, seed=run.recipe.seed)
+                fingerprints=prints, folder=run, ood=predictor.input_check, n_boot=n_boot, seed=run.recipe.seed)
 
 def _same_probabilities(run, case, predictor):
     "Does the exported model give the probabilities that the run wrote down, of every finding?"

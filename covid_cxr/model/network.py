@@ -4,16 +4,17 @@
 
 # %% ../../nbs/model/network.ipynb #imports
 from __future__ import annotations
-import math, os
-from typing import Sequence, cast
-import torch
+import contextlib, math, os
+from typing import Callable, Iterator, Sequence, cast
+import numpy as np, torch
 from torch import nn
 from ..core import WeightsError, check_choice
 from .settings import MEAN, STD, TTA_VIEWS, EncoderSpec, HeadKind, OnDoubt
 from .backbones import OWN, build_encoder, find_encoder, he_weights, load_encoder
 
 # %% auto #0
-__all__ = ['ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'seen_as', 'MeanOfViews']
+__all__ = ['ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'find_middle', 'tap_means',
+           'middle_encoder', 'seen_as', 'MeanOfViews']
 
 # %% ../../nbs/model/network.ipynb #head
 class ConcatPool(nn.Module):
@@ -152,6 +153,77 @@ class MeanOfNetworks(nn.Sequential):
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
         "(m, n, n_out) logits of every network -> (n, n_out) their answer"
         return cast(_Heads, self[1]).mean(logits)
+
+# %% ../../nbs/model/network.ipynb #middle
+def _sides(body, size):
+    "{layer: side of its maps} of the layers that give square maps"
+    sides = {}
+    def note(layer, given, out):
+        if torch.is_tensor(out) and out.ndim == 4 and out.shape[-1] == out.shape[-2]: sides[layer] = int(out.shape[-1])
+    hooks = [m.register_forward_hook(note) for m in body.modules()]
+    place, was = next((p.device for p in body.parameters()), 'cpu'), body.training
+    try:
+        with torch.no_grad(): body.eval()(torch.zeros(1, 1, size, size, device=place))
+    finally:
+        body.train(was)
+        for h in hooks: h.remove()
+    return sides
+
+def _before_fall(module, sides, least, before=None):
+    "(the last layer before maps become smaller than `least`, True); (the last layer, False) where they never do"
+    for part in module.children():
+        if part in sides and sides[part] >= least: before = part
+        elif part not in sides:
+            before, fell = _before_fall(part, sides, least, before)
+            if fell: return before, True
+        elif before is not None and sides[before] < 2 * least: return before, True
+        else: return _before_fall(part, sides, least, before)[0], True
+    return before, False
+
+# %% ../../nbs/model/network.ipynb #find-middle
+def find_middle(
+    body: nn.Module,     # of `cxr_model` or `MeanOfNetworks`: its first part
+    size: int,           # side of the images, pixels
+) -> nn.Module:          # of an ensemble, a layer of its first network
+    "The last layer of a body whose maps have a sixteenth of the side of an image, or the body"
+    first = getattr(body, 'members', [body])[0]
+    found, fell = _before_fall(first, _sides(first, size), size / 16)
+    return found if fell and found is not None else first
+
+@contextlib.contextmanager
+def tap_means(
+    layer: nn.Module,    # of `find_middle`
+) -> Iterator[list[torch.Tensor]]:   # (n, f) for each run of the layer
+    "Keep the mean of each map that a layer gives while the block runs"
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda layer, given, out: seen.append(out.mean((2, 3))))
+    try: yield seen
+    finally: hook.remove()
+
+# %% ../../nbs/model/network.ipynb #middle-encoder
+class _Enough(Exception): "The layer that was asked for has run"
+
+def _stop(layer, given, out): raise _Enough
+
+def middle_encoder(
+    model: nn.Module,    # of `cxr_model` or `MeanOfNetworks`: body and head
+    size: int,           # side of the images, pixels
+    bs: int = 32,        # images per pass
+) -> Callable[[Sequence[np.ndarray]], np.ndarray]:   # n images (h, w) uint8 -> (n, f)
+    "What a network sees of images half-way through its body; the rest of it is not run"
+    body = cast(nn.Sequential, model)[0]
+    first, layer = getattr(body, 'members', [body])[0], find_middle(body, size)
+    place = next((p.device for p in first.parameters()), 'cpu')
+    def some(images):
+        x = (torch.from_numpy(np.stack(images))[:, None].to(place).float() / 255 - MEAN) / STD
+        with torch.inference_mode(), tap_means(layer) as seen:
+            stop = layer.register_forward_hook(_stop)
+            try: first.eval()(x)
+            except _Enough: pass
+            finally: stop.remove()
+        return seen[0].float().cpu().numpy()
+    def encode(images): return np.concatenate([some(images[i:i + bs]) for i in range(0, len(images), bs)])
+    return encode
 
 # %% ../../nbs/model/network.ipynb #views
 def seen_as(

@@ -140,7 +140,8 @@ def _forth_and_back(head, maps):
 def _all_outputs(model, size):
     "The network with all outputs, as in `NetworkOutputs`; without gradients where the head is none of ours"
     import torch
-    place = next(model.parameters()).device
+    from covid_cxr.model.network import find_middle, tap_means
+    place, middle = next(model.parameters()).device, find_middle(model[0], size)
     with torch.no_grad(): shape = model[0](torch.zeros(1, 1, size, size, device=place)).shape
     class Outputs(torch.nn.Module):
         def __init__(self):
@@ -149,11 +150,11 @@ def _all_outputs(model, size):
             self.heads = [*getattr(self.head, 'members', [self.head])]
             self.known = all(map(_can_be_walked_back, self.heads))
         def forward(self, x):
-            maps = self.body(x)
+            with tap_means(middle) as seen: maps = self.body(x)
             own = maps.chunk(len(self.heads), 1)
-            if not self.known: return torch.stack([h(m) for h, m in zip(self.heads, own)]), maps.mean((2, 3)), maps
+            if not self.known: return torch.stack([h(m) for h, m in zip(self.heads, own)]), seen[0], maps
             logits, gradients = zip(*(_forth_and_back(h, m) for h, m in zip(self.heads, own)))
-            return torch.stack(logits), maps.mean((2, 3)), maps, torch.stack(gradients)
+            return torch.stack(logits), seen[0], maps, torch.stack(gradients)
     return Outputs().eval()
 
 # %% ../../nbs/model/onnx.ipynb #write-half
@@ -304,7 +305,7 @@ def check_onnx(
 class NetworkOutputs(NamedTuple):
     "What a network gives for n images"
     logits: np.ndarray     # (networks, n, k)
-    features: np.ndarray   # (n, f): the mean of each map
+    features: np.ndarray   # (n, f): the mean of each map half-way (`network.find_middle`); early files: at the end
     maps: np.ndarray       # (n, f, h, w): of the last layer with places
     gradients: np.ndarray | None = None   # (networks, n, k, f / networks): mean derivative of a logit by a map;
                                           # None: an early file, or a head that is none of ours

@@ -619,7 +619,7 @@ def list_warnings(
 
 # %% ../../nbs/report/context.ipynb #limitation
 LimitStatus = Literal['FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE', 'NOT RUN', 'NOT RECORDED', 'DATA, ALARM',
-                      'DATA', 'CALIBRATION', 'SUBGROUP']
+                      'DATA', 'CALIBRATION', 'SUBGROUP', 'INPUT CHECK']
 _LIMITING: tuple[VerdictWord, ...] = ('FAIL', 'WARN', 'UNDERPOWERED', 'NOT APPLICABLE')
 
 class Limitation(NamedTuple):
@@ -654,6 +654,20 @@ def _analysis_limits(analysis):
     if analysis.worst.alarm:
         yield Limitation('SUBGROUP', 'subgroups', sentence(describe_worst_subgroup(analysis.worst)))
 
+# %% ../../nbs/report/context.ipynb #limits-input
+def _declined(n, declined, where):
+    return f'{declined:,} of the {format_count(n, "image")} of {where} ({format_percent(declined / n)})'
+
+def _input_check_limits(run):
+    "What the input check costs on good images: of the run's own split, and of other hospitals where they were tested"
+    own = run.bundle.get('provenance', {}).get('ood_check')
+    if not own or not own.get('images'): return
+    found = [_declined(own['images'], own['declined'], f'the {own.get("split", "evaluated")} split')]
+    found += [_declined(t.n_images, t.ood_warnings, t.name) for t in run.external_tests if t.n_images]
+    text = f'The check of the input declines {join_words(found)}.'
+    if not run.external_tests: text += ' What it declines at another hospital was not measured.'
+    yield Limitation('INPUT CHECK', 'input check', text)
+
 # %% ../../nbs/report/context.ipynb #limits-list
 _NO_TEST_SPLIT = 'There is no test split: the numbers are those of the split that chose the threshold.'
 _NO_EXTERNAL = 'No external test was made: nothing is known about another hospital, another machine or another year.'
@@ -671,7 +685,8 @@ def list_limits(
     run: ReportFiles,
 ) -> list[Limitation]:
     "Limitations from the audit, the data, the external tests and the log of test-set evaluations"
-    return [*_audit_limits(run), *run._own_limits(), *_absent_limits(run), *run._last_limits()]
+    found = [*_audit_limits(run), *run._own_limits(), *_absent_limits(run), *_input_check_limits(run)]
+    return [*found, *run._last_limits()]
 
 # %% ../../nbs/report/context.ipynb #detectable
 def detectable_accuracy_difference(

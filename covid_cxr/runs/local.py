@@ -4,14 +4,16 @@
 
 # %% ../../nbs/runs/local.ipynb #imports
 from __future__ import annotations
-import dataclasses, os, re
+import contextlib, dataclasses, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from ..bundle import BundleError, adapt_bundle, read_bundle
-from ..core import RunError, SourceError, fold_word, utc_now
-from ..evaluate import Estimate, EvaluationError, evaluate
+from ..core import ImageError, RunError, SourceError, fold_word, utc_now
+from ..evaluate import Estimate, EvaluationError, evaluate, patient_wilson
+from ..images import read_picture
+from ..ood import InputCheck, declines, left_out_declines, measure_place, move_input_check
 from ..predict import Predictor, list_images
 from .external import read_external_tests
 from .folder import RunFolder, find_file
@@ -20,8 +22,8 @@ from ..stats.recalibration import (LEAST_IMAGES, LocalCalibration, Reference, ca
 from ..words import format_count, join_words, printable
 
 # %% auto #0
-__all__ = ['reference_of_run', 'find_reference', 'local_draws', 'local_value', 'read_local_images', 'SiteCalibration',
-           'calibrate_for_site']
+__all__ = ['reference_of_run', 'find_reference', 'local_draws', 'local_value', 'read_local_images', 'CheckMoved',
+           'SiteCalibration', 'calibrate_for_site']
 
 # %% ../../nbs/runs/local.ipynb #reference
 def reference_of_run(
@@ -136,6 +138,50 @@ def _cross_fitted(y, p, reference, groups, classes, parts=5):
     except EvaluationError: return None
     return out
 
+# %% ../../nbs/runs/local.ipynb #check-moved
+_LEAST_FOR_CHECK = 30    # images by which the input check is moved
+
+@dataclass(frozen=True)
+class CheckMoved:
+    "What the input check declines of the images of a place, as it was trained and moved there"
+    before: Estimate     # share declined, over patients
+    after: Estimate      # by a check that was moved with images of other patients
+    keep: float          # share that shall pass
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python that JSON can hold"
+        return dict(before=self.before.to_dict(), after=self.after.to_dict(), keep=self.keep)
+
+    def __str__(self) -> str:
+        "One line"
+        return f'declined {self.before} of the images as it was trained, {self.after} moved (aim {1 - self.keep:.2f})'
+
+class _Moved(NamedTuple):
+    "The input check at a place, and its shares"
+    check: InputCheck
+    shares: CheckMoved
+
+    def checks(self): return dict(ood_check=self.check.pixels, feature_check=self.check.features)
+
+# %% ../../nbs/runs/local.ipynb #move-check
+def _read_some(paths, rule):
+    "Pixels of the files that can be read, and which these are"
+    found = {}
+    for i, path in enumerate(paths):
+        with contextlib.suppress(ImageError): found[i] = read_picture(path, rule).pixels
+    return list(found.values()), np.array([*found], int)
+
+def _move_check(predictor, rows):
+    "The input check moved to a place; None where it looks at pixels alone, or where images or patients are too few"
+    check = predictor.input_check
+    if not isinstance(check, InputCheck): return None
+    pictures, which = _read_some(rows['path'], predictor.rule)
+    groups = rows['group'].to_numpy(object)[which]
+    if len(pictures) < _LEAST_FOR_CHECK or len(set(groups)) < _LEAST_FOR_CHECK // 2: return None
+    place = measure_place(check, pictures)
+    shares = declines(check, place), left_out_declines(check, place, groups)
+    return _Moved(move_input_check(check, place), CheckMoved(*(patient_wilson(s, groups) for s in shares), check.keep))
+
 # %% ../../nbs/runs/local.ipynb #site
 @dataclass(frozen=True)
 class SiteCalibration:
@@ -146,18 +192,21 @@ class SiteCalibration:
     patients_known: bool
     before: Mapping[str, Estimate]       # accuracy, recall, specificity at the frozen threshold; empty: no labels
     after: Mapping[str, Estimate]        # with thresholds of other patients; empty: no labels, or too few images
+    check: CheckMoved | None = None      # the input check of the place; None: it stays as it was
 
     def to_dict(self) -> dict[str, Any]:
         "Plain Python that JSON can hold"
         c = dataclasses.asdict(self.calibration)
         told = {k: {m: e.to_dict() for m, e in getattr(self, k).items()} for k in ('before', 'after')}
         about = dict(name=self.site, date=utc_now(), declined=self.declined, patients_known=self.patients_known)
+        if self.check is not None: about |= dict(input_check=self.check.to_dict())
         return dict(about, **c, **told)
 
     def __str__(self) -> str:
         "Two to four lines"
         lines = [f'{self.site}: {self.calibration}']
         if self.declined: lines.append(f'{format_count(self.declined, "image")} declined and left out')
+        if self.check is not None: lines.append(f'input check: {self.check}')
         if not self.patients_known: lines.append('patients not known: every image counts as one')
         for m, e in self.before.items():
             name = 'sensitivity' if m == 'recall' else m
@@ -183,6 +232,8 @@ def calibrate_for_site(
     "Write a bundle whose threshold and probabilities are those of a place"
     reference, predictor = find_reference(folder), Predictor(folder, device)
     every = read_local_images(images, predictor.classes, patient_pattern)
+    moved = _move_check(predictor, every)
+    if moved is not None: predictor.ood_check, predictor.feature_check = moved.check.pixels, moved.check.features
     rows, p = _answers(predictor, every)
     if not len(p): raise RunError(f'none of the images below {images} is answered by this model.')
     y, groups, classes = rows['label'].to_numpy(object), rows['group'].to_numpy(object), predictor.classes
@@ -190,8 +241,9 @@ def calibrate_for_site(
     before, after = {}, {}
     if found.labels == 'both classes':
         before = _shares(y, p, groups, reference.threshold, classes)
-        moved = _cross_fitted(y, p, reference, groups, classes)
-        after = {} if moved is None else _shares(y, moved, groups, .5, classes)
-    out = SiteCalibration(site, found, len(every) - len(p), bool(patient_pattern), before, after)
-    adapt_bundle(folder, to, found.threshold, found.temperature, out.to_dict())
+        fitted = _cross_fitted(y, p, reference, groups, classes)
+        after = {} if fitted is None else _shares(y, fitted, groups, .5, classes)
+    shares, checks = (None, {}) if moved is None else (moved.shares, moved.checks())
+    out = SiteCalibration(site, found, len(every) - len(p), bool(patient_pattern), before, after, shares)
+    adapt_bundle(folder, to, found.threshold, found.temperature, out.to_dict(), checks)
     return out

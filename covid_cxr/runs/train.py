@@ -17,7 +17,7 @@ from ..cache import ImageCache
 from ..core import (SPLITS, CxrError, RunError, TableError, atomic_path, sha256_file, to_plain, used, utc_now,
                             versions, write_json, write_text)
 from ..findings.labels import count_labels, stored_labels
-from ..ood import fit_ood_check
+from ..ood import InputCheck, fit_feature_check, fit_ood_check, widen_check
 from ..phantom import write_nih_tree, write_phantom_trees
 from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
 from .folder import (SYNTHETIC_WARNING, describe_images, is_synthetic, manifest_names, read_run_state,
@@ -344,24 +344,33 @@ def _draw(job, found, fit):
         draw(f'lr_find_{stage}', plots.plot_lr_find(c['lr'].to_numpy(), c['loss'].to_numpy(), lr, synthetic=synthetic))
 
 # %% ../../nbs/runs/train.ipynb #ood
-_OOD_IMAGES = 2000          # training images that are enough for the check
+_OOD_IMAGES, _SEEN_IMAGES = 2000, 200    # training images that are enough for the check of pixels, of features
+
+def _fit_checks(job, learn, pixels, train):
+    "The input check: by pixels and by what the network sees half-way"
+    from covid_cxr.model.network import middle_encoder
+    few, seed = train.sample(min(len(train), _SEEN_IMAGES), random_state=job.recipe.seed), job.recipe.seed
+    def groups(rows): return rows['group'].fillna(rows['image_id']).tolist()
+    check = fit_ood_check(pixels(train), groups(train), seed=seed)
+    encode = middle_encoder(learn.model, job.recipe.image.size)
+    return InputCheck(widen_check(check), fit_feature_check(list(pixels(few)), encode, groups(few), seed=seed), encode)
 
 def _fit_ood(job, learn, table, split):
-    "The out-of-distribution check, and how many images of the evaluated split it declines; None twice if not fitted"
+    "The input check, and how many images of the evaluated split it declines; None twice if not fitted"
     load = next(t for t in learn.dls.train_ds.tfms[0].fs if hasattr(t, 'cache'))
     pixels = lambda rows: (np.asarray(load(p)[0]) for p in rows['path'])
     train, evaluated = (used(table)[used(table)['split'] == s] for s in ('train', split))
     if len(train) > _OOD_IMAGES: train = train.sample(_OOD_IMAGES, random_state=job.recipe.seed)
-    groups = train['group'].fillna(train['image_id']).tolist()
-    try: check = fit_ood_check(pixels(train), groups, seed=job.recipe.seed)
+    try: check = _fit_checks(job, learn, pixels, train)
     except TableError as e:
         job.log(f'no out-of-distribution check: {e}')
         return None, None
-    declined = sum(check.check(x) is not None for x in pixels(evaluated))
-    job.log(f'out-of-distribution check: fitted on {check.n} training images; it declines {declined} of the '
+    declined = int((check.score(pixels(evaluated)) > check.limit).sum())
+    job.log(f'out-of-distribution check: fitted on {check.pixels.n} training images; it declines {declined} of the '
             f'{len(evaluated)} images of the {split} split ({format_percent(1 - check.keep)} are expected)')
     return check, dict(split=split, images=len(evaluated), declined=declined, keep=check.keep)
 
+# %% ../../nbs/runs/train.ipynb #export-run
 def _provenance(job, table, found, declined):
     "Where a bundle comes from"
     headline = {m: e.value for m, e in found.headline().items()}
@@ -377,7 +386,8 @@ def _export(job, learn, table, found: Outcome):
     check, declined = _fit_ood(job, learn, table, found.split)
     provenance = _provenance(job, table, found, declined)
     decision, tta = found.decision(), job.recipe.evaluation.tta
-    save_bundle(learn, job.out / 'bundle', ood_check=check, provenance=provenance, synthetic=job.state['synthetic'],
+    checks = {} if check is None else dict(ood_check=check.pixels, feature_check=check.features)
+    save_bundle(learn, job.out / 'bundle', **checks, provenance=provenance, synthetic=job.state['synthetic'],
                 tta=tta, pickle=False, **decision._asdict())
     with atomic_path(job.out / 'export.pkl') as tmp: export_pickle(learn, tmp, *decision[:2], tta)
 
