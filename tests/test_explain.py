@@ -137,7 +137,7 @@ def test_lime_is_that_of_the_package(family):
     def columns(rgb): return np.column_stack([1 - (p := net.score(rgb[..., 0].astype(np.uint8))), p])
     theirs = image.LimeImageExplainer(random_state=0).explain_instance(
         np.stack([x[0]] * 3, -1), columns, labels=(1,), top_labels=None, num_features=10_000, num_samples=100,
-        segmentation_fn=lambda _: e.segments, random_seed=0, progress_bar=False)
+        segmentation_fn=lambda _: e.segments, random_seed=0)
     assert np.allclose([w for _, w in sorted(theirs.local_exp[1])], e.weights, atol=1e-9)
 
 

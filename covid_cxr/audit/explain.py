@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from ..core import CxrError, ImageError, nearest
 from ..evaluate import Estimate, wilson
-from ..model.heatmaps import check_image_stack, lime_explain, occlusion_map, rank_correlation, weigh_maps
+from ..model.heatmaps import check_image_stack, lime_explain, occlusion_map, rank_correlation
 from ..stats.plots import new_figure
 from ..stats.bootstrap import patient_mean, patient_ratio
 from ..words import format_count, format_number, format_percent
@@ -84,8 +84,10 @@ def _log_odds(out, cls):
 
 def _weigh(features, gradient, size):
     "Feature maps (n, c, a, b) weighted by their mean gradient, positive values, at the size of the image, 0 to 1"
-    maps, weights = (t.detach().float().cpu().numpy() for t in (features, gradient.mean((2, 3))))
-    return weigh_maps(maps, weights, tuple(size))
+    cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach().float()
+    cam = nn.functional.interpolate(cam, size=tuple(size), mode='bilinear', align_corners=False)[:, 0]
+    top = cam.amax((1, 2), keepdim=True)
+    return torch.where(top > 0, cam / torch.where(top > 0, top, 1), 0).cpu().numpy()
 
 def grad_cam(
     model: nn.Module,                               # a network whose model[0] is its convolutional body

@@ -58,10 +58,10 @@ def answer_gradient(
     z = np.asarray(logits, float) / scale
     if several: return _gradient_of_findings(z, cls) / scale
     log_p = z - _log_sum(z, -1)[..., None]
-    mean, rest = _log_sum(log_p, 0), np.delete(log_p, cls, -1)
-    of_class = np.exp(log_p[..., cls] - mean[..., cls])                    # share of a network in the class
-    of_rest = np.exp(log_p - _log_sum(_log_sum(rest, -1), 0)[..., None])   # and in each of the others
-    of_rest[..., cls] = 0
+    rest = log_p.copy()
+    rest[..., cls] = -np.inf
+    of_class = np.exp(log_p[..., cls] - _log_sum(log_p[..., cls], 0))       # share of a network in the class
+    of_rest = np.exp(rest - _log_sum(_log_sum(rest, -1), 0)[..., None])     # and in each of the others
     others = of_rest.sum(-1)
     out = -of_rest - np.exp(log_p) * (of_class - others)[..., None]
     out[..., cls] = of_class * np.exp(_log_sum(rest, -1)) + np.exp(log_p[..., cls]) * others
@@ -71,8 +71,9 @@ def answer_gradient(
 def _between(n, length):
     "For every pixel of a side: the place before it, the one behind it, and how far it lies between them"
     at = np.maximum((np.arange(length, dtype=np.float32) + np.float32(.5)) * np.float32(n / length) - np.float32(.5), 0)
-    before = at.astype(int)
-    return before, np.minimum(before + 1, n - 1), at - before
+    before = np.minimum(at.astype(int), n - 1)
+    behind = np.minimum(before + 1, n - 1)
+    return before, behind, np.where(behind > before, at - before, 0).astype(np.float32)     # the edge stays even
 
 def enlarge(
     maps: np.ndarray,          # (n, a, b) float32

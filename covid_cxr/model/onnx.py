@@ -359,15 +359,25 @@ class TorchNetwork:
         return NetworkOutputs(*(part.float().cpu().numpy() for part in parts))
 
 # %% ../../nbs/model/onnx.ipynb #check
+_OTHER_GRADIENTS = .05      # mean difference, of the mean size, beyond which they are others
+
+def _check_gradients(expected, found):
+    "Refuse a file whose gradients are not those of the network"
+    if expected is None and found is None: return
+    apart = np.inf if expected is None or found is None else np.abs(found - expected).sum()
+    if apart <= _OTHER_GRADIENTS * np.abs(expected).sum(): return
+    raise BundleError('the gradients of this ONNX file are not those of its network; give it away as safetensors.')
+
 def largest_difference(
     model: nn.Sequential,
     data: bytes,             # of `onnx_bytes`
     size: int,               # side of the images, pixels
     n: int = 8,              # random images
 ) -> float:                  # of any probability of any network
-    "How far the answers of the file are from those of the network"
+    "How far the answers of the file are from those of the network; other gradients are refused"
     x = np.random.default_rng(0).normal(size=(n, 1, size, size)).astype(np.float32)
     expected, found = TorchNetwork(model, size)(x), OnnxNetwork(data)(x)
+    _check_gradients(expected.gradients, found.gradients)
     return float(np.abs(softmax(found.logits) - softmax(expected.logits)).max())
 
 # %% ../../nbs/model/onnx.ipynb #random-tensor
