@@ -24,7 +24,7 @@ from ..core import RunError, atomic_path, utc_now, versions, write_json, write_t
 from ..duplicates import find_near
 from ..images import ImageRule, fit_to, read_grey
 from ..model.lungs import find_lungs, load_lung_net, lung_fault
-from ..words import format_count
+from ..words import above_progress, format_count, progress
 from ..predict import Predictor, load_predictor
 from ..runs.external import read_external_tests
 from ..evaluate import Estimate, allow_undefined
@@ -86,11 +86,11 @@ def audit_case(
         log('baselines that see no lung')
         case.baselines = _fit_baselines(case, retrain=not case.quick)
     out = CaseAudit([], [])
-    for check in _in_order():
+    for check in progress(_in_order(), 'checks'):
         missing = check.lacks(case)
         if missing: out.not_run.append(NotRun(check.code, check.title, missing))
         else:
-            log(f'{check.code} {check.title}')
+            with above_progress(): log(f'{check.code} {check.title}')
             verdicts = run_check(check, case)
             out.verdicts.extend(verdicts)
             if not verdicts: out.not_run.append(NotRun(check.code, check.title, 'subject'))
@@ -102,7 +102,8 @@ SMALL = 64       # pixels of the images that baselines and small networks see
 def _read_images(folder, cache):
     "All used images at `SMALL` pixels, and the evaluated ones as the model sees them"
     small, evaluated = [], []
-    for path, split in zip(folder.rows['path'], folder.rows['split']):
+    rows = zip(folder.rows['path'], folder.rows['split'])
+    for path, split in progress(rows, 'images read', len(folder.rows)):
         if not Path(path).is_file():
             raise RunError(f'{path} is gone, and an audit reads the images again; put it back where the run found it.')
         pixels = cache.get(path)
