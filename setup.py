@@ -13,7 +13,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'].split(),
     license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['covid_cxr', 'covid_cxr.*']),
-    package_data={'covid_cxr': ['py.typed', 'recipes/*.toml', 'report/templates/*']},
+    package_data={'covid_cxr': ['py.typed', 'recipes/*.toml', 'report/templates/*', 'models/*/*']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require={extra: shlex.split(cfg[f'{extra}_requirements']) for extra in ('dev', 'docs', 'explain', 'weights', 'tracking')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts'])},

