@@ -10,7 +10,8 @@ folds. The published test has no part in it. Killed, the same command goes on wh
 import argparse
 from pathlib import Path
 from record import RESULTS, about, machine, write_result
-import numpy as np
+import numpy as np, pandas as pd
+from sklearn.metrics import roc_curve
 from covid_cxr.core import data_folder
 from covid_cxr.recipe import load_recipe, override
 from covid_cxr.runs.folder import RunFolder
@@ -46,7 +47,17 @@ def found_on(run):
     "What one run found on patients at random (its validation split) and on the cluster that was held out"
     e, minutes = run.evaluation['test'], float(run.history['seconds'].sum()) / 60
     return dict(fold=run.recipe.split.fold, images=e['n_images'], groups=e['n_groups'], minutes=round(minutes, 1),
-                held_out=metrics_of(run, 'test'), by_patient=metrics_of(run, 'valid'))
+                threshold=run.threshold, held_out=metrics_of(run, 'test'), by_patient=metrics_of(run, 'valid'))
+
+
+def stress_threshold(runs):
+    "The threshold that all held-out images together would choose: is it another one than validation chooses?"
+    asked = pd.concat([run.predictions.query("split == 'test'") for run in runs])
+    positive = runs[0].classes[1]
+    y, p = (asked.label == positive).to_numpy(int), asked[f'prob_{positive}'].to_numpy()
+    wrong, found, at = roc_curve(y, p)
+    best = int(np.argmax(found - wrong))
+    return dict(threshold=float(at[best]), recall=float(found[best]), specificity=float(1 - wrong[best]))
 
 
 def mean_over(folds, where): return {m: float(np.mean([f[where][m] for f in folds])) for m in METRICS}
@@ -56,11 +67,14 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', required=True, help='folder for the runs')
     a = p.parse_args()
-    found = {}
+    runs = {}
     for fold in range(FOLDS):                                  # fold by fold: a part of the work already compares all candidates
-        for name in CANDIDATES: found.setdefault(name, []).append(found_on(trained(name, fold, Path(a.out), data_folder())))
-    rows = {name: dict(settings=CANDIDATES[name], folds=folds, held_out=mean_over(folds, 'held_out'),
-                       by_patient=mean_over(folds, 'by_patient')) for name, folds in found.items()}
+        for name in CANDIDATES: runs.setdefault(name, []).append(trained(name, fold, Path(a.out), data_folder()))
+    rows = {}
+    for name in CANDIDATES:
+        folds = [found_on(run) for run in runs[name]]
+        rows[name] = dict(settings=CANDIDATES[name], folds=folds, held_out=mean_over(folds, 'held_out'),
+                          by_patient=mean_over(folds, 'by_patient'), stress_threshold=stress_threshold(runs[name]))
     chosen = max(rows, key=lambda name: rows[name]['held_out']['balanced_accuracy'])
     for name, r in rows.items():
         print(f'{name:24}', {k: {m: round(v, 3) for m, v in r[k].items()} for k in ('by_patient', 'held_out')})

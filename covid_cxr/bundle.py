@@ -4,7 +4,7 @@
 
 # %% ../nbs/bundle.ipynb #imports
 from __future__ import annotations
-import contextlib, copy, ctypes, hashlib, json, math, os, pickle, reprlib, shutil
+import contextlib, copy, ctypes, hashlib, importlib.resources, json, math, os, pickle, reprlib, shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
@@ -26,8 +26,8 @@ __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
            'NOT_FOR', 'BundleFormat', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
            'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
-           'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model', 'check_joinable',
-           'join_bundles', 'adapt_bundle', 'load_onnx', 'export_bundle']
+           'shipped_models', 'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model',
+           'check_joinable', 'join_bundles', 'adapt_bundle', 'load_onnx', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -472,15 +472,22 @@ def save_bundle(
     return Path(folder)
 
 # %% ../nbs/bundle.ipynb #find-bundle
+def shipped_models() -> dict[str, Path]: # name -> the folder of its bundle
+    "The models that come with the package"
+    folder = Path(str(importlib.resources.files('covid_cxr'))) / 'models'
+    return {file.parent.name: file.parent for file in sorted(folder.glob(f'*/{DESCRIPTION}'))}
+
 def find_bundle(
-    folder: str | os.PathLike,  # a bundle, or a run directory
+    folder: str | os.PathLike,  # a bundle, a run directory, or the name of a shipped model
 ) -> Path:                      # the folder that holds bundle.json
-    "A bundle's folder, given itself or the run directory around it"
-    folder = Path(folder)
-    for f in (folder, folder / 'bundle'):
+    "A bundle's folder, given itself, the run directory around it or its name"
+    places = [Path(folder), Path(folder) / 'bundle']
+    if not places[0].is_dir() and (shipped := shipped_models().get(str(folder))): places.append(shipped)
+    for f in places:
         if (f / DESCRIPTION).is_file(): return f
-    raise BundleError(f"no bundle in {folder}: it holds neither {DESCRIPTION} nor bundle/{DESCRIPTION}; "
-                      'give the folder of a finished run or of a bundle.')
+    raise BundleError(f"no bundle in {folder}: it holds neither {DESCRIPTION} nor bundle/{DESCRIPTION}; give the "
+                      'folder of a finished run or of a bundle, or the name of a model that comes with the package '
+                      f'({join_words(shipped_models()) or "there is none"}).')
 
 # %% ../nbs/bundle.ipynb #lung-files
 def lung_files(
