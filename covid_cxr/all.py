@@ -25,6 +25,7 @@ from .curate.quality import *
 from .model.weights import *
 from .model.backbones import *
 from .model.network import *
+from .model.heatmaps import *
 from .data import *
 from .learner import *
 from .evaluate import *

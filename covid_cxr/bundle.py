@@ -791,10 +791,12 @@ _LARGEST_ONNX = 2_000_000_000     # bytes
 def load_onnx(
     bundle: dict[str, Any],   # from `read_bundle`, with an ONNX file
     threads: int = 0,         # 0: as many as there are cores
+    change: Callable[[bytes], bytes] | None = None,   # of the file, once its hash is checked; None: as it is
 ) -> OnnxNetwork:
     "The ONNX network of a bundle; torch is not imported"
     from covid_cxr.model.onnx import OnnxNetwork
-    return OnnxNetwork(_network_bytes(bundle, 'onnx', _LARGEST_ONNX), threads)
+    data = _network_bytes(bundle, 'onnx', _LARGEST_ONNX)
+    return OnnxNetwork(data if change is None else change(data), threads)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):

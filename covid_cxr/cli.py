@@ -455,6 +455,10 @@ def _answer_data(p):
     said = {k: v for k, v in vars(p).items() if k != 'synthetic'}
     return dict(said, reason=p.reason and p.reason._asdict())
 
+def _exit_code(counts):
+    if not counts.declined: return 0
+    return 3 if counts.answered else 4
+
 # %% ../nbs/cli.ipynb #predict-say
 def _say(voice, answer):
     "One answer on the terminal"
@@ -491,9 +495,54 @@ def _predict(args):
     if counts.resumed: print(f'note: {format_count(counts.resumed, "answer")} stood there already.', file=sys.stderr)
     _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
-    code = 0 if not counts.declined else 3 if counts.answered else 4
     return Answer(dict(answers=answers, **counts._asdict(), out=args.out, synthetic=predictor.synthetic,
-                       not_for=predictor.bundle['not_for']), code=code)
+                       not_for=predictor.bundle['not_for']), code=_exit_code(counts))
+
+# %% ../nbs/cli.ipynb #explain-options
+def _explain_options(p):
+    from covid_cxr.deploy.explain import MapMethod
+    from covid_cxr.predict import Backend, OnBadFile, OODMode
+    p.add_argument('run', metavar='RUN', help='run directory or bundle folder')
+    p.add_argument('files', nargs='+', metavar='FILE', help='image files (JPEG, PNG, DICOM, ...) or folders of them')
+    p.add_argument('--out', default='explained', metavar='DIR',
+                   help='folder for the pictures, the page and the numbers (default: explained)')
+    p.add_argument('--method', choices=choices(MapMethod), default='grad_cam',
+                   help='how the map is made (default: grad_cam, which takes one pass; the others take hundreds)')
+    p.add_argument('--class', dest='cls', metavar='NAME',
+                   help='the class or finding that is explained (default: the one for which the threshold stands; of '
+                        'several classes the predicted one; of several findings the one highest above its threshold)')
+    p.add_argument('--lungs', metavar='WEIGHTS',
+                   help='folder of a network that finds lungs, or its name in the folder of weights: the share of the '
+                        "map inside the lungs is measured (default: the bundle's own, where it has one)")
+    p.add_argument('--seed', type=int, default=0, metavar='S', help='of the random weights beside which a map is shown')
+    p.add_argument('--on-bad', choices=choices(OnBadFile), default='raise',
+                   help="an unreadable file: 'raise' an error (default), or 'decline' it and go on")
+    p.add_argument('--ood', choices=choices(OODMode), default='decline',
+                   help="an image unlike the training images: 'decline' it (default), 'warn' and explain, or 'off'")
+    p.add_argument('--backend', choices=choices(Backend), default='auto',
+                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
+
+# %% ../nbs/cli.ipynb #explain
+@command(_explain_options, 'covid-cxr explain runs/first chest.png --out explained',
+         images='for every file: what explanations.json holds', answered='how many were answered',
+         declined='how many were declined', out='folder of pictures and numbers', page='the page',
+         not_for='what the model is not for')
+def _explain(args):
+    "where on an image an answer came from, beside the same network with random weights; exit codes as in predict"
+    from covid_cxr.deploy.explain import explain_files, find_lung_net
+    from covid_cxr.predict import list_images, load_predictor
+    predictor, files = load_predictor(args.run, backend=args.backend), list_images(args.files)
+    _say_unverified(predictor.integrity, args.run)
+    if predictor.synthetic:
+        print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
+    counts = explain_files(predictor, files, args.out, args.cls, args.method, find_lung_net(predictor, args.lungs),
+                           args.on_bad, args.ood, args.seed, said=args.voice.say)
+    print(predictor.bundle['not_for'], file=sys.stderr)
+    images = json.loads((Path(args.out) / 'explanations.json').read_text(encoding='utf-8'))['images']
+    page = Path(args.out) / 'index.html'
+    data = dict(images=images, answered=counts.answered, declined=counts.declined, out=args.out, page=page,
+                not_for=predictor.bundle['not_for'])
+    return Answer(data, f'page: {page}', _exit_code(counts))
 
 # %% ../nbs/cli.ipynb #evaluate
 def _unrecorded(images):

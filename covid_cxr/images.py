@@ -27,7 +27,7 @@ __all__ = ['MAX_BYTES', 'How', 'Stretch', 'Suppress', 'SUPPRESSED', 'LungFinder'
            'REDUCED_P99', 'FLAT', 'image_errors', 'image_path', 'read_grey', 'to_8bit', 'to_unit', 'padded_size',
            'fit_to', 'suppressed_region', 'LungCut', 'ImageRule', 'apply_rule', 'BlankImage', 'inside_frame',
            'cut_frame', 'is_blank', 'refuse_blank', 'file_reason', 'LoadedImage', 'load_image', 'read_picture',
-           'load_any', 'FileFacts', 'file_facts']
+           'read_any', 'load_any', 'FileFacts', 'file_facts']
 
 # %% ../nbs/images.ipynb #naming
 def _why(error: BaseException) -> str:
@@ -860,6 +860,15 @@ def _as_file(x: Any) -> Iterator[Path]:
         try: yield file
         except ImageError as e:
             raise _image_error('that was passed', e.why, type(e)) from None
+
+def read_any(
+    x: Any,             # a path, bytes, a file object or a PIL image
+    rule: ImageRule,
+    finder: LungFinder | None = None,   # also asked where the lungs are; changes no pixel
+) -> LoadedImage:
+    "`read_picture` for an image in whatever form it is at hand"
+    if isinstance(x, (str, os.PathLike)): return read_picture(Path(x), rule, finder)
+    with _as_file(x) as file: return read_picture(file, rule, finder)
 
 def load_any(
     x: Any,             # a path, bytes, a file object, a PIL image, or an array (h, w) uint8 or uint16

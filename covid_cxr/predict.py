@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Ma
 import numpy as np
 from .core import (IMAGE_SUFFIXES, BundleError, ImageError, Reason, RunError, atomic_path, check_choice,
                             sha256_text, write_json)
-from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_picture, refuse_blank,
+from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason, read_any, refuse_blank,
                               to_8bit)
 from .ood import OODCheck, check_colour
 from .model.settings import TTA_VIEWS
-from .model.onnx import mean_logits, softmax, turned_view
+from .model.onnx import NetworkOutputs, mean_logits, softmax, turned_view
 from .words import join_words, progress, safe_cell, safe_path
 from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, load_onnx, read_bundle
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['AnyPrediction', 'OODMode', 'OnBadFile', 'Backend', 'AnswerFormat', 'Prediction', 'FindingsPrediction',
-           'list_images', 'Predictor', 'load_predictor', 'predictions_frame', 'save_predictions', 'AnswerCounts',
-           'predict_to_file']
+           'list_images', 'scale_pixels', 'Seen', 'Predictor', 'load_predictor', 'predictions_frame',
+           'save_predictions', 'AnswerCounts', 'predict_to_file']
 
 # %% ../nbs/predict.ipynb #prediction
 def _said_beside(p):
@@ -210,12 +210,30 @@ def _backend(bundle, backend, module, device):
         raise BundleError("backend = 'onnx' runs on the CPU and takes no module of your own.")
     return backend
 
+def scale_pixels(
+    pixels: np.ndarray,         # uint8
+    bundle: dict[str, Any],     # of `read_bundle`
+) -> np.ndarray:                # float32, the same shape
+    "Pixels as the network of a bundle takes them"
+    return ((pixels.astype(np.float32) / 255 - bundle['mean']) / bundle['std']).astype(np.float32)
+
+# %% ../nbs/predict.ipynb #two-engines
 class _TorchEngine:
     "The network of a bundle in torch; with test-time augmentation, its mean over the views"
     def __init__(self, bundle, model, device):
         from covid_cxr.model.network import MeanOfViews
-        self.bundle, self.device = bundle, device
+        self.bundle, self.device, self.model = bundle, device, model
         self.network = MeanOfViews(model, bundle['tta']).eval() if bundle.get('tta') else model
+
+    @cached_property
+    def all_outputs(self):
+        from covid_cxr.model.onnx import TorchNetwork
+        return TorchNetwork(self.model, self.bundle['image']['size'])
+
+    @property
+    def temperatures(self):
+        own = getattr(self.model[1], 'temperatures', None)
+        return [1.] if own is None else own.tolist()
 
     def probabilities(self, x):      # (n, 1, h, w) uint8 -> (n, k) float64
         import torch
@@ -231,12 +249,13 @@ class _OnnxEngine:
     "The same with onnxruntime and numpy"
     def __init__(self, bundle):
         self.bundle, self.network = bundle, load_onnx(bundle)
+        self.all_outputs, self.temperatures = self.network, bundle['onnx']['temperatures']
 
     def probabilities(self, x):      # (n, 1, h, w) uint8 -> (n, k) float64
         b, several = self.bundle, self.bundle['activation'] == 'sigmoid'
-        pixels = ((x.astype(np.float32) / 255 - b['mean']) / b['std']).astype(np.float32)
+        pixels = scale_pixels(x, b)
         views = [turned_view(pixels, *v) if k else pixels for k, v in enumerate(TTA_VIEWS[:max(1, b.get('tta', 0))])]
-        logits = mean_logits(np.stack([self.network(v).logits for v in views]), b['onnx']['temperatures'], several)
+        logits = mean_logits(np.stack([self.network(v).logits for v in views]), self.temperatures, several)
         logits = logits.astype(np.float64)
         logits[:, -1] += b.get('bias', 0.)
         logits /= b['temperature']
@@ -245,6 +264,11 @@ class _OnnxEngine:
 # %% ../nbs/predict.ipynb #predictor
 _NO_NUMBER = 'the model gives no finite probability for this image; its weights are damaged or badly trained'
 _MOST_PIXELS = 2048**2    # of one batch: a bundle of large images needs no large memory
+
+class Seen(NamedTuple):
+    "An answer and what it was given for"
+    prediction: AnyPrediction
+    picture: np.ndarray | None    # (size, size) uint8; None: there is none, and the prediction says why
 
 class Predictor:
     "A bundle, loaded: `predict` one image or many"
@@ -273,6 +297,8 @@ class Predictor:
 
     @property
     def several(self) -> bool: return isinstance(self.decision, _AnyFindings)     # any number of findings per image
+    @property
+    def temperatures(self) -> list[float]: return self.engine.temperatures        # one for each network
     @property
     def threshold(self) -> float | None: return getattr(self.decision, 'threshold', None)
 
@@ -310,13 +336,20 @@ class Predictor:
         bs = max(1, min(bs, _MOST_PIXELS // self.rule.size**2))
         for i in range(0, len(files), bs):
             batch = files[i:i + bs]
-            pictures: list[LoadedImage | _Refused] = []
-            for f in batch:
-                try: pictures.append(read_picture(f, self.rule, self.lungs))
-                except ImageError as e:
-                    if on_bad == 'raise' and not isinstance(e, BlankImage): raise
-                    pictures.append(_refused(e))
-            yield from self._answers(batch, pictures, ood)
+            yield from self._answers(batch, [self._read(f, on_bad) for f in batch], ood)
+
+    def see(
+        self,
+        x: Any,                        # a path, bytes, a file object, a PIL image, or an array (h, w)
+        on_bad: OnBadFile = 'raise',
+        ood: OODMode = 'decline',
+    ) -> Seen:
+        "The answer for one image in whatever form it is at hand, and the picture that the network saw"
+        check_choice('ood', ood, OODMode)
+        check_choice('on_bad', on_bad, OnBadFile)
+        picture = self._picture(x) if isinstance(x, np.ndarray) else self._read(x, on_bad)
+        answer, = self._answers([os.fspath(x) if isinstance(x, (str, os.PathLike)) else None], [picture], ood)
+        return Seen(answer, None if isinstance(picture, _Refused) else picture.pixels)
 
     def probabilities(
         self,
@@ -325,6 +358,34 @@ class Predictor:
         "Probabilities of images that are already read"
         if not len(pixels): return np.zeros((0, len(self.classes)))
         return self.engine.probabilities(np.stack(pixels)[:, None])
+
+    def outputs(
+        self,
+        pixels: Sequence[np.ndarray],  # (n, size, size) uint8, as `load_image` gives them
+        gradients: bool = False,       # with gradients in any case: where the ONNX file gives none, torch is asked
+    ) -> NetworkOutputs:
+        "Everything that the network puts out for images that are already read; without test-time augmentation"
+        x = scale_pixels(np.stack(pixels)[:, None], self.bundle)
+        found = self.engine.all_outputs(x)
+        return found if found.gradients is not None or not gradients else self._in_torch(x)
+
+    @cached_property
+    def _in_torch(self):
+        "All outputs by torch, for an ONNX file that has no gradients"
+        folder = self.bundle['folder']
+        try:
+            from covid_cxr.model.onnx import TorchNetwork
+            return TorchNetwork(self.model, self.rule.size)
+        except ImportError as e:
+            raise BundleError(f'the ONNX file of {folder} was written before it held what Grad-CAM needs: export the '
+                              "run again, or take occlusion, or install torch.") from e
+
+    def _read(self, x, on_bad):
+        "A file as the network sees it, or why there is no picture"
+        try: return read_any(x, self.rule, self.lungs)
+        except ImageError as e:
+            if on_bad == 'raise' and not isinstance(e, BlankImage): raise
+            return _refused(e)
 
     def _picture(self, array):
         "An array as the network sees it"

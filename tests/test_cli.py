@@ -5,14 +5,15 @@ from conftest import cli, here, python
 from covid_cxr.cache import OnBad
 from covid_cxr.cli import COMMANDS, OLD_FLAGS, make_parser, renew_command
 from covid_cxr.core import Split, choices
+from covid_cxr.deploy.explain import MapMethod
 from covid_cxr.predict import OnBadFile, OODMode
 from covid_cxr.recipe import load_recipe
 from covid_cxr.runs.external import Search
 from covid_cxr.sources import SOURCES
 
-VERBS = ['demo', 'train', 'inspect', 'download', 'predict', 'evaluate', 'external', 'audit', 'report', 'compare', 'ensemble',
+VERBS = ['demo', 'train', 'inspect', 'download', 'predict', 'explain', 'evaluate', 'external', 'audit', 'report', 'compare', 'ensemble',
          'calibrate', 'reproduce', 'export', 'recipes', 'recipe', 'checks', 'completion']
-NEEDED = dict(train='R', inspect='R --data D', predict='RUN a.png', evaluate='RUN', external='RUN nih', audit='RUN', report='RUN',
+NEEDED = dict(train='R', inspect='R --data D', predict='RUN a.png', explain='RUN a.png', evaluate='RUN', external='RUN nih', audit='RUN', report='RUN',
               compare='A B', ensemble='A B --out X', calibrate='RUN D --out X', reproduce='--data D', export='RUN --out X')
 
 
@@ -47,12 +48,12 @@ def _choices(command, flag):
 
 @pytest.mark.parametrize('command, flag, kind', [
     ('evaluate', '--split', Split), ('predict', '--ood', OODMode), ('predict', '--on-bad', OnBadFile), ('external', '--on-bad', OnBad),
-    ('external', '--duplicates', Search)])
+    ('external', '--duplicates', Search), ('explain', '--method', MapMethod)])
 def test_choices_come_from_the_types(command, flag, kind): assert tuple(_choices(command, flag)) == choices(kind)
 
 
 def test_whatever_a_command_writes_is_named_with_out():
-    for name in ('demo', 'train', 'inspect', 'download', 'predict', 'report', 'compare', 'reproduce', 'export'):
+    for name in ('demo', 'train', 'inspect', 'download', 'predict', 'explain', 'report', 'compare', 'reproduce', 'export'):
         assert parse(f"{name} {NEEDED.get(name, '')} --out there").out == 'there', name
 
 

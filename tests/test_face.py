@@ -47,16 +47,18 @@ PAIR = [ROOT / f'benchmarks/results/pneumonia-{kind}-64' for kind in ('cnn', 'su
 RECIPE = ' '.join(map(shlex.quote, [*SMALL, *STAGES]))
 LINES = {
     'demo': f'demo --no-audit --out RUN {RECIPE}', 'train': f'train demo --out RUN {RECIPE}',
-    'inspect': 'inspect --images RUN/data/chest-xray-pneumonia/chest_xray/train', 'download': 'download', 'evaluate': 'evaluate RUN --n-boot 100',
-    'predict': 'predict RUN RUN/new-image.png', 'audit': 'audit RUN', 'report': 'report RUN', 'ensemble': 'ensemble RUN RUN --out X',
-    'compare': f'compare {PAIR[0]} {PAIR[1]} --n-boot 100', 'calibrate': 'calibrate RUN D --out X', 'reproduce': 'reproduce --data D --out OTHER',
+    'inspect': 'inspect --images RUN/data/chest-xray-pneumonia/chest_xray/train', 'download': 'download',
+    'predict': 'predict RUN RUN/new-image.png', 'explain': 'explain RUN RUN/new-image.png --out MAPS',
+    'evaluate': 'evaluate RUN --n-boot 100', 'external': f'external {KEPT} kaggle_pneumonia', 'audit': 'audit RUN', 'report': 'report RUN',
+    'compare': f'compare {PAIR[0]} {PAIR[1]} --n-boot 100', 'ensemble': 'ensemble RUN RUN --out X',
+    'calibrate': 'calibrate RUN D --out X', 'reproduce': 'reproduce --data D --out OTHER',
     'export': 'export RUN --out NEW --format safetensors', 'recipes': 'recipes', 'recipe': 'recipe demo', 'checks': 'checks',
-    'completion': 'completion bash', 'external': f'external {KEPT} kaggle_pneumonia'}
+    'completion': 'completion bash'}
 
 
 def words(place, line):
     "The line with the folders of this test"
-    for name, path in dict(RUN=place.run, OTHER=place.tmp / 'other', NEW=place.tmp / 'new', D=place.tmp).items():
+    for name, path in dict(RUN=place.run, OTHER=place.tmp / 'other', NEW=place.tmp / 'new', MAPS=place.tmp / 'maps', D=place.tmp).items():
         line = re.sub(rf'\b{name}\b', str(path), line)
     return shlex.split(line)
 
@@ -215,7 +217,7 @@ print(json.dumps(told))'''
 def test_what_works_without_torch_and_what_says_what_to_install(place, phantom_run, tmp_path):
     from covid_cxr.bundle import export_bundle
     bundle = export_bundle(phantom_run, tmp_path / 'bundle', format='onnx')
-    works = 'predict', 'checks', 'download', 'completion', 'export'
+    works = 'predict', 'explain', 'checks', 'download', 'completion', 'export'
     lines = [['--help'], ['predict', '--help'], ['predict', str(bundle), str(phantom_run / 'new-image.png')], ['checks', '--json'],
              ['download'], ['completion', 'bash'], *(words(place, line) for verb, line in LINES.items() if verb not in works)]
     told = json.loads(python(f'BLOCKED = {BLOCKED.split()}\n{WITHOUT}', json.dumps(lines)))

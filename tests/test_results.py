@@ -232,7 +232,7 @@ def test_the_tables_are_those_of_the_kept_results(tables):
     "Made again from the predictions, 2,000 resamples for every interval, and compared cell by cell"
     n_boot = load(TABLES)['n_boot']
     again = make_tables(KEPT, n_boot=n_boot)
-    assert n_boot == 2000 and list(again) == list(tables) and len(tables) == 12
+    assert n_boot == 2000 and list(again) == list(tables) and len(tables) == 13
     for name, t in again.items():
         kept = tables[name]
         assert list(t.columns) == list(kept.columns) and len(t) == len(kept) > 0, name
@@ -252,7 +252,7 @@ def assert_rows(t, text):
     for line in markdown_table(t).splitlines(): assert line in text, line
 
 
-@pytest.mark.parametrize('name', ['gains', 'leaks', 'arms', 'left_out', 'published_test', 'aims', 'audits'])
+@pytest.mark.parametrize('name', ['gains', 'leaks', 'arms', 'left_out', 'published_test', 'aims', 'local', 'audits'])
 def test_the_page_of_results_prints_the_tables(tables, name): assert_rows(tables[name], printed(ROOT / 'nbs/results.ipynb'))
 
 

@@ -11,7 +11,8 @@ from ..stats import plots
 from .conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, NO_THRESHOLD, Network, as_text, baselines_text, best_of_kinds,
     conditions, evaluated_on, find_networks, lacks_network, network_text, seeds_text, threshold_text, trained_text)
-from .reported import AIMS, ARMS, ENSEMBLE, OWN, PUBLISHED_TEST, Aim
+from .local import local_estimate, network_draws
+from .reported import AIM_IMAGES, AIMS, ARMS, ENSEMBLE, OWN, PUBLISHED_TEST, Aim
 from ..evaluate import Estimate, allow_undefined
 from covid_cxr.runs.crossval import (
     fold_table, mean_baseline_gains, paired_arms, pool_trainings, score_ensemble, score_results, score_trainings,
@@ -279,8 +280,19 @@ def _aim_row(a: Aim, networks: dict[str, list[Network]], n_boot: int) -> dict[st
     elif n is None: row = None
     elif a.of == 'arm': row = _of_arm(a, n, n_boot)
     elif a.of == 'outside': row = _of_outside(a, n, n_boot)
+    elif a.of == 'local': row = _of_local(a, n)
     else: row = _of_gain(a, n, of)
     return row or dict(aim=a.text, metric=a.metric, wanted=_wanted_text(a), measured=ABSENT, reached='-')
+
+# %% ../../nbs/articles/arms.ipynb #aim-local
+def _of_local(a: Aim, n: Network) -> dict[str, Any] | None:
+    "The published test with a threshold that 50 of its images moved, predicted on its other images"
+    place = evaluated_on([n.first])
+    found = {p: local_estimate(drawn, AIM_IMAGES, a.metric) for p, drawn in network_draws(n).items()}
+    if (e := found.get(place)) is None: return None
+    images = len(n.first.evaluated_predictions) - AIM_IMAGES
+    about = dict(evaluated_on=place, images=images, groups='', threshold=f'moved with {AIM_IMAGES} local images')
+    return _measured_row(a, e, trained=trained_text(n.trainings), **about, baselines=NOT_FITTED)
 
 # %% ../../nbs/articles/arms.ipynb #aims
 def aims_table(

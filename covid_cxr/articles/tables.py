@@ -17,6 +17,7 @@ from covid_cxr.articles.arms import (
 from .conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, ONE_HALF, Network, baselines_text, best_of_kinds, conditions,
     evaluated_on, find_networks, network_text, span_text, threshold_text, trained_text)
+from .local import local_table
 from .reported import ARTICLES, OWN, ReportedResult, article_keys
 from ..core import RunError, nearest, write_json
 from ..evaluate import METRICS, Estimate, allow_undefined, evaluate, wilson
@@ -268,20 +269,21 @@ def audits_table(
 
 # %% ../../nbs/articles/tables.ipynb #all-tables
 TableName = Literal['articles', 'runs', 'crossval', 'gains', 'auc', 'arms', 'left_out', 'asides', 'published_test',
-                    'aims', 'leaks', 'audits']
+                    'aims', 'local', 'leaks', 'audits']
 TITLES: dict[TableName, str] = {
     'articles': "Reported, article's protocol, leak-safe, outside", 'runs': 'The runs',
     'crossval': 'Cross-validations, fold by fold', 'gains': 'Above the best lung-free baseline of each kind',
     'auc': 'The model beside its lung-free baselines', 'arms': 'Starting weights',
     'left_out': 'A collection left out', 'asides': 'Asides of article 3',
-    'published_test': 'The published test', 'aims': 'Aims', 'leaks': 'Known patients and new ones in one run',
-    'audits': 'What else explains them'}
+    'published_test': 'The published test', 'aims': 'Aims', 'local': 'What local images buy',
+    'leaks': 'Known patients and new ones in one run', 'audits': 'What else explains them'}
 
 def _makers(results_dir: str | Path, n_boot: int) -> dict[str, Callable[[], pd.DataFrame]]:
     "Name of a table -> a function that makes it"
     plain = dict(crossval=crossval_table, left_out=left_out_table, asides=asides_table,
                  published_test=published_test_table, aims=aims_table)
-    without_resamples = dict(gains=gains_table, auc=auc_table, arms=arms_table, runs=runs_table, audits=audits_table)
+    without_resamples = dict(gains=gains_table, auc=auc_table, arms=arms_table, runs=runs_table, audits=audits_table,
+                             local=local_table)
     with_articles = dict(articles=lambda: reproduce_table(results_dir, n_boot=n_boot),
                          leaks=lambda: leak_table(results_dir, n_boot=n_boot))
     return {**with_articles, **{k: partial(f, results_dir, n_boot) for k, f in plain.items()},

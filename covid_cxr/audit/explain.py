@@ -4,8 +4,7 @@
 
 # %% ../../nbs/audit/explain.ipynb #imports
 from __future__ import annotations
-import contextlib, copy, io
-from dataclasses import dataclass
+import contextlib, copy
 from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np, torch
 from matplotlib.figure import Figure
@@ -13,16 +12,14 @@ from numpy.typing import ArrayLike
 from torch import nn
 from ..core import CxrError, ImageError, nearest
 from ..evaluate import Estimate, wilson
+from ..model.heatmaps import check_image_stack, lime_explain, occlusion_map, rank_correlation, weigh_maps
 from ..stats.plots import new_figure
 from ..stats.bootstrap import patient_mean, patient_ratio
 from ..words import format_count, format_number, format_percent
-from .perturb import to_logit
-from .regions import check_image_stack
 
 # %% auto #0
-__all__ = ['NetworkInput', 'network_input', 'grad_cam', 'occlusion_map', 'LimeExplanation', 'lime_explain',
-           'randomise_weights', 'RandomTwin', 'pointing_game', 'share_in_region', 'rank_correlation',
-           'plot_explanation', 'plot_beside_twin']
+__all__ = ['NetworkInput', 'network_input', 'grad_cam', 'randomise_weights', 'RandomTwin', 'pointing_game',
+           'share_in_region', 'plot_explanation', 'plot_beside_twin']
 
 # %% ../../nbs/audit/explain.ipynb #input
 class NetworkInput(NamedTuple):
@@ -87,10 +84,8 @@ def _log_odds(out, cls):
 
 def _weigh(features, gradient, size):
     "Feature maps (n, c, a, b) weighted by their mean gradient, positive values, at the size of the image, 0 to 1"
-    cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach().float()
-    cam = nn.functional.interpolate(cam, size=tuple(size), mode='bilinear', align_corners=False)[:, 0]
-    top = cam.amax((1, 2), keepdim=True)
-    return torch.where(top > 0, cam / torch.where(top > 0, top, 1), 0).cpu().numpy()
+    maps, weights = (t.detach().float().cpu().numpy() for t in (features, gradient.mean((2, 3))))
+    return weigh_maps(maps, weights, tuple(size))
 
 def grad_cam(
     model: nn.Module,                               # a network whose model[0] is its convolutional body
@@ -111,94 +106,6 @@ def grad_cam(
                 raise CxrError(f"the layer '{target_layer}' gives no feature map; name a convolutional one.")
             maps.append(_weigh(kept[-1], torch.autograd.grad(score.sum(), kept[-1])[0], x.shape[2:]))
     return np.concatenate(maps) if maps else np.zeros((0, *x.shape[2:]), np.float32)
-
-# %% ../../nbs/audit/explain.ipynb #occlusion
-def _starts(length, patch, stride): return sorted({*range(0, length - patch, stride), length - patch})
-
-def _cover(images, fill):
-    "(n, h, w) uint8: what patches are covered with"
-    grey = images.mean((1, 2), keepdims=True) if fill is None else np.asarray(fill)[None]
-    return np.broadcast_to(grey, images.shape).round().astype(np.uint8)
-
-def occlusion_map(
-    score: Callable[[np.ndarray], np.ndarray],    # (n, h, w) uint8 -> (n,) probability of the last class
-    images: ArrayLike,                            # (n, h, w) uint8
-    patch: float = .2,                            # side of the patch, as a share of the shorter side
-    stride: float = .1,                           # step between patches, likewise
-    fill: np.ndarray | None = None,               # (h, w) mean training image; None: each image's own mean grey
-) -> np.ndarray:                                  # (n, h, w) float64, logits; mean over the patches on a pixel
-    "What the log-odds of the last class lose when a patch is covered"
-    images = check_image_stack(images)
-    if not 0 < stride <= patch <= .5:
-        raise CxrError(f'patch={patch}, stride={stride}; give shares of the side with 0 < stride <= patch <= .5, '
-                       'or pixels stay uncovered.')
-    _, h, w = images.shape
-    k, step = max(2, round(patch * min(h, w))), max(1, round(stride * min(h, w)))
-    cover, whole = _cover(images, fill), to_logit(score(images))
-    lost, times = np.zeros(images.shape), np.zeros((h, w))
-    for top in _starts(h, k, step):
-        for left in _starts(w, k, step):
-            at = (slice(None), slice(top, top + k), slice(left, left + k))
-            covered = images.copy()
-            covered[at] = cover[at]
-            lost[at] += (whole - to_logit(score(covered)))[:, None, None]
-            times[at[1:]] += 1
-    return lost / times
-
-# %% ../../nbs/audit/explain.ipynb #lime-explanation
-@dataclass(frozen=True, eq=False)
-class LimeExplanation:
-    "Superpixels of one image and what each speaks for"
-    segments: np.ndarray   # (h, w) int, number of the superpixel
-    weights: np.ndarray    # (k,) of the linear model; positive speaks for the last class
-    probability: float     # of the last class
-    fit: float             # R squared of the linear model on the blanked images
-
-    @property
-    def map(self) -> np.ndarray: # (h, w) float64
-        "Every pixel with the weight of its superpixel"
-        return self.weights[self.segments]
-
-def _lime_packages():
-    try:
-        from lime.lime_image import LimeImageExplainer
-        from skimage.segmentation import slic
-    except ImportError as e:
-        raise CxrError(f'LIME needs two packages that are not installed ({e.name} is missing); '
-                       'run: pip install lime scikit-image') from e
-    return LimeImageExplainer, slic
-
-def _two_columns(score):
-    "A function of (n, h, w, 3) images that gives (n, 2) probabilities, as lime wants it"
-    def classify(rgb):
-        p = np.asarray(score(np.asarray(rgb)[..., 0].round().astype(np.uint8)), float)
-        return np.column_stack([1 - p, p])
-    return classify
-
-# %% ../../nbs/audit/explain.ipynb #lime
-def lime_explain(
-    score: Callable[[np.ndarray], np.ndarray],    # (n, h, w) uint8 -> (n,) probability of the last class
-    image: ArrayLike,                             # (h, w) uint8
-    n_segments: int = 60,                         # superpixels, about
-    n_samples: int = 500,                         # blanked images
-    seed: int = 0,
-) -> LimeExplanation:
-    "Which superpixels speak for the last class and which against"
-    explainer, slic = _lime_packages()
-    image = np.asarray(image)
-    if image.ndim != 2 or image.dtype != np.uint8:
-        raise ImageError(f'lime_explain takes one (h, w) uint8 image, not {image.shape} {image.dtype}.')
-    segments = slic(image, n_segments=n_segments, compactness=.1, channel_axis=None)
-    segments = np.unique(segments, return_inverse=True)[1].reshape(image.shape)      # 0, 1, 2, ... without gaps
-    rgb, classify = np.stack([image] * 3, -1), _two_columns(score)
-    with contextlib.redirect_stderr(io.StringIO()):             # lime draws a progress bar that cannot be turned off
-        e = explainer(random_state=seed).explain_instance(
-            rgb, classify, labels=(1,), top_labels=None, num_features=100_000, num_samples=n_samples,
-            segmentation_fn=lambda _: segments, random_seed=seed)
-    weights = np.zeros(segments.max() + 1)
-    for k, v in e.local_exp[1]: weights[k] = v
-    r2 = e.score[1] if isinstance(e.score, dict) else e.score
-    return LimeExplanation(segments, weights, float(classify(rgb[None])[0, 1]), float(r2))
 
 # %% ../../nbs/audit/explain.ipynb #twin
 def _randomise(m):
@@ -310,16 +217,7 @@ def share_in_region(
     note = _left_out(note, keep, 'empty map or region', 'empty maps or regions')
     return patient_ratio(inside, area, _some(groups, keep), n_boot, seed, note=note)
 
-# %% ../../nbs/audit/explain.ipynb #rank-correlation
-def rank_correlation(
-    a: ArrayLike,     # a map, any shape
-    b: ArrayLike,     # another one, the same shape
-) -> float:           # NaN where one of the two is constant
-    "How alike two maps are (Spearman)"
-    from scipy.stats import rankdata
-    r = [rankdata(np.asarray(v, float).ravel()) for v in (a, b)]
-    return float(np.corrcoef(*r)[0, 1]) if min(np.ptp(v) for v in r) > 0 else np.nan
-
+# %% ../../nbs/audit/explain.ipynb #draw
 def _draw(ax, image, m, title):
     ax.imshow(image, cmap='gray', vmin=0, vmax=255)
     if m is not None:

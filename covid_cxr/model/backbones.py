@@ -101,8 +101,9 @@ def _joined(net, x, blocks):
     except (AttributeError, AssertionError, IndexError, NotImplementedError) as e:
         raise WeightsError(f'this encoder has no stages {blocks} ({error_text(e)}); '
                            'give other numbers, or none for the last stage.') from e
-    grid = maps[-1].shape[-2:]
-    return torch.cat([nn.functional.adaptive_avg_pool2d(m, grid) for m in maps], 1)
+    grid = tuple(map(int, maps[-1].shape[-2:]))               # plain numbers, so that ONNX sees them as fixed
+    def fitted(m): return m if tuple(m.shape[-2:]) == grid else nn.functional.adaptive_avg_pool2d(m, grid)
+    return torch.cat([fitted(m) for m in maps], 1)
 
 def _as_maps(out, net, shape):
     "Features as maps, whether they come as maps, tokens or one vector"

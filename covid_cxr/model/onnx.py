@@ -13,7 +13,7 @@ if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
 __all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes', 'check_onnx',
-           'NetworkOutputs', 'OnnxNetwork', 'largest_difference']
+           'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork', 'largest_difference', 'randomise_onnx']
 
 # %% ../../nbs/model/onnx.ipynb #answers
 def softmax(
@@ -62,7 +62,7 @@ def turned_view(
 
 # %% ../../nbs/model/onnx.ipynb #write-net
 Precision = Literal['single', 'half']
-OUTPUTS = ('logits', 'features', 'maps')
+OUTPUTS = ('logits', 'features', 'maps', 'gradients')     # early files have no gradients
 _OPSET, _LARGE = 17, 1024      # operator set of the file; tensors with so many numbers are halved
 
 # %% ../../nbs/model/onnx.ipynb #write-outputs
@@ -75,33 +75,85 @@ def _parts(size, n):
         out[i, start:end] = 1 / (end - start)
     return out
 
-def _with_fixed_pools(head, shape):
-    "A copy of a head whose pools to a grid are products of matrices, which every runtime knows"
+def _plain_layers(shape):
+    "Layers of a head as sums and products, which every runtime knows: {kind: maker of its replacement, or None}"
     import torch
-    class Parts(torch.nn.Module):
+    class GridPool(torch.nn.Module):
         def __init__(self, n):
             super().__init__()
             self.register_buffer('rows', _parts(shape[-2], n))
             self.register_buffer('columns', _parts(shape[-1], n).T.contiguous())
         def forward(self, x): return torch.matmul(torch.matmul(self.rows, x), self.columns)
-    head = copy.deepcopy(head)
-    pools = [(parent, name, m.output_size) for parent in head.modules() for name, m in parent.named_children()
-             if isinstance(m, torch.nn.AdaptiveAvgPool2d) and m.output_size not in (1, (1, 1))]
-    for parent, name, n in pools: setattr(parent, name, Parts(n))
+    class Affine(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
+            shift = (0 if norm.bias is None else norm.bias.detach()) - norm.running_mean * scale
+            self.register_buffer('scale', scale)
+            self.register_buffer('shift', shift)
+        def forward(self, x): return x * self.scale + self.shift
+    def pool(m): return None if m.output_size in (1, (1, 1)) else GridPool(m.output_size)
+    def linear(m):                     # with a bias, so that the file holds its weights once
+        if m.bias is None: m.bias = torch.nn.Parameter(torch.zeros_like(m.weight[:, 0]))
+    return {torch.nn.AdaptiveAvgPool2d: pool, torch.nn.BatchNorm1d: Affine, torch.nn.Linear: linear}
+
+def _plain_head(head, shape):
+    "A copy of a head in evaluation mode, of layers that can be walked back"
+    head, makers = copy.deepcopy(head).eval(), _plain_layers(shape)
+    for parent in [*head.modules()]:
+        for name, m in [*parent.named_children()]:
+            new = makers[type(m)](m) if type(m) in makers else None
+            if new is not None: setattr(parent, name, new)
     return head
 
-def _all_outputs(model, size):
-    "The network with all outputs: (networks, n, k) logits, (n, f) features, (n, f, h, w) maps"
+# %% ../../nbs/model/onnx.ipynb #back
+def _can_be_walked_back(head):
+    "Is this head a chain of the layers that `_forth_and_back` knows, behind one pool?"
+    from torch import nn
+    from covid_cxr.model.network import ConcatPool
+    pools = isinstance(head, nn.Sequential) and (isinstance(head[0], (ConcatPool, nn.AdaptiveAvgPool2d)) or
+                                                 hasattr(head[0], 'columns'))
+    plain = nn.Linear, nn.ReLU, nn.Dropout, nn.Flatten
+    return bool(pools) and all(isinstance(m, plain) or hasattr(m, 'scale') for m in head[1:])
+
+def _one_back(layer, out, g):
+    "(n, k, what goes into a layer) derivative of the logits, from that by what comes out of it"
+    from torch import nn
+    if isinstance(layer, nn.Linear): return g @ layer.weight
+    if isinstance(layer, nn.ReLU): return g * (out > 0).to(g.dtype)[:, None]
+    return g * layer.scale if hasattr(layer, 'scale') else g
+
+def _forth_and_back(head, maps):
+    "(n, k) logits, and (n, k, f) the mean over all places of their derivative by every map"
     import torch
-    with torch.no_grad(): shape = model[0](torch.zeros(1, 1, size, size)).shape
+    x, seen = maps, []
+    for layer in head:
+        x = layer(x)
+        seen.append(x)
+    k, f, h, w, c, places = map(int, (*x.shape[1:], *maps.shape[1:], seen[0].shape[1], seen[0][0, 0].numel()))
+    one = torch.as_tensor(np.eye(k, dtype=np.float32), device=x.device)
+    g = one.expand(x.shape[0], k, k)
+    for layer, out in zip(head[:0:-1], seen[:0:-1]): g = _one_back(layer, out, g)
+    return x, g.reshape(-1, k, c // f, f, places).sum((2, 4)) / (h * w)
+
+# %% ../../nbs/model/onnx.ipynb #all-outputs
+def _all_outputs(model, size):
+    "The network with all outputs, as in `NetworkOutputs`; without gradients where the head is none of ours"
+    import torch
+    place = next(model.parameters()).device
+    with torch.no_grad(): shape = model[0](torch.zeros(1, 1, size, size, device=place)).shape
     class Outputs(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.head = model[0], _with_fixed_pools(model[1], shape)
+            self.body, self.head = model[0], _plain_head(model[1], shape)
+            self.heads = [*getattr(self.head, 'members', [self.head])]
+            self.known = all(map(_can_be_walked_back, self.heads))
         def forward(self, x):
             maps = self.body(x)
-            logits = self.head.each(maps) if hasattr(self.head, 'each') else self.head(maps)[None]
-            return logits, maps.mean((2, 3)), maps
+            own = maps.chunk(len(self.heads), 1)
+            if not self.known: return torch.stack([h(m) for h, m in zip(self.heads, own)]), maps.mean((2, 3)), maps
+            logits, gradients = zip(*(_forth_and_back(h, m) for h, m in zip(self.heads, own)))
+            return torch.stack(logits), maps.mean((2, 3)), maps, torch.stack(gradients)
     return Outputs().eval()
 
 # %% ../../nbs/model/onnx.ipynb #write-half
@@ -124,12 +176,14 @@ def _to_half(proto):
 def _exported(model, size):
     "The ONNX file of a network, as bytes"
     import contextlib, io, torch
-    out, axes = io.BytesIO(), {'image': {0: 'n'}, 'logits': {1: 'n'}, 'features': {0: 'n'}, 'maps': {0: 'n'}}
+    out, outputs = io.BytesIO(), _all_outputs(model, size)
+    names = OUTPUTS if outputs.known else OUTPUTS[:3]
+    axes = {'image': {0: 'n'}, **{name: {int(name in ('logits', 'gradients')): 'n'} for name in names}}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):     # the exporter speaks of itself
         warnings.simplefilter('ignore')
         x = torch.zeros(2, 1, size, size)
-        try: torch.onnx.export(_all_outputs(model, size), (x,), out, dynamo=False, input_names=['image'],
-                               output_names=list(OUTPUTS), dynamic_axes=axes, opset_version=_OPSET)
+        try: torch.onnx.export(outputs, (x,), out, dynamo=False, input_names=['image'], output_names=list(names),
+                               dynamic_axes=axes, opset_version=_OPSET)
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as e:
             raise BundleError(f'this network cannot be written as ONNX ({error_text(e)[:200]}); '
                               'give it away as safetensors.') from e
@@ -252,6 +306,8 @@ class NetworkOutputs(NamedTuple):
     logits: np.ndarray     # (networks, n, k)
     features: np.ndarray   # (n, f): the mean of each map
     maps: np.ndarray       # (n, f, h, w): of the last layer with places
+    gradients: np.ndarray | None = None   # (networks, n, k, f / networks): mean derivative of a logit by a map;
+                                          # None: an early file, or a head that is none of ours
 
 class OnnxNetwork:
     "An ONNX file, opened: images in, `NetworkOutputs` out"
@@ -269,9 +325,9 @@ class OnnxNetwork:
         try: self.session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
         except Exception as e:          # onnxruntime has no common class of errors
             raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
-        given = [o.name for o in self.session.get_outputs()]
-        if given != list(OUTPUTS):
-            raise BundleError(f'this ONNX file gives {given}, not {list(OUTPUTS)}; export the run again.')
+        self.names = tuple(o.name for o in self.session.get_outputs())
+        if self.names not in (OUTPUTS, OUTPUTS[:3]):
+            raise BundleError(f'this ONNX file gives {list(self.names)}, not {list(OUTPUTS)}; export the run again.')
 
     def __call__(
         self,
@@ -279,6 +335,27 @@ class OnnxNetwork:
     ) -> NetworkOutputs:
         "All outputs for some images"
         return NetworkOutputs(*self.session.run(None, {'image': np.ascontiguousarray(x, np.float32)}))
+
+# %% ../../nbs/model/onnx.ipynb #run-torch
+class TorchNetwork:
+    "A network in torch, with the same outputs as its file"
+    def __init__(
+        self,
+        model: nn.Sequential,   # of `cxr_model` or `MeanOfNetworks`
+        size: int,              # side of the images, pixels
+    ):
+        self.network = _all_outputs(model, size)
+
+    def __call__(
+        self,
+        x: np.ndarray,          # (n, 1, h, w) float32, scaled as in training
+    ) -> NetworkOutputs:
+        "All outputs for some images"
+        import torch
+        place = next(self.network.parameters()).device
+        with torch.inference_mode():
+            parts = self.network(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(place))
+        return NetworkOutputs(*(part.float().cpu().numpy() for part in parts))
 
 # %% ../../nbs/model/onnx.ipynb #check
 def largest_difference(
@@ -288,7 +365,62 @@ def largest_difference(
     n: int = 8,              # random images
 ) -> float:                  # of any probability of any network
     "How far the answers of the file are from those of the network"
-    import torch
     x = np.random.default_rng(0).normal(size=(n, 1, size, size)).astype(np.float32)
-    with torch.inference_mode(): expected = _all_outputs(model, size)(torch.from_numpy(x))[0].numpy()
-    return float(np.abs(softmax(OnnxNetwork(data)(x).logits) - softmax(expected)).max())
+    expected, found = TorchNetwork(model, size)(x), OnnxNetwork(data)(x)
+    return float(np.abs(softmax(found.logits) - softmax(expected.logits)).max())
+
+# %% ../../nbs/model/onnx.ipynb #random-tensor
+_FRESH = {('Conv', 2): 0, ('Gemm', 2): 0, ('BatchNormalization', 1): 1, ('BatchNormalization', 2): 0,
+          ('BatchNormalization', 3): 0, ('BatchNormalization', 4): 1, ('LayerNormalization', 1): 1,
+          ('LayerNormalization', 2): 0}                 # (operation, place among its inputs): number before training
+_BY_NAME = {'scale': 1, 'shift': 0}                      # of the batch norm in a head
+_KEPT = 'rows', 'columns'                                # of its pool
+
+def _first_uses(graph):
+    "{tensor: (operation, place among its inputs, node)}, seen through a cast or a step from whole numbers"
+    uses, behind = {}, {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type in ('Cast', 'DequantizeLinear') and place == 0: behind[node.output[0]] = name
+            else: uses.setdefault(behind.get(name, name), (node.op_type, place, node))
+    return uses
+
+def _inputs_of_one(shape, use):
+    "How many numbers go into one output of a layer; None: no layer's weights"
+    op, place, node = use
+    if op == 'Conv' and place == 1: return math.prod(shape[1:])
+    if op == 'MatMul' and place == 1: return shape[-2]
+    if op == 'Gemm' and place == 1: return shape[any(a.name == 'transB' and a.i for a in node.attribute)]
+    return None
+
+def _redrawn(values, name, use, rng):
+    "The numbers of one tensor as before any training"
+    last = name.removesuffix('_half').rsplit('.')[-1]
+    fresh = _FRESH.get(use[:2], _BY_NAME.get(last))
+    if last in _KEPT: return values
+    if fresh is not None: return np.full_like(values, fresh)
+    fan = _inputs_of_one(values.shape, use) if values.ndim > 1 and values.dtype.kind == 'f' else None
+    if fan: return rng.normal(0, math.sqrt(2 / fan), values.shape).astype(values.dtype)
+    return rng.permutation(values.ravel()).reshape(values.shape)
+
+
+# %% ../../nbs/model/onnx.ipynb #random
+def randomise_onnx(
+    data: bytes,       # of `onnx_bytes`
+    seed: int = 0,
+) -> bytes:            # the same network with random weights
+    "A twin of a file that has learned nothing"
+    try:
+        import onnx
+        from onnx import numpy_helper as arrays
+    except ImportError as e:
+        raise BundleError('a network with random weights needs a package that is missing: pip install onnx') from e
+    check_onnx(data)
+    proto, rng = onnx.load_from_string(data), np.random.default_rng(seed)
+    uses, kinds = _first_uses(proto.graph), onnx.TensorProto
+    for t in proto.graph.initializer:
+        weights = t.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.INT8, kinds.UINT8)
+        if t.name not in uses or not weights or math.prod(t.dims) < 2: continue
+        t.CopyFrom(arrays.from_array(_redrawn(arrays.to_array(t), t.name, uses[t.name], rng), t.name))
+    return proto.SerializeToString()
+

@@ -389,7 +389,8 @@ def local_images_table(
         of = {m.metric: _share_cell(m) for m in r.itertuples()}
         known = _known_of(r.iloc[0], run.classes[0])
         where = 'own test split' if place == run.split else place
-        rows.append([Cell(where, known), of['accuracy'], of['recall'], of['specificity']])
+        recall = of.get('recall', Cell('', 'no positive image'))
+        rows.append([Cell(where, known), of['accuracy'], recall, of['specificity']])
     return Table('What local images buy: the threshold moved with images of the place, measured on its other images; '
                  '95 % of 200 draws', ['place and local images', *_RATES_HERE], rows, (1, 2, 3))
 

@@ -16,11 +16,11 @@ from ..predict import Predictor, list_images
 from .external import read_external_tests
 from .folder import RunFolder, find_file
 from ..stats.recalibration import (LEAST_IMAGES, LocalCalibration, Reference, calibrate_locally,
-                                           reference_of, value_of_local_images)
+                                           draw_local_images, reference_of, summarise_draws)
 from ..words import format_count, join_words, printable
 
 # %% auto #0
-__all__ = ['reference_of_run', 'find_reference', 'local_value', 'read_local_images', 'SiteCalibration',
+__all__ = ['reference_of_run', 'find_reference', 'local_draws', 'local_value', 'read_local_images', 'SiteCalibration',
            'calibrate_for_site']
 
 # %% ../../nbs/runs/local.ipynb #reference
@@ -57,24 +57,35 @@ def _place(run, name, rows):
     groups = rows['group'] if 'group' in rows and rows['group'].notna().all() else None
     return _Place(name, rows['label'], rows[f'prob_{run.classes[-1]}'], groups)
 
+# %% ../../nbs/runs/local.ipynb #places
 def _places(run):
     if run.split != 'valid': yield _place(run, run.split, run.evaluated_predictions)
     for t in read_external_tests(run):
-        file = run.path / t.predictions
-        if len(t.classes_present) == 2 and file.is_file(): yield _place(run, t.name, pd.read_csv(file))
+        file = run.file(t.predictions)
+        if file.is_file(): yield _place(run, t.name, pd.read_csv(file))
+
+def _enough(p, classes):
+    "Normal images, and either several of the positive class or none"
+    normal, positive = p.labels.value_counts().reindex(classes, fill_value=0)
+    return normal >= 2 * LEAST_IMAGES and (positive == 0 or positive >= 2 * LEAST_IMAGES)
 
 # %% ../../nbs/runs/local.ipynb #local-value
+def local_draws(
+    run: RunFolder,            # finished, of two classes
+    draws: int = 200,
+) -> dict[str, pd.DataFrame]:  # place -> `draw_local_images` there; places with few images are left out
+    "Local images drawn at every place where a run was evaluated"
+    reference = reference_of_run(run)
+    how: dict[str, Any] = dict(draws=draws, classes=run.classes, seed=run.recipe.seed)
+    return {p.name: draw_local_images(p.labels, p.probs, reference, p.groups, **how)
+            for p in _places(run) if _enough(p, run.classes)}
+
 def local_value(
     run: RunFolder,      # finished, of two classes
     draws: int = 200,
-) -> pd.DataFrame:       # place, and the columns of `value_of_local_images`; places with few images are left out
+) -> pd.DataFrame:       # place, and the columns of `summarise_draws`
     "Accuracy, sensitivity and specificity with n local images, at every place where a run was evaluated"
-    reference, found = reference_of_run(run), []
-    for p in _places(run):
-        if p.labels.value_counts().reindex(run.classes, fill_value=0).min() < 2 * LEAST_IMAGES: continue
-        t = value_of_local_images(p.labels, p.probs, reference, p.groups, draws=draws, classes=run.classes,
-                                  seed=run.recipe.seed)
-        found.append(t.assign(place=p.name))
+    found = [summarise_draws(t).assign(place=place) for place, t in local_draws(run, draws).items()]
     columns = ['place', 'labels', 'n', 'metric', 'value', 'low', 'high']
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 

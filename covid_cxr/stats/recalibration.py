@@ -5,7 +5,7 @@
 # %% ../../nbs/stats/recalibration.ipynb #imports
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Iterator, Literal, NamedTuple, Sequence
+from typing import Any, Iterator, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
@@ -15,7 +15,7 @@ from ..words import format_count
 
 # %% auto #0
 __all__ = ['LocalLabels', 'LEAST_IMAGES', 'SIZES', 'Reference', 'reference_of', 'LocalCalibration', 'divide_in_two',
-           'calibrate_locally', 'value_of_local_images']
+           'calibrate_locally', 'draw_local_images', 'summarise_draws', 'value_of_local_images']
 
 # %% ../../nbs/stats/recalibration.ipynb #slope
 def _logits(p): return logit(np.clip(p, 1e-6, 1 - 1e-6))
@@ -137,7 +137,7 @@ SIZES = (20, 50, 100)       # local images
 def _shares(y, predicted):
     "Accuracy, sensitivity, specificity"
     right = predicted == (y == 1)
-    return right.mean(), right[y == 1].mean(), right[y == 0].mean()
+    return right.mean(), right[y == 1].mean() if y.any() else np.nan, right[y == 0].mean()
 
 def _draw(s, n, rng):
     "(m,) bool: whole patients in a random order, until n images are together"
@@ -146,7 +146,9 @@ def _draw(s, n, rng):
 
 def _usable(s, drawn):
     "Are there enough images of both classes, among the drawn and among the others?"
-    return min(*np.bincount(s.y[drawn], minlength=2), *np.bincount(s.y[~drawn], minlength=2)) >= LEAST_IMAGES
+    there = np.unique(s.y)
+    counts = [np.bincount(s.y[of], minlength=2)[there] for of in (drawn, ~drawn)]
+    return np.min(counts) >= LEAST_IMAGES
 
 # %% ../../nbs/stats/recalibration.ipynb #drawn-parts
 def _drawn_parts(s, n, draws, seed) -> Iterator[np.ndarray]:
@@ -164,15 +166,12 @@ def _one_draw(s, z, drawn, reference):
     rest, y = ~drawn, s.y[drawn]
     before = _shares(s.y[rest], z[rest] >= _logits(reference.threshold))[0]
     for labels in choices(LocalLabels):
+        if labels == 'both classes' and not s.y.any(): continue
         centre = _threshold_logit(labels, z[drawn], y, reference)
         found = _shares(s.y[rest], z[rest] >= centre)
         yield labels, *found, found[0] - before
 
-def _summary(values, level):
-    tail = (1 - level) / 2
-    return dict(value=values.mean(), low=np.quantile(values, tail), high=np.quantile(values, 1 - tail))
-
-def value_of_local_images(
+def draw_local_images(
     y_true: ArrayLike, y_prob: ArrayLike,   # (n,) labels and probabilities of images of the new place
     reference: Reference,                   # of the validation images
     groups: ArrayLike | None = None,        # (n,) patient groups: whole patients are drawn
@@ -180,19 +179,40 @@ def value_of_local_images(
     draws: int = 200,
     classes: Sequence = BINARY,             # (negative, positive)
     seed: int = 0,
-    level: float = .95,                     # share of the draws between low and high
-) -> pd.DataFrame:   # labels, n, metric (accuracy, recall, specificity, gain), value, low, high
-    "Accuracy, sensitivity and specificity with a threshold of the place, from n of its images"
+) -> pd.DataFrame:   # labels, n, accuracy, recall, specificity, gain: a row for each draw; n = 0: the frozen threshold
+    "Draw local images again and again, calibrate on them, predict the others"
     s = check_two_classes(y_true, y_prob, groups, classes)
-    z, names = _logits(s.score), [*_SHARES, 'gain']
-    if min(np.bincount(s.y, minlength=2)) < 2 * LEAST_IMAGES:
+    z, counts = _logits(s.score), np.bincount(s.y, minlength=2)
+    if counts[0] < 2 * LEAST_IMAGES or 0 < counts[1] < 2 * LEAST_IMAGES:
         raise EvaluationError(f'fewer than {2 * LEAST_IMAGES} images of one class: '
                               'what local images buy cannot be seen.')
-    frozen = _shares(s.y, z >= _logits(reference.threshold))
-    rows = [dict(labels='', n=0, metric=m, value=v, low=np.nan, high=np.nan) for m, v in zip(_SHARES, frozen)]
-    for n in (n for n in sizes if 2 * n <= len(z)):
-        drawn = [r for d in _drawn_parts(s, n, draws, seed) for r in _one_draw(s, z, d, reference)]
-        t = pd.DataFrame(drawn, columns=['labels', *names])
-        rows += [dict(labels=labels, n=n, metric=m, **_summary(t.loc[t['labels'] == labels, m].to_numpy(), level))
-                 for labels in choices(LocalLabels) for m in names if len(t)]
+    rows = [('', 0, *_shares(s.y, z >= _logits(reference.threshold)), np.nan)]
+    rows += [(labels, n, *found) for n in sizes if 2 * n <= len(z) for d in _drawn_parts(s, n, draws, seed)
+             for labels, *found in _one_draw(s, z, d, reference)]
+    return pd.DataFrame(rows, columns=['labels', 'n', *_SHARES, 'gain'])
+
+# %% ../../nbs/stats/recalibration.ipynb #value-summary
+def summarise_draws(
+    drawn: pd.DataFrame,   # from `draw_local_images`, of one model or of several
+    level: float = .95,    # share of the draws between low and high
+) -> pd.DataFrame:         # labels, n, metric (accuracy, recall, specificity, gain), value, low, high
+    "The mean of the draws, and between which values most of them lie; a metric without images is left out"
+    tail, rows = (1 - level) / 2, []
+    known = {labels: i for i, labels in enumerate(('', *choices(LocalLabels)))}
+    for (n, labels), t in sorted(drawn.groupby(['n', 'labels']), key=lambda g: (g[0][0], known[g[0][1]])):
+        for metric in (*_SHARES, 'gain'):
+            values = t[metric].dropna().to_numpy()
+            if not len(values): continue
+            low, high = np.quantile(values, [tail, 1 - tail]) if n else (np.nan, np.nan)
+            rows.append(dict(labels=labels, n=n, metric=metric, value=values.mean(), low=low, high=high))
     return pd.DataFrame(rows)
+
+def value_of_local_images(
+    y_true: ArrayLike, y_prob: ArrayLike,   # (n,) labels and probabilities of images of the new place
+    reference: Reference,                   # of the validation images
+    groups: ArrayLike | None = None,        # (n,) patient groups: whole patients are drawn
+    level: float = .95,                     # share of the draws between low and high
+    **options: Any,                         # sizes, draws, classes, seed of `draw_local_images`
+) -> pd.DataFrame:                          # as `summarise_draws` gives it
+    "Accuracy, sensitivity and specificity with a threshold of the place, from n of its images"
+    return summarise_draws(draw_local_images(y_true, y_prob, reference, groups, **options), level)
