@@ -27,7 +27,7 @@ def place(phantom_run, tmp_path_factory):
 def slow(place, monkeypatch):
     "Slow work stands still: what the verbs say of it is tested here, the work itself elsewhere"
     import covid_cxr.articles.reproduce, covid_cxr.audit.run, covid_cxr.report.findings
-    import covid_cxr.runs.ensemble, covid_cxr.runs.external, covid_cxr.runs.local
+    import covid_cxr.runs.compare, covid_cxr.runs.ensemble, covid_cxr.runs.external, covid_cxr.runs.local, covid_cxr.runs.sentences
     from covid_cxr.core import write_text
     def reproduce(out, **how):
         write_text(f'{out}/reproduce.md', 'reported and reproduced')
@@ -37,20 +37,21 @@ def slow(place, monkeypatch):
     monkeypatch.setattr(covid_cxr.audit.run, 'audit_run', lambda *a, **k: place.audit)
     monkeypatch.setattr(covid_cxr.report.findings, 'write_any_report', lambda run, *a: place.run / 'report.html')
     monkeypatch.setattr(covid_cxr.runs.external, 'external_test', lambda *a, **k: test)
+    monkeypatch.setattr(covid_cxr.runs.compare, 'compare_runs', lambda *a, **k: SimpleNamespace(to_dict=lambda: dict(pairs=[])))
+    monkeypatch.setattr(covid_cxr.runs.sentences, 'describe_comparison', lambda found: 'do not differ')
     monkeypatch.setattr(covid_cxr.runs.ensemble, 'ensemble_runs', lambda *a: place.run)
     monkeypatch.setattr(covid_cxr.runs.local, 'calibrate_for_site', lambda *a: site)
     monkeypatch.setattr(covid_cxr.articles.reproduce, 'reproduce', reproduce)
 
 
 KEPT = ROOT / 'benchmarks/results/covid-2020-resnet18-128'
-PAIR = [ROOT / f'benchmarks/results/pneumonia-{kind}-64' for kind in ('cnn', 'suppressed')]
 RECIPE = ' '.join(map(shlex.quote, [*SMALL, *STAGES]))
 LINES = {
     'demo': f'demo --no-audit --out RUN {RECIPE}', 'train': f'train demo --out RUN {RECIPE}',
     'inspect': 'inspect --images RUN/data/chest-xray-pneumonia/chest_xray/train', 'download': 'download',
     'predict': 'predict RUN RUN/new-image.png', 'explain': 'explain RUN RUN/new-image.png --out MAPS',
     'evaluate': 'evaluate RUN --n-boot 100', 'external': f'external {KEPT} kaggle_pneumonia', 'audit': 'audit RUN', 'report': 'report RUN',
-    'compare': f'compare {PAIR[0]} {PAIR[1]} --n-boot 100', 'ensemble': 'ensemble RUN RUN --out X',
+    'compare': 'compare RUN OTHER', 'ensemble': 'ensemble RUN RUN --out X',
     'calibrate': 'calibrate RUN D --out X', 'reproduce': 'reproduce --data D --out OTHER',
     'export': 'export RUN --out NEW --format safetensors', 'recipes': 'recipes', 'recipe': 'recipe demo', 'checks': 'checks',
     'completion': 'completion bash'}
