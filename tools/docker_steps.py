@@ -5,7 +5,7 @@
 
 COPY, WORKDIR, ENV and RUN are followed as they stand, with the paths below a temporary folder; useradd is left out, and USER must
 not be root. Then CMD is started on a free port, and the command of HEALTHCHECK has to succeed while it runs. Exit code 0: all did."""
-import argparse, fnmatch, json, os, re, shlex, shutil, socket, subprocess, sys, tempfile, time
+import argparse, fnmatch, json, os, re, secrets, shlex, shutil, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from light_install import BUNDLE, ROOT, Venv, copy_checkout
@@ -48,7 +48,8 @@ class Container:
     "A folder and a venv in the place of a container"
     def __init__(self, folder):
         self.root, self.venv = Path(folder) / 'root', Venv(Path(folder) / 'venv')
-        self.env = dict(PATH=f'{self.venv.folder / "bin"}:/usr/bin:/bin', HOME=str(folder), LANG='C.UTF-8', COVID_CXR_TOKEN='steps')
+        self.env = dict(PATH=f'{self.venv.folder / "bin"}:/usr/bin:/bin', HOME=str(folder), LANG='C.UTF-8',
+                        COVID_CXR_TOKEN=secrets.token_hex(16))
         self.env |= {k: v for k, v in os.environ.items() if k.startswith(('PIP_', 'SSL_', 'REQUESTS_')) or k.lower().endswith('_proxy')}
         self.cwd = self.root
 
@@ -66,11 +67,11 @@ class Container:
         if word == 'RUN' and not rest.startswith('useradd'):
             subprocess.run(['/bin/sh', '-ec', self.at(rest)], cwd=self.cwd, env=self.env, check=True)
 
-    def start(self, rest, port, bundle=None):
+    def start(self, rest, port, bundle=None, **kw):
         "CMD, or the command of HEALTHCHECK, as a process"
         words = [w.replace(PORT, port) for w in json.loads(rest)]
         if bundle: words = [str(bundle) if w == NAME else w for w in words]
-        return subprocess.Popen([self.venv.folder / 'bin' / words[0], *words[1:]], cwd=self.cwd, env=self.env)
+        return subprocess.Popen([self.venv.folder / 'bin' / words[0], *words[1:]], cwd=self.cwd, env=self.env, **kw)
 
 
 def free_port():
@@ -83,7 +84,7 @@ def is_healthy(container, server, check, port):
     "Does HEALTHCHECK succeed before the server ends, or the time?"
     end = time.monotonic() + WAIT
     while server.poll() is None and time.monotonic() < end:
-        if container.start(check, port).wait() == 0: return True
+        if container.start(check, port, stderr=subprocess.DEVNULL).wait() == 0: return True
         time.sleep(1)
     return False
 
