@@ -6,6 +6,8 @@
 #   make attack   the long attacks: random tables, pictures, bundles and run folders by the thousand
 #   make browser  report and docs opened in a real browser, at desktop and phone width
 #   make bench    benchmarks: ratios to named libraries, appended to benchmarks/results/
+#   make release  source archive, wheel and bill of materials in dist/: everything up to the upload
+#   make small    the small installation, without torch, in an empty venv: size, seconds, first prediction
 #   make clean    what the above left behind (make distclean: .venv too)
 SHELL := /bin/bash
 # Without .pyc files every import of fastai costs 13 s instead of 5.
@@ -19,7 +21,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q
 PROPERTIES = $(shell grep -l max_examples tests/test_*.py)
 FAST := tests/test_structure.py tests/test_words.py tests/test_table.py tests/test_evaluate.py tests/test_sources.py tests/test_cache.py tests/test_plots.py tests/test_docs.py
 
-.PHONY: demo check test test-sync-types test-static test-sync test-types test-notebooks test-pytest docs attack browser readme bench clean distclean
+.PHONY: demo check test test-sync-types test-static test-sync test-types test-notebooks test-pytest docs attack browser readme bench release small clean distclean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -78,6 +80,12 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/ood_check.py
 	$(BIN)/python benchmarks/make_tables.py
 
+release: .venv/installed
+	$(BIN)/python tools/release.py $(if $(TAG),--tag $(TAG))
+
+small: .venv/installed
+	$(BIN)/python tools/light_install.py
+
 .venv/installed: settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "covid_cxr needs Python 3.10, 3.11 or 3.12 (with venv); none was found on PATH."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -86,7 +94,7 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .hypothesis nbs/models _proc _docs
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .hypothesis nbs/models _proc _docs
 
 distclean: clean
 	rm -rf .venv

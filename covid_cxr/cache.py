@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, Literal, Mapping
 import numpy as np, pandas as pd, PIL
 from .core import ImageError, Reason, check_choice, exclude, file_identity, require_columns, sha256_file
 from .images import ImageRule, file_reason, image_errors, image_path, load_image
-from .words import format_count
+from .words import format_count, progress
 
 # %% auto #0
 __all__ = ['OnBad', 'refuse_images', 'CacheWarning', 'CacheStats', 'ImageCache', 'check_images']
@@ -79,7 +79,8 @@ def _find_bad(paths: Iterable, read: Callable, workers: int | None) -> dict[Any,
         try: read(path)
         except ImageError as e: return file_reason(e)
     every = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: causes = list(pool.map(why, every))
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        causes = list(progress(pool.map(why, every), 'images read', len(every)))
     return {p: cause for p, cause in zip(every, causes) if cause is not None}
 
 def refuse_images(

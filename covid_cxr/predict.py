@@ -18,7 +18,7 @@ from .images import (BlankImage, ImageRule, LoadedImage, apply_rule, file_reason
 from .ood import WIDER, FeatureCheck, InputCheck, OODCheck, check_colour
 from .model.settings import TTA_VIEWS
 from .model.onnx import NetworkOutputs, mean_logits, softmax, turned_view
-from .words import join_words, safe_cell, safe_path
+from .words import join_words, progress, safe_cell, safe_path
 from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, load_onnx, read_bundle
 if TYPE_CHECKING: import pandas as pd
 
@@ -365,6 +365,9 @@ class Predictor:
         ood: OODMode = 'decline',
     ) -> Iterator[AnyPrediction]:
         "Predictions one by one, reading a batch at a time, so that a large folder needs no large memory"
+        return progress(self._stream(files, bs, on_bad, ood), 'predicted', len(files))
+
+    def _stream(self, files, bs, on_bad, ood):
         bs = max(1, min(bs, _MOST_PIXELS // self.rule.size**2))
         for i in range(0, len(files), bs):
             batch = files[i:i + bs]

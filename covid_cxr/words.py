@@ -4,13 +4,14 @@
 
 # %% ../nbs/words.ipynb #imports
 from __future__ import annotations
-import math, re
-from typing import Iterable
+import math, re, sys, time
+from contextlib import contextmanager
+from typing import Iterable, Iterator, Sized, TypeVar
 
 # %% auto #0
 __all__ = ['as_number', 'format_number', 'format_interval', 'format_estimate', 'format_percent', 'format_p',
-           'format_count', 'join_words', 'sentence', 'format_bytes', 'printable', 'safe_path', 'safe_cell',
-           'plain_cell']
+           'format_count', 'join_words', 'sentence', 'format_bytes', 'format_duration', 'progress', 'above_progress',
+           'printable', 'safe_path', 'safe_cell', 'plain_cell']
 
 # %% ../nbs/words.ipynb #as-number
 def as_number(
@@ -98,6 +99,55 @@ def format_bytes(
         if n < 1000: return f'{n:.0f} bytes' if unit == 'bytes' else f'{n:.1f} {unit}'
         n /= 1000
     return f'{n:.1f} TB'
+
+# %% ../nbs/words.ipynb #duration
+def format_duration(
+    seconds: float,
+) -> str:      # '12 s', '3 min 5 s', '2 h 10 min'
+    "A time as a person reads it"
+    whole = round(seconds)
+    if whole < 60: return f'{whole} s'
+    if whole < 3600: return f'{whole // 60} min {whole % 60} s'
+    return f'{whole // 3600} h {whole % 3600 // 60} min'
+
+# %% ../nbs/words.ipynb #progress
+_Item = TypeVar('_Item')
+_FIRST, _EVERY = .5, .2      # seconds before the first line, and between two lines
+_SHOWN = ['']                # the line that stands on the terminal now
+
+def _show(line):
+    print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
+    _SHOWN[0] = line
+
+def progress(
+    items: Iterable[_Item],
+    what: str,                   # what is done: 'read', 'predicted'
+    total: int | None = None,    # how many there are; None: `len(items)`
+) -> Iterator[_Item]:
+    "The items; on a terminal, a line with the time that is left, and nothing anywhere else"
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    if not total or not sys.stderr.isatty():
+        yield from items
+        return
+    began, shown = time.monotonic(), 0.
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            passed = time.monotonic() - began
+            if passed < _FIRST or passed - shown < _EVERY: continue
+            shown, left = passed, passed / done * max(0, total - done)
+            _show(f'{done:,} of {total:,} {what}, {format_duration(left)} left')
+    finally:
+        if _SHOWN[0]: _show('')
+
+# %% ../nbs/words.ipynb #above-progress
+@contextmanager
+def above_progress() -> Iterator[None]:
+    "Print something while the line of `progress` stands on the terminal: it moves down"
+    line = _SHOWN[0]
+    if line: _show('')
+    yield
+    if line: _show(line)
 
 # %% ../nbs/words.ipynb #untrusted
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")     # apostrophes in front are counted, so that `plain_cell` can go back

@@ -12,7 +12,7 @@ from covid_cxr.runs.external import Search
 from covid_cxr.sources import SOURCES
 
 VERBS = ['demo', 'train', 'inspect', 'download', 'predict', 'explain', 'evaluate', 'external', 'audit', 'report', 'compare', 'ensemble',
-         'calibrate', 'reproduce', 'export', 'push', 'serve', 'recipes', 'recipe']
+         'calibrate', 'reproduce', 'export', 'push', 'serve', 'recipes', 'recipe', 'checks', 'completion']
 NEEDED = dict(train='R', inspect='R --data D', predict='RUN a.png', explain='RUN a.png', evaluate='RUN', external='RUN nih', audit='RUN',
               report='RUN', compare='A B', ensemble='A B --out X', calibrate='RUN D --out X', reproduce='--data D', export='RUN --out X',
               push='RUN anna/model', serve='BUNDLE')

@@ -24,12 +24,13 @@ from ..core import RunError, atomic_path, utc_now, versions, write_json, write_t
 from ..duplicates import find_near
 from ..images import ImageRule, fit_to, read_grey
 from ..model.lungs import find_lungs, load_lung_net, lung_fault
-from ..words import format_count
+from ..words import above_progress, format_count, progress
 from ..predict import Predictor, load_predictor
 from ..runs.external import read_external_tests
 from ..evaluate import Estimate, allow_undefined
 from ..findings.labels import LABEL
 from ..runs.folder import FindingsRun, RunFolder
+from ..runs.log import keep_log
 from ..runs.test_log import log_test_evaluation
 
 # %% auto #0
@@ -86,11 +87,11 @@ def audit_case(
         log('baselines that see no lung')
         case.baselines = _fit_baselines(case, retrain=not case.quick)
     out = CaseAudit([], [])
-    for check in _in_order():
+    for check in progress(_in_order(), 'checks'):
         missing = check.lacks(case)
         if missing: out.not_run.append(NotRun(check.code, check.title, missing))
         else:
-            log(f'{check.code} {check.title}')
+            with above_progress(): log(f'{check.code} {check.title}')
             verdicts = run_check(check, case)
             out.verdicts.extend(verdicts)
             if not verdicts: out.not_run.append(NotRun(check.code, check.title, 'subject'))
@@ -102,7 +103,8 @@ SMALL = 64       # pixels of the images that baselines and small networks see
 def _read_images(folder, cache):
     "All used images at `SMALL` pixels, and the evaluated ones as the model sees them"
     small, evaluated = [], []
-    for path, split in zip(folder.rows['path'], folder.rows['split']):
+    rows = zip(folder.rows['path'], folder.rows['split'])
+    for path, split in progress(rows, 'images read', len(folder.rows)):
         if not Path(path).is_file():
             raise RunError(f'{path} is gone, and an audit reads the images again; put it back where the run found it.')
         pixels = cache.get(path)
@@ -257,17 +259,8 @@ def affordable_images(case: Case) -> int:   # 40 or more
     return max(40, int(QUICK / PASSES / ((time.perf_counter() - start) / k)))
 
 # %% ../../nbs/audit/run.ipynb #audit-run
-def audit_run(
-    run: str | Path,                      # directory of a finished run
-    quick: bool = False,                  # only what takes seconds or a few minutes
-    cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
-    n_boot: int = 2000,                   # resamples of patients
-    copies: bool = True,                  # search for near copies among all its images
-    log: Callable[[str], object] = print, # takes lines of text
-    lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
-) -> Audit:
-    "Audit a finished run; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
-    start, folder = time.perf_counter(), RunFolder.open(run)
+def _audit(folder, cache_dir, n_boot, copies, log, lungs, quick, start):
+    "The audit of an opened run; its files are written"
     log('reading the images and the exported model')
     case = case_of_run(folder, cache_dir, copies, n_boot, lungs)
     case.quick, case.most = quick, affordable_images(case) if quick else None
@@ -280,6 +273,20 @@ def audit_run(
                   tuple(found.verdicts), baselines, tuple(found.not_run), seconds, case.lungs_from)
     _write_audit(folder.path, audit, describe_audit(audit, every=True))
     return audit
+
+def audit_run(
+    run: str | Path,                      # directory of a finished run
+    quick: bool = False,                  # only what takes seconds or a few minutes
+    cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
+    n_boot: int = 2000,                   # resamples of patients
+    copies: bool = True,                  # search for near copies among all its images
+    log: Callable[[str], object] = print, # takes lines of text
+    lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
+) -> Audit:
+    "Audit a finished run; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
+    start, folder = time.perf_counter(), RunFolder.open(run)
+    with keep_log(folder.path, 'audit', log, (cache_dir, lungs)) as said:
+        return _audit(folder, cache_dir, n_boot, copies, said, lungs, quick, start)
 
 # %% ../../nbs/audit/run.ipynb #finding-case
 OF_EACH = ('check_file_properties', 'check_metadata', 'check_image_without_lungs', 'check_lungs_only',
@@ -356,6 +363,25 @@ def _findings_audit(run, whole, asked, once, began):
     return FindingsAudit(all_of_it, of_each, run.result.left_out)
 
 # %% ../../nbs/audit/run.ipynb #audit-findings-run
+def _audit_all(folder, cache, n_boot, log, lungs, began):
+    "The audit of an opened run of several findings; its files are written"
+    log('reading the images and the exported model')
+    predictor = load_predictor(folder.path)
+    pictures = ImageCache(cache / 'images', predictor.rule)
+    small, images = _read_images(folder, pictures)
+    masks = _lung_masks(folder, predictor.rule, pictures, lungs)
+    whole = _whole_case(folder, predictor, small, images, masks, cache / 'fingerprints.npz', n_boot)
+    log_test_evaluation(folder.path, 'audit', folder.split, folder.headline(folder.result), once=True)
+    once, asked = [*_ask(whole, ONCE), _same_probabilities(folder, whole, predictor)], {}
+    for f in progress(folder.result.estimable, 'findings'):
+        with above_progress(): log(f'{f}: baselines that see no lung, and the checks')
+        asked[f] = _ask_finding(folder, f, whole)
+    audit = _findings_audit(folder, whole, asked, once, began)
+    tables = [_scores_table(a.case, a.case.baselines).assign(finding=f) for f, a in asked.items()]
+    _write_scores(folder.path, pd.concat(tables or [_scores_table(whole, ())]))
+    _write_audit(folder.path, audit, describe_findings_audit(audit, every=True))
+    return audit
+
 def audit_findings(
     run: str | Path,                      # directory of a finished run of several findings
     cache_dir: str | Path | None = None,  # decoded images and fingerprints; None: RUN/cache
@@ -365,19 +391,6 @@ def audit_findings(
 ) -> FindingsAudit:
     "Audit a finished run of several findings; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     began, folder = time.perf_counter(), FindingsRun.open(run)
-    log('reading the images and the exported model')
-    predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
-    pictures = ImageCache(cache / 'images', predictor.rule)
-    small, images = _read_images(folder, pictures)
-    masks = _lung_masks(folder, predictor.rule, pictures, lungs)
-    whole = _whole_case(folder, predictor, small, images, masks, cache / 'fingerprints.npz', n_boot)
-    log_test_evaluation(folder.path, 'audit', folder.split, folder.headline(folder.result), once=True)
-    once, asked = [*_ask(whole, ONCE), _same_probabilities(folder, whole, predictor)], {}
-    for f in folder.result.estimable:
-        log(f'{f}: baselines that see no lung, and the checks')
-        asked[f] = _ask_finding(folder, f, whole)
-    audit = _findings_audit(folder, whole, asked, once, began)
-    tables = [_scores_table(a.case, a.case.baselines).assign(finding=f) for f, a in asked.items()]
-    _write_scores(folder.path, pd.concat(tables or [_scores_table(whole, ())]))
-    _write_audit(folder.path, audit, describe_findings_audit(audit, every=True))
-    return audit
+    cache = Path(cache_dir) if cache_dir else folder.path / 'cache'
+    with keep_log(folder.path, 'audit', log, (cache_dir, lungs)) as said:
+        return _audit_all(folder, cache, n_boot, said, lungs, began)

@@ -17,7 +17,7 @@ from ..model.onnx import NetworkOutputs, mean_logits, randomise_onnx
 from ..bundle import load_onnx
 from ..predict import (AnswerCounts, AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor,
                                scale_pixels)
-from ..words import format_count, format_number, format_percent, join_words, printable, safe_cell
+from ..words import format_count, format_number, format_percent, join_words, printable, progress, safe_cell
 if TYPE_CHECKING: from covid_cxr.model.lungs import LungNet
 
 # %% auto #0
@@ -399,7 +399,7 @@ def explain_files(
     entries: list[_Entry] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for i, file in enumerate(files, 1):
+        for i, file in enumerate(progress(files, 'images explained'), 1):
             compared = explain_beside_twin(predictor, twin, file, cls, method, lungs, on_bad, ood)
             rows.append(explanation_row(compared, _save_pictures(compared, out, _stem(i, compared))))
             if i <= _MOST_ON_PAGE: entries.append(_entry(compared))

@@ -21,6 +21,7 @@ from ..predict import Predictor, load_predictor, predictions_frame
 from ..recipe import SourceSpec, read_one_source, word_options
 from .folder import (EXTERNAL_FORMAT, EXTERNAL_VERSION, RunFolder, evaluate_rows, is_synthetic,
                                    reading_file, run_lock, write_table)
+from .log import keep_log
 from .test_log import log_test_evaluation
 from ..stats.bootstrap import patient_wilson
 from ..table import drop_repeats, filter_ages, filter_views, flow, group_leaksafe, label_for
@@ -442,9 +443,10 @@ def external_test(
     _file_stem(name, tests)
     if n_boot is None: n_boot = frozen.run.recipe.evaluation.n_boot
     cache_file = Path(cache_dir or frozen.run.path / 'cache') / 'fingerprints.npz'
-    with run_lock(frozen.run.path):
+    places = data, root, metadata, cache_dir
+    with run_lock(frozen.run.path), keep_log(frozen.run.path, 'external test', log, places) as said:
         return _test(frozen, name, asked, tests, on_bad=on_bad, duplicates=duplicates, check_files=check_files,
-                     cache_file=cache_file, n_boot=n_boot, baselines=baselines, log=log)
+                     cache_file=cache_file, n_boot=n_boot, baselines=baselines, log=said)
 
 # %% ../../nbs/runs/external.ipynb #table
 _SHOWN = dict(auc='auc', sensitivity='recall', false_positive_rate='false_positive_rate')   # column -> metric

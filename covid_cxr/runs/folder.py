@@ -312,8 +312,8 @@ def manifest_names(
     run: str | Path,                 # run directory
     leave_out: tuple[str, ...] = (), # names of further files and folders in it
 ) -> list[str]:
-    "The files of a run that its manifest holds: all but the data, decoded images, checkpoints and hidden files"
-    run, out = Path(run), {'data', 'data.tmp', 'cache', 'checkpoints', MANIFEST, *leave_out}
+    "The files of a run that its manifest holds: all but the data, decoded images, checkpoints, log and hidden files"
+    run, out = Path(run), {'data', 'data.tmp', 'cache', 'checkpoints', MANIFEST, 'log.txt', *leave_out}
     files = [p.relative_to(run) for p in run.rglob('*') if p.is_file() and not p.is_symlink()]
     return sorted(f.as_posix() for f in files if f.parts[0] not in out and not any(p.startswith('.') for p in f.parts))
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/runs/train.ipynb #imports
 from __future__ import annotations
 import contextlib, dataclasses, shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from ..phantom import write_nih_tree, write_phantom_trees
 from ..recipe import Recipe, build_table, dump_recipe, load_recipe, parse_recipe, recipe_hash
 from .folder import (SYNTHETIC_WARNING, describe_images, is_synthetic, manifest_names, read_run_state,
                                    read_table, reading_file, run_lock, write_table)
+from .log import keep_log
 from .outcome import Outcome, calibrate, conclude
 from .test_log import count_test_evaluations, describe_test_evaluations, log_head, log_test_evaluation
 from ..table import check_split, count_unknown_patients, reconcile
@@ -497,9 +498,9 @@ def train(
         return out
     _check_encoder(recipe)
     cbs = _callbacks(cbs, track, out)
-    with _own_folder(out, recipe, data) as state:
+    with _own_folder(out, recipe, data) as state, keep_log(out, 'train', log, (data, cache_dir)) as said:
         _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', figures, state,
-                  log, cbs))
+                  said, cbs))
     log(f'exported Learner: {out / "export.pkl"}\nbundle: {out / "bundle"}')
     log(f'predictions: {out / "predictions.csv"}')
     if figures: log(f'plots: {out / "plots"}')
@@ -534,10 +535,12 @@ def run_from_predictions(
         if state.get('status') == 'finished':
             _show_again(out, log)
             return out
-        _write_table(job, table)
-        _know_table(job, table, **more)
-        _keep_history(job, fit)
-        _conclude(job, table, predictions, fit, trained,
-                  lambda found: export(out / 'bundle', found, _provenance(job, table, found, None)), note)
+        with keep_log(out, 'evaluate predictions', log, (data,)) as said:
+            job = replace(job, log=said)
+            _write_table(job, table)
+            _know_table(job, table, **more)
+            _keep_history(job, fit)
+            _conclude(job, table, predictions, fit, trained,
+                      lambda found: export(out / 'bundle', found, _provenance(job, table, found, None)), note)
     log(f'bundle: {out / "bundle"}\npredictions: {out / "predictions.csv"}')
     return out
