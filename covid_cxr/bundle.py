@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
-           'NOT_FOR', 'BundleFormat', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
+           'NOT_FOR', 'BundleFormat', 'INT8_FORMATS', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
            'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
            'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model', 'check_joinable',
-           'join_bundles', 'adapt_bundle', 'load_onnx', 'export_bundle']
+           'join_bundles', 'adapt_bundle', 'Int8File', 'load_onnx', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -750,8 +750,30 @@ def adapt_bundle(
     _write_bundle(to, files, description, lambda tmp: _copy_lungs(b, tmp))
     return Path(to)
 
+# %% ../nbs/bundle.ipynb #int8-file
+class Int8File(NamedTuple):
+    "A network in 8 bits, and what was measured of it"
+    data: bytes                   # of `model.int8.int8_bytes`
+    temperatures: list[float]     # of its networks
+    largest_difference: float     # of a probability, from the network in 32 bits
+    measured: dict[str, Any]      # on which images, AUC before and after, decisions that change
+
+def _add_int8(int8, tmp):
+    "Write the ONNX file in 8 bits; its entry in the description"
+    (tmp / ONNX).write_bytes(int8.data)
+    return dict(file=ONNX, sha256=hashlib.sha256(int8.data).hexdigest(), precision='int8',
+                largest_difference=int8.largest_difference, temperatures=int8.temperatures, measured=int8.measured)
+
+def _check_int8(format, int8):
+    "A format of 8 bits needs such a network, and no other format takes one"
+    if (format in INT8_FORMATS) == (int8 is not None): return
+    raise BundleError(f'format = {format!r}: a network in 8 bits is made with images of its run; give the run '
+                      "directory to runs.int8.export_int8, or to 'covid-cxr export RUN --format int8'.")
+
 # %% ../nbs/bundle.ipynb #formats
-BundleFormat = Literal['both', 'safetensors', 'onnx', 'onnx-half']
+BundleFormat = Literal['both', 'safetensors', 'onnx', 'onnx-half', 'int8', 'both-int8']
+INT8_FORMATS = ('int8', 'both-int8')
+_WITH_WEIGHTS = ('both', 'safetensors', 'both-int8')
 _LARGEST_DIFFERENCE = {'single': 1e-4, 'half': 5e-3}     # of a probability, between the ONNX file and torch
 
 def _add_onnx(b, tmp, precision):
@@ -768,13 +790,14 @@ def _add_onnx(b, tmp, precision):
     return dict(file=ONNX, sha256=hashlib.sha256(data).hexdigest(), precision=precision, largest_difference=difference,
                 temperatures=[1.] if scale is None else scale.tolist())
 
-def _described_as(b, files, tmp, format):
+def _described_as(b, files, tmp, format, int8):
     "The description of a bundle with the network in this format, whose ONNX file is written if it is not there"
     d = _written(b)
     if WEIGHTS not in files: d.pop('weights', None)
     if format == 'safetensors': d.pop('onnx', None)
+    elif int8 is not None: d['onnx'] = _add_int8(int8, tmp)
     elif ONNX not in files: d['onnx'] = _add_onnx(b, tmp, 'half' if format == 'onnx-half' else 'single')
-    if format in ('both', 'safetensors') and 'weights' not in d:
+    if format in _WITH_WEIGHTS and 'weights' not in d:
         raise BundleError(f"{b['folder']} holds {ONNX} alone; export the run that it was made of.")
     return d
 
@@ -799,8 +822,8 @@ def _copied(files, tmp):
 
 def _files_to_give(b, folder, src, pickle, format):
     "{name: file} that are copied as they are"
-    kept = set() if format == 'safetensors' else {ONNX}
-    if format in ('both', 'safetensors'): kept.add(WEIGHTS)
+    kept = {WEIGHTS} if format in _WITH_WEIGHTS else set()
+    if format not in ('safetensors', *INT8_FORMATS): kept.add(ONNX)
     files = {n: src / n for n in (*_networks_of(b), *lung_files(b)) if n in kept or n in lung_files(b)}
     return {**files, PICKLE: Path(folder) / PICKLE} if pickle else files
 
@@ -809,9 +832,11 @@ def export_bundle(
     to: str | os.PathLike,       # a new folder
     pickle: bool = False,        # also export.pkl of the run (opening a pickle runs its code)
     format: BundleFormat = 'both',   # what holds the network
+    int8: Int8File | None = None,    # the network in 8 bits, for the formats that hold it
 ) -> Path:
     "Copy a bundle to a folder that can be given away, and write its ONNX file"
     check_choice('format', format, BundleFormat, BundleError)
+    _check_int8(format, int8)
     src, to = find_bundle(folder), Path(to)
     b, integrity = read_bundle(src), check_manifest(src)
     if to.exists() or to.is_symlink(): raise RunError(f'{to} exists already; name a new folder.')
@@ -821,7 +846,7 @@ def export_bundle(
     files = _files_to_give(b, folder, src, pickle, format)
     with _whole_folder(to) as tmp:
         _copied(files, tmp)
-        description = _described_as(b, files, tmp, format)
+        description = _described_as(b, files, tmp, format, int8)
         if read_bundle(src) != b: raise BundleError(f'{src} was replaced while it was copied; export again.')
         write_json(tmp / DESCRIPTION, description)
         read_bundle(tmp)                    # what was copied is what is described

@@ -557,7 +557,8 @@ def _export_options(p):
     p.add_argument('--pickle', action='store_true',
                    help='also the fastai Learner, export.pkl (opening a pickle runs its code)')
     p.add_argument('--format', choices=choices(BundleFormat), default='both',
-                   help='what holds the network: safetensors for torch, onnx for onnxruntime, or both (default)')
+                   help='what holds the network: safetensors for torch, onnx for onnxruntime, or both (default); int8: '
+                   'an ONNX file in 8 bits, smaller and faster, measured on the validation images first')
 
 def _say_lung_network(bundle):
     "What its card says of the lung network that a bundle holds: it may not be everybody's to hand on"
@@ -567,11 +568,18 @@ def _say_lung_network(bundle):
     note = load_lung_net(bundle).note or 'its card says nothing of licences'
     print(f'note: the bundle holds a lung network: {printable(note)}', file=sys.stderr)
 
+def _export_int8(args):
+    "The same in 8 bits; what was measured is printed"
+    from covid_cxr.runs.int8 import export_int8
+    print(export_int8(args.run, args.out, args.pickle, args.format))
+
 @command(_export_options, 'covid-cxr export runs/first --out my-model')
 def _export(args):
     "copy the bundle of a run to a folder that can be given away"
-    from covid_cxr.bundle import export_bundle
-    print(f'bundle: {printable(export_bundle(args.run, args.out, args.pickle, args.format))}')
+    from covid_cxr.bundle import INT8_FORMATS, export_bundle
+    if args.format in INT8_FORMATS: _export_int8(args)
+    else: export_bundle(args.run, args.out, args.pickle, args.format)
+    print(f'bundle: {printable(Path(args.out))}')
     _say_lung_network(Path(args.out))
     if args.pickle: print('export.pkl has the same threshold; only the bundle declines images unlike the training.')
 
