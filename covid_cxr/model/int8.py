@@ -41,6 +41,19 @@ class _Batches:
     def __init__(self, x, bs=8): self.rest = iter([{'image': x[i:i + bs]} for i in range(0, len(x), bs)])
     def get_next(self): return next(self.rest, None)
 
+# %% ../../nbs/model/int8.ipynb #own-tensors
+def _with_own_tensors(network):
+    "The network with a copy of every tensor that is written once and used under several names: each gets its own scale"
+    graph = network.graph
+    tensors = {t.name: t for t in graph.initializer}
+    shared = [node for node in graph.node if node.op_type == 'Identity' and node.input[0] in tensors]
+    for node in shared:
+        copy = graph.initializer.add()
+        copy.CopyFrom(tensors[node.input[0]])
+        copy.name = node.output[0]
+        graph.node.remove(node)
+    return network
+
 # %% ../../nbs/model/int8.ipynb #quantise
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -63,7 +76,7 @@ def int8_bytes(
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     except ImportError as e:
         raise BundleError('a network of 8 bits needs packages that are missing: pip install onnx onnxruntime') from e
-    network: Any = onnx.load_from_string(data)
+    network: Any = _with_own_tensors(onnx.load_from_string(data))
     batches: Any = _Batches(np.ascontiguousarray(x, np.float32))
     with tempfile.TemporaryDirectory() as folder, _quiet():
         file = Path(folder, 'int8.onnx')
