@@ -4,13 +4,14 @@
 
 # %% ../nbs/bundle.ipynb #imports
 from __future__ import annotations
-import contextlib, copy, ctypes, hashlib, json, math, os, pickle, reprlib, shutil
+import contextlib, copy, ctypes, hashlib, json, math, os, pickle, reprlib, shutil, time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
-from .core import (BundleError, CxrError, RunError, check_choice, choices, nearest, sha256_file, versions,
-                            write_json)
+from .core import (BundleError, CxrError, RunError, check_choice, choices, file_identity, nearest, sha256_file,
+                            versions, write_json)
 from .brightness import error_text
 from .images import ImageRule
 from .ood import OODCheck
@@ -42,6 +43,16 @@ class Integrity:
 
 class AlteredWarning(UserWarning): "A file of a run or of a bundle is not the one that was written"
 
+# %% ../nbs/bundle.ipynb #sha256-once
+@lru_cache(maxsize=64)
+def _sha256_known(path, size, changed, status_changed): return sha256_file(path)
+
+def _sha256_once(file):
+    "SHA-256 of a file, read once in a process as long as the disk says that it is the same; a young file is read again"
+    identity = file_identity(file)
+    young = time.time_ns() - max(identity[2:]) < 2e9
+    return sha256_file(file) if young else _sha256_known(*identity)
+
 # %% ../nbs/bundle.ipynb #seal-file
 _STATE, _GROWING = 'run.json', 'test_log.jsonl'    # files of a run that go on changing
 
@@ -71,7 +82,7 @@ def _seal_of(folder, name, size=None):
     if name == _STATE: return _seal_state(json.loads(file.read_text(encoding='utf-8')))
     now = file.stat().st_size
     if size is None or name != _GROWING or size > now: size = now
-    return _Seal(_sha256_start(file, size), size)
+    return _Seal(_sha256_once(file) if size == now else _sha256_start(file, size), size)
 
 def _is_same(folder, name, seal):
     "Is this file the one that was sealed?"
@@ -496,16 +507,20 @@ def _copy_lungs(bundle, to):
     for name in lung_files(bundle): shutil.copyfile(Path(bundle['folder']) / name, to / name)
 
 # %% ../nbs/bundle.ipynb #read-description
+def _check_plain(file, most):
+    "Refuse a link, which may lead anywhere, and a file of a size that nothing here has"
+    if file.is_symlink(): raise BundleError(f'{file} is a link; copy the file itself into the folder.')
+    if file.stat().st_size > most:
+        raise BundleError(f'{file} is larger than {format_bytes(most)}; give a folder of save_bundle.')
+
 _OLD_CHECK = ('gate', 'input_gate')     # what `ood_check` was named in early bundles
 
 def _read_object(file):
     "A JSON object of a bounded size"
-    try:
-        large = file.stat().st_size > LARGEST_JSON
-        b = None if large else json.loads(file.read_text(encoding='utf-8'))
+    _check_plain(file, LARGEST_JSON)
+    try: b = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, OSError, RecursionError) as e:
         raise BundleError(f'{file} cannot be read ({error_text(e)}); export the run again.') from e
-    if large: raise BundleError(f'{file} is larger than {format_bytes(LARGEST_JSON)}; give a folder of save_bundle.')
     if not isinstance(b, dict) or b.get('format') != FORMAT:
         raise BundleError(f'{file} is not a covid_cxr bundle; give a folder written by save_bundle.')
     return b
@@ -527,6 +542,8 @@ def read_description(
     return b
 
 # %% ../nbs/bundle.ipynb #check-networks
+_LARGEST_NETWORK = 2_000_000_000     # bytes
+
 _FILE_OF = {'weights': WEIGHTS, 'onnx': ONNX}      # early bundles do not name the file
 
 def _networks_of(b):
@@ -538,7 +555,8 @@ def _check_networks(b, folder):
     for name, sha256 in _networks_of(b).items():
         file = folder / name
         if not file.is_file(): raise BundleError(f'{file} is missing; copy the whole folder or export the run again.')
-        try: found = sha256_file(file)
+        _check_plain(file, _LARGEST_NETWORK)
+        try: found = _sha256_once(file)
         except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); check its permissions.') from e
         if found == sha256: continue
         raise BundleError(f'{file} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
@@ -547,6 +565,7 @@ def _check_networks(b, folder):
 def _check_lung_files(b, folder):
     "Refuse a bundle that cuts images to their lungs and has lost the network that finds them"
     lost = [n for n in lung_files(b) if not (folder / n).is_file()]
+    for n in {*lung_files(b)} - {*lost}: _check_plain(folder / n, _LARGEST_NETWORK)
     if not lost: return
     raise BundleError(f'{folder} cuts images to their lungs, and {join_words(lost)} of the network that finds them is '
                       'missing; copy the whole folder or export the run again.')
@@ -802,15 +821,13 @@ def _described_as(b, files, tmp, format, int8):
     return d
 
 # %% ../nbs/bundle.ipynb #load-onnx
-_LARGEST_ONNX = 2_000_000_000     # bytes
-
 def load_onnx(
     bundle: dict[str, Any],   # from `read_bundle`, with an ONNX file
     threads: int = 0,         # 0: as many as there are cores
 ) -> OnnxNetwork:
     "The ONNX network of a bundle; torch is not imported"
     from covid_cxr.model.onnx import OnnxNetwork
-    return OnnxNetwork(_network_bytes(bundle, 'onnx', _LARGEST_ONNX), threads)
+    return OnnxNetwork(_network_bytes(bundle, 'onnx', _LARGEST_NETWORK), threads)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):
