@@ -163,8 +163,8 @@ def _varint(data, at):
         if shift > 63: raise ValueError('a number is too long')
 
 def _fields(data):
-    "(number of the field, its value) of a message; a value is an int, or the bytes of text, lists and messages"
-    at, end = 0, len(data)
+    "(number of the field, its value) of a message; a value is an int or a view of its bytes"
+    data, at, end = memoryview(data), 0, len(data)
     while at < end:
         key, at = _varint(data, at)
         kind, n = key & 7, 0
@@ -196,6 +196,8 @@ OPERATIONS = frozenset(
 _WIDTHS = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8}    # bytes of each data type
 _MOST_NODES, _LONGEST_SHAPE = 50_000, 1e8
 
+def _text(value): return bytes(value).decode(errors='replace')
+
 def _check_shape_tensor(name, raw):
     "Refuse whole numbers that as a shape would need more memory than any image does"
     values = np.frombuffer(raw, '<i8')
@@ -208,7 +210,7 @@ def _check_tensor(data):
     for field, value in _fields(data):
         if field == 1: dims += _numbers(value)
         elif field == 2: kind = value
-        elif field == 8: name = value.decode(errors='replace')[:80]
+        elif field == 8: name = _text(value)[:80]
         elif field == 9: raw = value
         elif field in (4, 5, 7, 10, 11): typed = True
         elif field == 13 or field == 14 and value: raise ValueError(f"tensor '{name}' lies in another file")
@@ -236,9 +238,9 @@ def _check_node(data):
     "Refuse a node that no image network here needs; the others by their kind and names"
     names: dict[int, list[str]] = {1: [], 2: [], 4: ['']}
     for field, value in _fields(data):
-        if field in names: names[field].append(value.decode(errors='replace'))
-        if field == 4 and value.decode(errors='replace') not in OPERATIONS:
-            raise ValueError(f"it uses '{value.decode(errors='replace')[:40]}', which no image network here needs")
+        if field in names: names[field].append(_text(value))
+        if field == 4 and _text(value) not in OPERATIONS:
+            raise ValueError(f"it uses '{_text(value)[:40]}', which no image network here needs")
         if field == 7 and value not in (b'', b'ai.onnx'): raise ValueError('it uses operations of another package')
         if field == 5: _check_attribute(value)
     return _Node(names[4][-1], names[1], names[2])
@@ -267,7 +269,7 @@ def _may_fold(nodes, tensors):
     return True
 
 # %% ../../nbs/model/onnx.ipynb #check-onnx
-def _first_name(data): return next((v.decode(errors='replace') for field, v in _fields(data) if field == 1), '')
+def _first_name(data): return next((_text(v) for field, v in _fields(data) if field == 1), '')
 
 def _checked(data):
     "Check a file; may it be simplified while it is opened?"
@@ -335,6 +337,14 @@ def _running() -> Iterator[None]:
                           'export the run again.') from e
 
 # %% ../../nbs/model/onnx.ipynb #run
+def _check_outputs(out, n):
+    "Refuse outputs that are not those of n images"
+    shapes = [np.shape(a) for a in out[:3]]
+    fits = [len(s) == most and s[at] == n for s, most, at in zip(shapes, (3, 2, 4), (1, 0, 0))]
+    if all(fits) and all(np.asarray(a).dtype == np.float32 for a in out): return
+    raise BundleError(f'the network of this ONNX file gives outputs of the shapes {shapes} for {n} images; '
+                      'export the run again.')
+
 class NetworkOutputs(NamedTuple):
     "What a network gives for n images"
     logits: np.ndarray     # (networks, n, k)
@@ -359,6 +369,7 @@ class OnnxNetwork:
     ) -> NetworkOutputs:
         "All outputs for some images"
         with _running(): out = self.session.run(None, {'image': np.ascontiguousarray(x, np.float32)})
+        _check_outputs(out, len(x))
         return NetworkOutputs(*out)
 
 # %% ../../nbs/model/onnx.ipynb #check
