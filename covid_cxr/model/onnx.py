@@ -299,7 +299,7 @@ def check_onnx(
     _checked_or_refused(data)
 
 # %% ../../nbs/model/onnx.ipynb #session
-MOST_MEMORY = 1_500_000_000     # bytes of the intermediate results of all networks in a process
+MOST_MEMORY = 1_200_000_000     # bytes of the intermediate results of all networks in a process
 
 @lru_cache(maxsize=None)
 def _bound_memory():
