@@ -2,12 +2,15 @@
 
     python benchmarks/attack.py
 
-10,000 changed pictures of every format, 1,000 changed bundles and 300 changed run folders, each kind in a process of its own, two of
-them at a time: a quarter of an hour on two cores. It stops at the first traceback, at the first sentence that is none, and at whatever
-takes more than 10 s of processor time or 2 GB of memory. The result replaces benchmarks/results/attack.json. `make test` runs the same
-with a few of each (tests/test_attack.py).
+10,000 changed pictures of every format, 1,000 changed bundles (bundle.json, safetensors), 1,000 changed ONNX files and 300 changed run
+folders, each kind in a process of its own, two of them at a time: twenty minutes on two cores. It stops at the first traceback, at the
+first sentence that is none, at a crash, and at whatever takes more than 10 s of processor time or 2 GB of memory. The result replaces
+benchmarks/results/attack.json. `make test` runs the same with a few of each (tests/test_attack.py).
+
+A further kind (requests to a server, say) is a class with `change()`, which makes the next attack and names it, and `end()`, which says in
+one or two words what it ended in; it needs one entry in ATTACKS, with how many of it are tried.
 """
-import argparse, collections, contextlib, copy, hashlib, io, json, math, os, random, resource, shutil, struct, subprocess, sys
+import argparse, collections, contextlib, copy, faulthandler, hashlib, io, json, math, os, random, resource, shutil, struct, subprocess, sys
 import tempfile, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +19,8 @@ import numpy as np
 from PIL import Image
 
 OUT = RESULTS / 'attack.json'
-KINDS = {'pictures': 10_000, 'bundles': 1_000, 'folders': 300}
-SLOW_FIRST = ('folders', 'pictures', 'bundles')      # two at a time
 MOST_SECONDS, MOST_BYTES = 10, 2_000_000_000
+MOST_WAITED = 300        # seconds by the clock for one change, on a machine that may be busy
 SIDE = 96
 
 
@@ -261,6 +263,19 @@ def changed_weights(data, rng):
     return len(text).to_bytes(8, 'little') + text + body
 
 
+def asked(folder, picture, name):
+    "What a bundle ends in: an answer, no answer, or one sentence"
+    from covid_cxr.core import BundleError
+    from covid_cxr.predict import load_predictor
+    try: p = load_predictor(folder).predict(picture, ood='off')
+    except BundleError as e:
+        assert 20 < len(str(e)) < 1000 and '\n' not in str(e) and '\x1b' not in str(e), str(e)
+        return f'{name} refused'
+    if p.label is None: return f'{name} declined'
+    assert all(math.isfinite(v) for v in p.probabilities.values()) and p.label in p.probabilities
+    return f'{name} answered'
+
+
 class Bundles:
     "A bundle whose description or weights are changed, with a fitting SHA-256, opened and asked"
     def __init__(self, run, work, rng):
@@ -280,17 +295,108 @@ class Bundles:
         described = dict(self.good, weights=dict(self.good['weights'], sha256=hashlib.sha256(new).hexdigest()))
         self.description.write_bytes(json.dumps(described).encode() if weights else changed_json(described, self.rng))
 
-    def end(self):
-        "What this bundle ends in"
-        from covid_cxr.core import BundleError
-        from covid_cxr.predict import load_predictor
-        try: p = load_predictor(self.folder).predict(self.picture, ood='off')
-        except BundleError as e:
-            assert 20 < len(str(e)) < 1000 and '\n' not in str(e) and '\x1b' not in str(e), str(e)
-            return f'{self.name} refused'
-        if p.label is None: return f'{self.name} declined'
-        assert all(math.isfinite(v) for v in p.probabilities.values()) and p.label in p.probabilities
-        return f'{self.name} answered'
+    def end(self): return asked(self.folder, self.picture, self.name)
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------------------------
+
+ODD_NUMBERS = (0, 1, -1, 2, 3, 7, 1000, 65_536, 2**31 - 1, 2**31, 2**40, 2**62, -2**63)
+GROWING = ('Tile', 'Expand', 'ConstantOfShape', 'Range', 'Pad', 'Resize', 'MatMul', 'Concat', 'Gather', 'Reshape')
+
+
+def changed_attribute(proto, rng):
+    "A number of an attribute changed, put in or left out"
+    nodes = [n for n in proto.graph.node if n.attribute]
+    if not nodes: return
+    a = rng.choice(rng.choice(nodes).attribute)
+    if a.ints: rng.choice((lambda: a.ints.append(rng.choice(ODD_NUMBERS)), lambda: a.ints.__setitem__(0, rng.choice(ODD_NUMBERS)),
+                           lambda: a.ints.pop()))()
+    elif a.type == 1: a.f = rng.choice((float('nan'), float('inf'), -1., 0., 1e30))
+    else: a.i = rng.choice(ODD_NUMBERS)
+
+
+def changed_tensor(proto, rng):
+    "Shape, data type, place or numbers of a tensor changed"
+    t, how = rng.choice(proto.graph.initializer), rng.randrange(6)
+    if how == 0 and t.dims: t.dims[0] = rng.choice(ODD_NUMBERS)
+    elif how == 1: t.dims[:] = list(t.dims)[::-1]
+    elif how == 2: t.dims.append(rng.choice((0, 1, 2**40)))
+    elif how == 3: t.data_type = rng.randrange(30)
+    elif how == 4:
+        t.data_location = 1
+        t.external_data.add(key='location', value=rng.choice(('/etc/passwd', '../../secret', '/dev/zero')))
+    elif t.raw_data: t.raw_data = changed_bytes(t.raw_data, rng) if rng.random() < .5 else b'\xff' * len(t.raw_data)
+
+
+def changed_node(proto, rng):
+    "A node renamed, doubled, moved, left out, or fed with something else: also with what comes later, a circle"
+    nodes, how = proto.graph.node, rng.randrange(7)
+    i = rng.randrange(len(nodes))
+    if how == 0: nodes[i].op_type = rng.choice(('Loop', 'If', 'Scan', 'NoSuch', 'Relu', 'Sqrt', 'Flatten', 'GlobalMaxPool', *GROWING))
+    elif how == 1: nodes[i].domain = rng.choice(('com.microsoft', 'ai.onnx.ml', 'x'))
+    elif how == 2: nodes.insert(i, nodes[i])
+    elif how == 3: nodes.append(nodes.pop(i))
+    elif how == 4: nodes.pop(i)
+    elif nodes[i].input:
+        names = [name for n in nodes for name in n.output] + ['image', '', 'nowhere']
+        nodes[i].input[rng.randrange(len(nodes[i].input))] = rng.choice(names)
+
+
+def grown(proto, rng):
+    "One to four operations put in that make a tensor larger, up to what no memory holds; or so many of them that none ends"
+    from onnx import helper, numpy_helper
+    if not proto.graph.node[-1].input: return
+    name = proto.graph.node[-1].input[0]
+    for k in range(rng.choice((1, 1, 2, 4, 200))):
+        kind, shape = rng.choice(GROWING[:3]), rng.choice(([1, 50, 50, 50], [1, 1, 1000, 1000], [2**31, 2], [300, 300], [2, 2, 2, 2]))
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(shape), f'grown{k}'))
+        inputs = [f'grown{k}'] if kind == 'ConstantOfShape' else [name, f'grown{k}']
+        proto.graph.node.insert(len(proto.graph.node) - 1, helper.make_node(kind, inputs, [f'large{k}']))
+        name = f'large{k}'
+    proto.graph.node[-1].input[0] = name
+
+
+def changed_graph(proto, rng):
+    "Inputs, outputs, functions, graphs within graphs"
+    g, how = proto.graph, rng.randrange(7)
+    if how == 0: g.output[rng.randrange(len(g.output))].name = rng.choice(('logits', 'nowhere', 'image', ''))
+    elif how == 1: g.output.pop()
+    elif how == 2: g.input[0].type.tensor_type.shape.dim[rng.randrange(4)].dim_value = rng.choice(ODD_NUMBERS)
+    elif how == 3: g.input.append(g.input[0])
+    elif how == 4: proto.functions.add(name='f', domain='x')
+    elif how == 5: rng.choice(g.node).attribute.add(name='body', type=5).g.name = 'inner'
+    else: proto.opset_import[0].version = rng.choice((0, 1, 6, 12, 99, 2**40))
+
+
+def changed_onnx(data, rng):
+    "An ONNX file in which fields, shapes, attributes, names or bytes were changed"
+    import onnx
+    if rng.random() < .2: return changed_bytes(data, rng)
+    proto = onnx.load_from_string(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        if proto.graph.node and proto.graph.initializer:
+            rng.choice((changed_attribute, changed_tensor, changed_node, changed_node, grown, changed_graph))(proto, rng)
+    return proto.SerializeToString()
+
+
+class Networks:
+    "A bundle whose ONNX file is changed, with a fitting SHA-256, opened and asked"
+    def __init__(self, run, work, rng):
+        from covid_cxr.bundle import DESCRIPTION, MANIFEST, ONNX, export_bundle
+        self.folder, self.rng = export_bundle(run, work / 'network', format='onnx'), rng
+        self.description, self.file = self.folder / DESCRIPTION, self.folder / ONNX
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        self.good, self.bytes, self.name = json.loads(self.description.read_text()), self.file.read_bytes(), 'onnx'
+        self.picture = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
+
+    def change(self):
+        "Write the next network"
+        new = changed_onnx(self.bytes, self.rng)
+        self.file.write_bytes(new)
+        described = dict(self.good, onnx=dict(self.good['onnx'], sha256=hashlib.sha256(new).hexdigest()))
+        self.description.write_bytes(json.dumps(described).encode())
+
+    def end(self): return asked(self.folder, self.picture, 'network')
 
 
 # ---- run folders -----------------------------------------------------------------------------------------------------------------------
@@ -384,7 +490,15 @@ class Folders:
 
 # ---- the attack ------------------------------------------------------------------------------------------------------------------------
 
-ATTACKS = dict(pictures=Pictures, bundles=Bundles, folders=Folders)
+ATTACKS = {'pictures': (Pictures, 10_000), 'bundles': (Bundles, 1_000), 'networks': (Networks, 1_000), 'folders': (Folders, 300)}
+SLOW_FIRST = sorted(ATTACKS, key=lambda kind: kind != 'folders')      # two at a time
+
+
+def largest_memory():
+    "Bytes of memory that this process has held at most; what `getrusage` says counts that of its parent, which it was copied from"
+    for line in open('/proc/self/status') if os.path.exists('/proc/self/status') else []:
+        if line.startswith('VmHWM:'): return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def attack(kind, n, run, seed=7):
@@ -392,15 +506,17 @@ def attack(kind, n, run, seed=7):
     warnings.simplefilter('ignore')
     ends, slowest, start = collections.Counter(), (0., ''), time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        attacked = ATTACKS[kind](run, Path(work), random.Random(seed))
+        attacked = ATTACKS[kind][0](run, Path(work), random.Random(seed))
         for i in range(n):
             attacked.change()
+            faulthandler.dump_traceback_later(MOST_WAITED, exit=True)         # also while a library computes
             before = time.process_time()
             try: ends[attacked.end()] += 1
             except Exception as e: raise AssertionError(f'{kind}, change {i} of seed {seed}, {attacked.name}') from e
             slowest = max(slowest, (round(time.process_time() - before, 2), attacked.name))
             assert slowest[0] < MOST_SECONDS, slowest
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    faulthandler.cancel_dump_traceback_later()
+    memory = largest_memory()
     assert memory < MOST_BYTES, memory
     return dict(kind=kind, n=n, ends=dict(sorted(ends.items())), slowest_seconds=slowest[0], slowest=slowest[1], memory_bytes=memory,
                 seconds=round(time.perf_counter() - start))
@@ -410,7 +526,7 @@ def attack_apart(kind, n, run, seed=7):
     "The same in a process of its own, so that its memory is its own"
     words = [sys.executable, __file__, '--kind', kind, '--n', n, '--run', run, '--seed', seed]
     p = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    if p.returncode: raise SystemExit(p.stderr[-3000:])
+    if p.returncode: raise SystemExit(f'{kind}: exit code {p.returncode}; {p.stderr[-3000:]}')
     return json.loads(p.stdout.splitlines()[-1])
 
 
@@ -424,18 +540,18 @@ def small_run(folder):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--kind', choices=list(KINDS), help='only this kind, in this process, to the screen')
+    p.add_argument('--kind', choices=list(ATTACKS), help='only this kind, in this process, to the screen')
     p.add_argument('--n', type=int, help='so many changes (default: those named above)')
     p.add_argument('--run', help='a finished run of the demo (default: one is trained)')
     p.add_argument('--seed', type=int, default=7)
     p.add_argument('--out', default=str(OUT))
     a = p.parse_args()
-    if a.kind: print(json.dumps(attack(a.kind, a.n or KINDS[a.kind], a.run, a.seed)))
+    if a.kind: print(json.dumps(attack(a.kind, a.n or ATTACKS[a.kind][1], a.run, a.seed)))
     else:
         with tempfile.TemporaryDirectory() as work:
             run = a.run or small_run(Path(work) / 'run')
-            def attacked(kind): return attack_apart(kind, a.n or KINDS[kind], run, a.seed)
+            def attacked(kind): return attack_apart(kind, a.n or ATTACKS[kind][1], run, a.seed)
             with ThreadPoolExecutor(2) as two: rows = [*two.map(attacked, SLOW_FIRST)]
-            rows.sort(key=lambda r: [*KINDS].index(r['kind']))
+            rows.sort(key=lambda r: [*ATTACKS].index(r['kind']))
         for r in rows: print(r)
         write_result(a.out, dict(about(), machine=machine(), seed=a.seed, rows=rows))

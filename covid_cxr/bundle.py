@@ -4,13 +4,14 @@
 
 # %% ../nbs/bundle.ipynb #imports
 from __future__ import annotations
-import contextlib, copy, ctypes, hashlib, importlib.resources, json, math, os, pickle, reprlib, shutil
+import contextlib, copy, ctypes, hashlib, importlib.resources, json, math, os, pickle, reprlib, shutil, time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
-from .core import (BundleError, CxrError, RunError, check_choice, choices, nearest, sha256_file, versions,
-                            write_json)
+from .core import (BundleError, CxrError, RunError, check_choice, choices, file_identity, nearest, sha256_file,
+                            versions, write_json)
 from .brightness import error_text
 from .images import ImageRule
 from .ood import FeatureCheck, OODCheck
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
-           'NOT_FOR', 'BundleFormat', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
+           'NOT_FOR', 'BundleFormat', 'INT8_FORMATS', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
            'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
            'shipped_models', 'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model',
-           'check_joinable', 'join_bundles', 'adapt_bundle', 'load_onnx', 'export_bundle']
+           'check_joinable', 'join_bundles', 'adapt_bundle', 'Int8File', 'load_onnx', 'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -42,6 +43,16 @@ class Integrity:
     unfinished: tuple[str, ...] = ()   # files that a command was writing when it was killed
 
 class AlteredWarning(UserWarning): "A file of a run or of a bundle is not the one that was written"
+
+# %% ../nbs/bundle.ipynb #sha256-once
+@lru_cache(maxsize=64)
+def _sha256_known(path, size, changed, status_changed): return sha256_file(path)
+
+def _sha256_once(file):
+    "SHA-256 of a file, read once in a process as long as the disk says that it is the same; a young file is read again"
+    identity = file_identity(file)
+    young = time.time_ns() - max(identity[2:]) < 2e9
+    return sha256_file(file) if young else _sha256_known(*identity)
 
 # %% ../nbs/bundle.ipynb #seal-file
 _STATE, _GROWING = 'run.json', 'test_log.jsonl'    # files of a run that go on changing
@@ -72,7 +83,7 @@ def _seal_of(folder, name, size=None):
     if name == _STATE: return _seal_state(json.loads(file.read_text(encoding='utf-8')))
     now = file.stat().st_size
     if size is None or name != _GROWING or size > now: size = now
-    return _Seal(_sha256_start(file, size), size)
+    return _Seal(_sha256_once(file) if size == now else _sha256_start(file, size), size)
 
 def _is_same(folder, name, seal):
     "Is this file the one that was sealed?"
@@ -511,16 +522,20 @@ def _copy_lungs(bundle, to):
     for name in lung_files(bundle): shutil.copyfile(Path(bundle['folder']) / name, to / name)
 
 # %% ../nbs/bundle.ipynb #read-description
+def _check_plain(file, most):
+    "Refuse a link, which may lead anywhere, and a file of a size that nothing here has"
+    if file.is_symlink(): raise BundleError(f'{file} is a link; copy the file itself into the folder.')
+    if file.stat().st_size > most:
+        raise BundleError(f'{file} is larger than {format_bytes(most)}; give a folder of save_bundle.')
+
 _OLD_CHECK = ('gate', 'input_gate')     # what `ood_check` was named in early bundles
 
 def _read_object(file):
     "A JSON object of a bounded size"
-    try:
-        large = file.stat().st_size > LARGEST_JSON
-        b = None if large else json.loads(file.read_text(encoding='utf-8'))
+    _check_plain(file, LARGEST_JSON)
+    try: b = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, OSError, RecursionError) as e:
         raise BundleError(f'{file} cannot be read ({error_text(e)}); export the run again.') from e
-    if large: raise BundleError(f'{file} is larger than {format_bytes(LARGEST_JSON)}; give a folder of save_bundle.')
     if not isinstance(b, dict) or b.get('format') != FORMAT:
         raise BundleError(f'{file} is not a covid_cxr bundle; give a folder written by save_bundle.')
     return b
@@ -543,6 +558,8 @@ def read_description(
     return b
 
 # %% ../nbs/bundle.ipynb #check-networks
+_LARGEST_NETWORK = 2_000_000_000     # bytes
+
 _FILE_OF = {'weights': WEIGHTS, 'onnx': ONNX}      # early bundles do not name the file
 
 def _networks_of(b):
@@ -554,7 +571,8 @@ def _check_networks(b, folder):
     for name, sha256 in _networks_of(b).items():
         file = folder / name
         if not file.is_file(): raise BundleError(f'{file} is missing; copy the whole folder or export the run again.')
-        try: found = sha256_file(file)
+        _check_plain(file, _LARGEST_NETWORK)
+        try: found = _sha256_once(file)
         except OSError as e: raise BundleError(f'{file} cannot be read ({e.strerror}); check its permissions.') from e
         if found == sha256: continue
         raise BundleError(f'{file} is not the file of {DESCRIPTION} (SHA-256 differs); copy the folder again.')
@@ -563,6 +581,7 @@ def _check_networks(b, folder):
 def _check_lung_files(b, folder):
     "Refuse a bundle that cuts images to their lungs and has lost the network that finds them"
     lost = [n for n in lung_files(b) if not (folder / n).is_file()]
+    for n in {*lung_files(b)} - {*lost}: _check_plain(folder / n, _LARGEST_NETWORK)
     if not lost: return
     raise BundleError(f'{folder} cuts images to their lungs, and {join_words(lost)} of the network that finds them is '
                       'missing; copy the whole folder or export the run again.')
@@ -768,8 +787,30 @@ def adapt_bundle(
     _write_bundle(to, files, description, lambda tmp: _copy_lungs(b, tmp))
     return Path(to)
 
+# %% ../nbs/bundle.ipynb #int8-file
+class Int8File(NamedTuple):
+    "A network in 8 bits, and what was measured of it"
+    data: bytes                   # of `model.int8.int8_bytes`
+    temperatures: list[float]     # of its networks
+    largest_difference: float     # of a probability, from the network in 32 bits
+    measured: dict[str, Any]      # on which images, AUC before and after, decisions that change
+
+def _add_int8(int8, tmp):
+    "Write the ONNX file in 8 bits; its entry in the description"
+    (tmp / ONNX).write_bytes(int8.data)
+    return dict(file=ONNX, sha256=hashlib.sha256(int8.data).hexdigest(), precision='int8',
+                largest_difference=int8.largest_difference, temperatures=int8.temperatures, measured=int8.measured)
+
+def _check_int8(format, int8):
+    "A format of 8 bits needs such a network, and no other format takes one"
+    if (format in INT8_FORMATS) == (int8 is not None): return
+    raise BundleError(f'format = {format!r}: a network in 8 bits is made with images of its run; give the run '
+                      "directory to runs.int8.export_int8, or to 'covid-cxr export RUN --format int8'.")
+
 # %% ../nbs/bundle.ipynb #formats
-BundleFormat = Literal['both', 'safetensors', 'onnx', 'onnx-half']
+BundleFormat = Literal['both', 'safetensors', 'onnx', 'onnx-half', 'int8', 'both-int8']
+INT8_FORMATS = ('int8', 'both-int8')
+_WITH_WEIGHTS = ('both', 'safetensors', 'both-int8')
 _LARGEST_DIFFERENCE = {'single': 1e-4, 'half': 5e-3}     # of a probability, between the ONNX file and torch
 
 def _add_onnx(b, tmp, precision):
@@ -786,19 +827,18 @@ def _add_onnx(b, tmp, precision):
     return dict(file=ONNX, sha256=hashlib.sha256(data).hexdigest(), precision=precision, largest_difference=difference,
                 temperatures=[1.] if scale is None else scale.tolist())
 
-def _described_as(b, files, tmp, format):
+def _described_as(b, files, tmp, format, int8):
     "The description of a bundle with the network in this format, whose ONNX file is written if it is not there"
     d = _written(b)
     if WEIGHTS not in files: d.pop('weights', None)
     if format == 'safetensors': d.pop('onnx', None)
+    elif int8 is not None: d['onnx'] = _add_int8(int8, tmp)
     elif ONNX not in files: d['onnx'] = _add_onnx(b, tmp, 'half' if format == 'onnx-half' else 'single')
-    if format in ('both', 'safetensors') and 'weights' not in d:
+    if format in _WITH_WEIGHTS and 'weights' not in d:
         raise BundleError(f"{b['folder']} holds {ONNX} alone; export the run that it was made of.")
     return d
 
 # %% ../nbs/bundle.ipynb #load-onnx
-_LARGEST_ONNX = 2_000_000_000     # bytes
-
 def load_onnx(
     bundle: dict[str, Any],   # from `read_bundle`, with an ONNX file
     threads: int = 0,         # 0: as many as there are cores
@@ -806,7 +846,7 @@ def load_onnx(
 ) -> OnnxNetwork:
     "The ONNX network of a bundle; torch is not imported"
     from covid_cxr.model.onnx import OnnxNetwork
-    data = _network_bytes(bundle, 'onnx', _LARGEST_ONNX)
+    data = _network_bytes(bundle, 'onnx', _LARGEST_NETWORK)
     return OnnxNetwork(data if change is None else change(data), threads)
 
 # %% ../nbs/bundle.ipynb #export-bundle
@@ -819,8 +859,8 @@ def _copied(files, tmp):
 
 def _files_to_give(b, folder, src, pickle, format):
     "{name: file} that are copied as they are"
-    kept = set() if format == 'safetensors' else {ONNX}
-    if format in ('both', 'safetensors'): kept.add(WEIGHTS)
+    kept = {WEIGHTS} if format in _WITH_WEIGHTS else set()
+    if format not in ('safetensors', *INT8_FORMATS): kept.add(ONNX)
     files = {n: src / n for n in (*_networks_of(b), *lung_files(b)) if n in kept or n in lung_files(b)}
     return {**files, PICKLE: Path(folder) / PICKLE} if pickle else files
 
@@ -829,9 +869,11 @@ def export_bundle(
     to: str | os.PathLike,       # a new folder
     pickle: bool = False,        # also export.pkl of the run (opening a pickle runs its code)
     format: BundleFormat = 'both',   # what holds the network
+    int8: Int8File | None = None,    # the network in 8 bits, for the formats that hold it
 ) -> Path:
     "Copy a bundle to a folder that can be given away, and write its ONNX file"
     check_choice('format', format, BundleFormat, BundleError)
+    _check_int8(format, int8)
     src, to = find_bundle(folder), Path(to)
     b, integrity = read_bundle(src), check_manifest(src)
     if to.exists() or to.is_symlink(): raise RunError(f'{to} exists already; name a new folder.')
@@ -841,7 +883,7 @@ def export_bundle(
     files = _files_to_give(b, folder, src, pickle, format)
     with _whole_folder(to) as tmp:
         _copied(files, tmp)
-        description = _described_as(b, files, tmp, format)
+        description = _described_as(b, files, tmp, format, int8)
         if read_bundle(src) != b: raise BundleError(f'{src} was replaced while it was copied; export again.')
         write_json(tmp / DESCRIPTION, description)
         read_bundle(tmp)                    # what was copied is what is described

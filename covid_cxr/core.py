@@ -4,7 +4,7 @@
 
 # %% ../nbs/core.ipynb #imports
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, math, os, platform, re
+import difflib, hashlib, json, math, os, platform, re
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -348,9 +348,10 @@ _PACKAGES = ('covid_cxr', 'fastai', 'fastcore', 'torch', 'torchvision', 'numpy',
 
 def versions() -> dict[str, str | None]: # None: not installed
     "Versions of Python and of the packages that can change a number"
+    from importlib import metadata     # slow, and few ask
     def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return None
+        try: return metadata.version(name)
+        except metadata.PackageNotFoundError: return None
     return dict(python=platform.python_version(), platform=platform.machine(), **{n: version(n) for n in _PACKAGES})
 
 def utc_now() -> str: # '2026-11-28T23:51:27Z'

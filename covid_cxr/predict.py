@@ -199,6 +199,14 @@ def _finder(where):
     from covid_cxr.model.cut import lung_finder
     return lung_finder(where)
 
+# %% ../nbs/predict.ipynb #check-logits
+def _check_logits(logits, bundle):
+    "Refuse an ONNX file with another number of networks or classes than its bundle"
+    networks, classes = len(bundle['onnx']['temperatures']), len(bundle['classes'])
+    if (logits.shape[1], logits.shape[3]) == (networks, classes): return
+    raise BundleError(f"{bundle['folder']}: its network answers with {logits.shape[1]} networks of {logits.shape[3]} "
+                      f'classes, and it describes {networks} of {classes}; export the run again.')
+
 # %% ../nbs/predict.ipynb #engines
 Backend = Literal['auto', 'onnx', 'torch']
 
@@ -274,7 +282,9 @@ class _OnnxEngine:
         pixels = scale_pixels(x, b)
         views = [turned_view(pixels, *v) if k else pixels for k, v in enumerate(TTA_VIEWS[:max(1, b.get('tta', 0))])]
         found = [self.network(v) for v in views]
-        logits = mean_logits(np.stack([f.logits for f in found]), self.temperatures, several)
+        each = np.stack([f.logits for f in found])
+        _check_logits(each, b)
+        logits = mean_logits(each, self.temperatures, several)
         logits = logits.astype(np.float64)
         logits[:, -1] += b.get('bias', 0.)
         logits /= b['temperature']
@@ -543,14 +553,17 @@ def _json_line(prediction):
     why = dict(rule=prediction.reason.rule) if prediction.reason else {}
     return json.dumps({**prediction.to_row(), **why}).encode() + b'\n'
 
-def _whole_rows(data):
-    "(number of whole rows, bytes that they take); a row ends with a line end outside quotes"
-    rows = end = quotes = 0
-    for line in data.splitlines(keepends=True):
-        quotes += line.count(b'"')
-        end += len(line)
-        if line.endswith(b'\n') and quotes % 2 == 0: rows, whole = rows + 1, end
-    return rows, whole if rows else 0
+_LONGEST_LINE = 1 << 20      # bytes; a path has a few thousand, and a longer line is no row of ours
+
+def _whole_rows(part):
+    "(number of whole rows, bytes that they take) of a file; a row ends with a line end outside quotes"
+    rows = end = whole = quotes = 0
+    with open(part, 'rb') as f:
+        while line := f.readline(_LONGEST_LINE):
+            quotes = (quotes + line.count(b'"')) % 2
+            end += len(line)
+            if line.endswith(b'\n') and not quotes: rows, whole = rows + 1, end
+    return rows, whole
 
 # %% ../nbs/predict.ipynb #job
 class AnswerCounts(NamedTuple):
@@ -578,8 +591,7 @@ def _begun(out, part, job):
     if json.loads(note.read_text(encoding='utf-8')) != json.loads(json.dumps(job)):
         raise RunError(f'{part} was begun with another model, other files or other options; '
                        f'give them again, or remove {part.name} and {note.name} to begin anew.')
-    rows, size = _whole_rows(part.read_bytes())
-    return rows, size
+    return _whole_rows(part)
 
 # %% ../nbs/predict.ipynb #job-run
 @contextmanager

@@ -5,15 +5,18 @@
 # %% ../../nbs/model/onnx.ipynb #imports
 from __future__ import annotations
 import copy, math, warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Iterator, Literal, NamedTuple, Sequence
 import numpy as np
 from ..core import BundleError, check_choice
 from ..brightness import error_text
+from ..words import format_bytes
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes', 'check_onnx',
-           'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork', 'largest_difference', 'randomise_onnx']
+__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'MOST_MEMORY', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes',
+           'check_onnx', 'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork', 'largest_difference', 'randomise_onnx']
 
 # %% ../../nbs/model/onnx.ipynb #answers
 def softmax(
@@ -132,7 +135,7 @@ def _forth_and_back(head, maps):
         seen.append(x)
     k, f, h, w, c, places = map(int, (*x.shape[1:], *maps.shape[1:], seen[0].shape[1], seen[0][0, 0].numel()))
     one = torch.as_tensor(np.eye(k, dtype=np.float32), device=x.device)
-    g = one.expand(x.shape[0], k, k)
+    g = one * (x == x).to(x.dtype)[..., None]      # (n, k, k) without asking for n: files need no node 'Shape'
     for layer, out in zip(head[:0:-1], seen[:0:-1]): g = _one_back(layer, out, g)
     return x, g.reshape(-1, k, c // f, f, places).sum((2, 4)) / (h * w)
 
@@ -151,7 +154,8 @@ def _all_outputs(model, size):
             self.known = all(map(_can_be_walked_back, self.heads))
         def forward(self, x):
             with tap_means(middle) as seen: maps = self.body(x)
-            own = maps.chunk(len(self.heads), 1)
+            each = shape[1] // len(self.heads)
+            own = [maps[:, i * each:(i + 1) * each] for i in range(len(self.heads))]
             if not self.known: return torch.stack([h(m) for h, m in zip(self.heads, own)]), seen[0], maps
             logits, gradients = zip(*(_forth_and_back(h, m) for h, m in zip(self.heads, own)))
             return torch.stack(logits), seen[0], maps, torch.stack(gradients)
@@ -215,8 +219,8 @@ def _varint(data, at):
         if shift > 63: raise ValueError('a number is too long')
 
 def _fields(data):
-    "(number of the field, its value) of a message; a value is an int, or the bytes of text, lists and messages"
-    at, end = 0, len(data)
+    "(number of the field, its value) of a message; a value is an int or a view of its bytes"
+    data, at, end = memoryview(data), 0, len(data)
     while at < end:
         key, at = _varint(data, at)
         kind, n = key & 7, 0
@@ -241,12 +245,14 @@ def _numbers(value):
 # %% ../../nbs/model/onnx.ipynb #walk
 OPERATIONS = frozenset(
     'Add And AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div '
-    'DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Gather Gelu Gemm GlobalAveragePool GlobalMaxPool '
+    'Elu Equal Erf Exp Expand Flatten Gather Gelu Gemm GlobalAveragePool GlobalMaxPool '
     'Greater HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Less Log MatMul Max MaxPool Min Mish Mod Mul '
     'Neg Not Or PRelu Pad Pow QuantizeLinear Range ReduceMax ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid '
     'Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where'.split())
 _WIDTHS = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8}    # bytes of each data type
-_MOST_NODES, _LONGEST_SHAPE = 50_000, 1e9
+_MOST_NODES, _LONGEST_SHAPE = 50_000, 1e8
+
+def _text(value): return bytes(value).decode(errors='replace')
 
 def _check_shape_tensor(name, raw):
     "Refuse whole numbers that as a shape would need more memory than any image does"
@@ -255,20 +261,21 @@ def _check_shape_tensor(name, raw):
     if len(values) <= 8 and shape.prod() > _LONGEST_SHAPE: raise ValueError(f"'{name}' asks for too much memory")
 
 def _check_tensor(data):
-    "Refuse a tensor that lies elsewhere, or whose bytes are not those of its shape"
+    "Refuse a tensor that lies elsewhere, or whose bytes are not those of its shape; its name and data type"
     dims, kind, raw, name, typed = [], 0, None, '', False
     for field, value in _fields(data):
         if field == 1: dims += _numbers(value)
         elif field == 2: kind = value
-        elif field == 8: name = value.decode(errors='replace')[:80]
+        elif field == 8: name = _text(value)[:80]
         elif field == 9: raw = value
         elif field in (4, 5, 7, 10, 11): typed = True
         elif field == 13 or field == 14 and value: raise ValueError(f"tensor '{name}' lies in another file")
     if raw is None and not typed and 0 not in dims: raise ValueError(f"tensor '{name}' has no numbers")
-    if raw is None: return
+    if raw is None: return name, kind
     if kind not in _WIDTHS or math.prod(dims) * _WIDTHS[kind] != len(raw):
         raise ValueError(f"tensor '{name}' is not of the size that it says")
     if kind == 7: _check_shape_tensor(name, raw)
+    return name, kind
 
 # %% ../../nbs/model/onnx.ipynb #walk-graph
 def _check_attribute(data):
@@ -277,31 +284,123 @@ def _check_attribute(data):
         if field in (6, 11): raise ValueError('it has a graph within a graph')
         if field in (5, 10): _check_tensor(value)
 
+class _Node(NamedTuple):
+    "A node of a graph"
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+
 def _check_node(data):
+    "Refuse a node that no image network here needs; the others by their kind and names"
+    names: dict[int, list[str]] = {1: [], 2: [], 4: ['']}
     for field, value in _fields(data):
-        if field == 4 and value.decode(errors='replace') not in OPERATIONS:
-            raise ValueError(f"it uses '{value.decode(errors='replace')[:40]}', which no image network here needs")
+        if field in names: names[field].append(_text(value))
+        if field == 4 and _text(value) not in OPERATIONS:
+            raise ValueError(f"it uses '{_text(value)[:40]}', which no image network here needs")
         if field == 7 and value not in (b'', b'ai.onnx'): raise ValueError('it uses operations of another package')
         if field == 5: _check_attribute(value)
+    return _Node(names[4][-1], names[1], names[2])
+
+# %% ../../nbs/model/onnx.ipynb #order
+_HALF = 10               # data type of numbers in half precision
+
+def _check_order(nodes, tensors, inputs):
+    "Refuse a node before the nodes that it needs, so that there are no circles"
+    known = {'', *tensors, *inputs}
+    for node in nodes:
+        if not known.issuperset(node.inputs): raise ValueError('its nodes are not in their order')
+        known.update(node.outputs)
+
+def _may_fold(nodes, tensors):
+    "Are copies and casts of stored tensors, each once, all that could be computed while the file is opened?"
+    fixed, used = {'', *tensors}, set()
+    for node in nodes:
+        if node.kind == 'Shape': return False
+        if node.kind == 'Constant': fixed.update(node.outputs)
+        elif fixed.issuperset(node.inputs):
+            name = node.inputs[0] if node.inputs else ''
+            plain = node.kind == 'Identity' or node.kind == 'Cast' and tensors.get(name) == _HALF
+            if not plain or name not in tensors or name in used: return False
+            used.add(name)
+    return True
+
+# %% ../../nbs/model/onnx.ipynb #check-onnx
+def _first_name(data): return next((_text(v) for field, v in _fields(data) if field == 1), '')
+
+def _checked(data):
+    "Check a file; may it be simplified while it is opened?"
+    nodes, tensors, inputs = [], {}, []
+    for field, value in _fields(data):
+        if field in (20, 25): raise ValueError('it has functions of its own')
+        if field != 7: continue
+        for part, inner in _fields(value):
+            if part == 1: nodes.append(_check_node(inner))
+            elif part == 5: tensors.update([_check_tensor(inner)])
+            elif part == 11: inputs.append(_first_name(inner))
+            elif part == 15: raise ValueError('it has sparse tensors')
+    if not 0 < len(nodes) <= _MOST_NODES: raise ValueError(f'it has {len(nodes):,} nodes')
+    _check_order(nodes, tensors, inputs)
+    return _may_fold(nodes, tensors)
+
+# %% ../../nbs/model/onnx.ipynb #check-onnx-file
+def _checked_or_refused(data):
+    try: return _checked(data)
+    except (ValueError, IndexError, TypeError, AttributeError, OverflowError) as e:
+        raise BundleError(f'this is no ONNX file of a network ({error_text(e)}); export the run again.') from e
 
 def check_onnx(
     data: bytes,     # an ONNX file
 ) -> None:
     "Refuse a file that holds anything but a plain network; the file is not executed and nothing is allocated"
+    _checked_or_refused(data)
+
+# %% ../../nbs/model/onnx.ipynb #session
+MOST_MEMORY = 1_200_000_000     # bytes of the intermediate results of all networks in a process
+
+@lru_cache(maxsize=None)
+def _bound_memory():
+    "Once in a process: what networks take for their intermediate results has a bound"
+    import onnxruntime as ort
+    place = ort.OrtMemoryInfo('Cpu', ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg(MOST_MEMORY, -1, -1, -1))
+
+def _open_session(
+    data: bytes,            # an ONNX file
+    threads: int = 0,       # 0: as many as there are cores
+) -> Any:                   # onnxruntime's session
+    "A checked file, opened with a bound on its memory"
+    try: import onnxruntime as ort
+    except ImportError as e:
+        raise BundleError('answers without torch need a package that is missing: pip install onnxruntime') from e
+    options, without = ort.SessionOptions(), [] if _checked_or_refused(data) else ['ConstantFolding']
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry('session.use_env_allocators', '1')
     try:
-        nodes = 0
-        for field, value in _fields(data):
-            if field in (20, 25): raise ValueError('it has functions of its own')
-            if field != 7: continue
-            for part, inner in _fields(value):
-                if part == 1: nodes, _ = nodes + 1, _check_node(inner)
-                elif part == 5: _check_tensor(inner)
-                elif part == 15: raise ValueError('it has sparse tensors')
-        if not 0 < nodes <= _MOST_NODES: raise ValueError(f'it has {nodes:,} nodes')
-    except (ValueError, IndexError, TypeError, AttributeError, OverflowError) as e:
-        raise BundleError(f'this is no ONNX file of a network ({error_text(e)}); export the run again.') from e
+        _bound_memory()
+        return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'], disabled_optimizers=without)
+    except Exception as e:          # onnxruntime has no common class of errors
+        raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
+
+@contextmanager
+def _running() -> Iterator[None]:
+    "What goes wrong while a network answers is one sentence"
+    try: yield
+    except Exception as e:          # onnxruntime has no common class of errors
+        if 'vailable memory' in str(e):
+            raise BundleError(f'the network needs more than {format_bytes(MOST_MEMORY)} for these images; '
+                              'give it fewer at a time, or run it in torch.') from e
+        raise BundleError(f'the network of this ONNX file cannot answer ({error_text(e)[:200]}); '
+                          'export the run again.') from e
 
 # %% ../../nbs/model/onnx.ipynb #run
+def _check_outputs(out, n):
+    "Refuse outputs that are not those of n images"
+    shapes = [np.shape(a) for a in out]
+    fits = [len(s) == most and s[at] == n for s, most, at in zip(shapes, (3, 2, 4, 4), (1, 0, 0, 1))]
+    if all(fits) and all(np.asarray(a).dtype == np.float32 for a in out): return
+    raise BundleError(f'the network of this ONNX file gives outputs of the shapes {shapes} for {n} images; '
+                      'export the run again.')
+
 class NetworkOutputs(NamedTuple):
     "What a network gives for n images"
     logits: np.ndarray     # (networks, n, k)
@@ -317,15 +416,7 @@ class OnnxNetwork:
         data: bytes,            # of `onnx_bytes`
         threads: int = 0,       # 0: as many as there are cores
     ):
-        try: import onnxruntime as ort
-        except ImportError as e:
-            raise BundleError('answers without torch need a package that is missing: pip install onnxruntime') from e
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 4
-        check_onnx(data)
-        try: self.session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-        except Exception as e:          # onnxruntime has no common class of errors
-            raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
+        self.session = _open_session(data, threads)
         self.names = tuple(o.name for o in self.session.get_outputs())
         if self.names not in (OUTPUTS, OUTPUTS[:3]):
             raise BundleError(f'this ONNX file gives {list(self.names)}, not {list(OUTPUTS)}; export the run again.')
@@ -335,7 +426,9 @@ class OnnxNetwork:
         x: np.ndarray,          # (n, 1, h, w) float32, scaled as in training
     ) -> NetworkOutputs:
         "All outputs for some images"
-        return NetworkOutputs(*self.session.run(None, {'image': np.ascontiguousarray(x, np.float32)}))
+        with _running(): out = self.session.run(None, {'image': np.ascontiguousarray(x, np.float32)})
+        _check_outputs(out, len(x))
+        return NetworkOutputs(*out)
 
 # %% ../../nbs/model/onnx.ipynb #run-torch
 class TorchNetwork:
