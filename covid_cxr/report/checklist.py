@@ -216,6 +216,7 @@ def _initial(run):
     if record.get('file'):
         start += (f": {record['tensors']} tensors of {record['file']} (SHA-256 {record['sha256'][:12]}), matched by "
                   f"{record['matched_by']}")
+    if record.get('package'): start += f"; from the pip package {record['package']}, licence {record['licence']}"
     return f"Started from {start}. SHA-256 of the final weights: {weights['sha256']}."
 
 # %% ../../nbs/report/checklist.ipynb #words-training
