@@ -10,6 +10,7 @@ from typing import Any, Iterator
 import numpy as np
 from ..core import BundleError
 from ..brightness import error_text
+from .onnx import halve_tensors
 
 # %% auto #0
 __all__ = ['int8_bytes']
@@ -86,4 +87,4 @@ def int8_bytes(
         except Exception as e:          # onnxruntime has no common class of errors
             raise BundleError(f'this network cannot be written in 8 bits ({error_text(e)[:200]}); '
                               'give it away as onnx-half.') from e
-        return file.read_bytes()
+        return halve_tensors(onnx.load(str(file))).SerializeToString()

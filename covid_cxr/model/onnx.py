@@ -15,8 +15,9 @@ from ..words import format_bytes
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'MOST_MEMORY', 'softmax', 'mean_logits', 'turned_view', 'onnx_bytes',
-           'check_onnx', 'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork', 'largest_difference', 'randomise_onnx']
+__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'MOST_MEMORY', 'softmax', 'mean_logits', 'turned_view',
+           'halve_tensors', 'onnx_bytes', 'check_onnx', 'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork',
+           'largest_difference', 'randomise_onnx']
 
 # %% ../../nbs/model/onnx.ipynb #answers
 def softmax(
@@ -162,13 +163,15 @@ def _all_outputs(model, size):
     return Outputs().eval()
 
 # %% ../../nbs/model/onnx.ipynb #write-half
-def _to_half(proto):
-    "The same file with its large tensors in half precision, each followed by a cast"
+def halve_tensors(
+    proto: Any,      # onnx.ModelProto; it is changed
+) -> Any:
+    "The same file with its large tensors of weights in half precision, each followed by a cast"
     import onnx
     from onnx import numpy_helper as arrays
     graph, casts = proto.graph, []
     for t in graph.initializer:
-        if t.data_type != onnx.TensorProto.FLOAT or math.prod(t.dims) < _LARGE: continue
+        if t.data_type != onnx.TensorProto.FLOAT or len(t.dims) < 2 or math.prod(t.dims) < _LARGE: continue
         name = t.name
         t.CopyFrom(arrays.from_array(arrays.to_array(t).astype(np.float16), f'{name}_half'))
         casts.append(onnx.helper.make_node('Cast', [f'{name}_half'], [name], to=onnx.TensorProto.FLOAT))
@@ -205,7 +208,7 @@ def onnx_bytes(
     except ImportError as e:
         raise BundleError('writing an ONNX file needs a package that is missing: pip install onnx') from e
     data = _exported(model, size)
-    return data if precision == 'single' else _to_half(onnx.load_from_string(data)).SerializeToString()
+    return data if precision == 'single' else halve_tensors(onnx.load_from_string(data)).SerializeToString()
 
 # %% ../../nbs/model/onnx.ipynb #wire
 def _varint(data, at):
