@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, contextlib, io, json, os, shlex, sys, textwrap, time, traceback, warnings
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence, TextIO
@@ -872,7 +872,6 @@ def _one_recipe_options(p):
          schema='with --schema: its JSON schema')
 def _recipe(args):
     "print a whole recipe with the meaning of every field, to keep as mine.toml and to change"
-    from dataclasses import asdict
     from covid_cxr.recipe import describe_recipe, load_recipe, read_preface, recipe_schema
     if args.schema: return Answer(dict(schema=recipe_schema()), json.dumps(to_plain(recipe_schema()), indent=1))
     if args.recipe is None: raise RecipeError("name a recipe, e.g. own-images ('covid-cxr recipes' lists them).")

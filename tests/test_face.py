@@ -64,13 +64,22 @@ def words(place, line):
     return shlex.split(line)
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=lambda c: c.name)
+def test_every_verb_is_asked(): assert {c.name for c in COMMANDS} - {*LINES} == {'serve', 'push'}     # tests/test_serve.py, test_hub.py
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.name in LINES], ids=lambda c: c.name)
 def test_every_verb_answers_as_one_document(command, place, slow):
-    if command.name not in LINES: pytest.skip('a verb that does not end, or is tested with its own room')
     p = here(*words(place, LINES[command.name]), '--json')
     told = json.loads(p.stdout, parse_constant=lambda word: pytest.fail(f'{word} is no JSON'))
     assert (told['command'], told['exit_code']) == (command.name, p.returncode)
     assert told['result'] and set(told['result']) <= set(command.answers), p.stderr
+
+
+def test_a_network_in_8_bits_says_what_was_measured(place):
+    p = here('export', place.run, '--out', place.tmp / 'small', '--format', 'int8', '--json')
+    told = json.loads(p.stdout)['result']
+    assert told['files'] == ['bundle.json', 'manifest.json', 'model.onnx'] and told['int8']['images'] > 5, p.stderr
+    assert here('export', place.run, '--out', place.tmp / 'small-2', '--format', 'int8').stdout.startswith('8 bits on ')
 
 
 def test_numbers_are_numbers(place, slow):
