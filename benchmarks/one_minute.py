@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 from light_install import BUNDLE, NOT_THERE, Venv, build_wheel
 from covid_cxr.core import data_folder
 from covid_cxr.sources import read_source
-from covid_cxr.table import filter_views
 
 MODEL, OUT = Path(BUNDLE).name, RESULTS / 'one_minute.json'
 COMMANDS = (f'covid-cxr predict {MODEL} new --out answers.csv', f'covid-cxr predict {MODEL} new/child-2.jpeg --json',
@@ -31,8 +30,7 @@ def lay_out(folder, data):
         known[f'child-{k}.jpeg'] = ours
     table = read_source('covid_chestxray', data / 'covid-chestxray-dataset')
     for name, view, what in (('side', 'L', 'a lateral view'), ('slice', 'Axial', 'a CT slice')):
-        rows = filter_views(table, [view])
-        file = Path(sorted(rows.loc[rows['path'].map(lambda p: Path(str(p)).is_file()), 'path'])[0])
+        file = next(f for f in map(Path, sorted(table.loc[table['view'] == view, 'path'].astype(str))) if f.is_file())
         shutil.copy(file, folder / f'new/{name}{file.suffix}')
         known[name + file.suffix] = what
     return known

@@ -282,27 +282,33 @@ def _check_tensor(data):
 
 # %% ../../nbs/model/onnx.ipynb #walk-graph
 def _check_attribute(data):
-    "Tensors of an attribute are checked; graphs are refused"
+    "Tensors of an attribute are checked, graphs are refused; {its name: its whole number}, or nothing"
+    name, whole = '', None
     for field, value in _fields(data):
         if field in (6, 11): raise ValueError('it has a graph within a graph')
         if field in (5, 10): _check_tensor(value)
+        if field == 1: name = _text(value)
+        if field == 3: whole = value
+    return {} if whole is None else {name: whole}
 
 class _Node(NamedTuple):
     "A node of a graph"
     kind: str
     inputs: list[str]
     outputs: list[str]
+    flags: dict[str, int]      # its whole numbers
 
 def _check_node(data):
     "Refuse a node that no image network here needs; the others by their kind and names"
     names: dict[int, list[str]] = {1: [], 2: [], 4: ['']}
+    flags: dict[str, int] = {}
     for field, value in _fields(data):
         if field in names: names[field].append(_text(value))
         if field == 4 and _text(value) not in OPERATIONS:
             raise ValueError(f"it uses '{_text(value)[:40]}', which no image network here needs")
         if field == 7 and value not in (b'', b'ai.onnx'): raise ValueError('it uses operations of another package')
-        if field == 5: _check_attribute(value)
-    return _Node(names[4][-1], names[1], names[2])
+        if field == 5: flags.update(_check_attribute(value))
+    return _Node(names[4][-1], names[1], names[2], flags)
 
 # %% ../../nbs/model/onnx.ipynb #order
 _HALF = 10               # data type of numbers in half precision
@@ -483,13 +489,13 @@ _FRESH = {('Conv', 2): 0, ('Gemm', 2): 0, ('BatchNormalization', 1): 1, ('BatchN
 _BY_NAME = {'scale': 1, 'shift': 0}                      # of the batch norm in a head
 _KEPT = 'rows', 'columns'                                # of its pool
 
-def _first_uses(graph):
+def _first_uses(nodes):
     "{tensor: (operation, place among its inputs, node)}, seen through a cast or a step from whole numbers"
     uses, behind = {}, {}
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if node.op_type in ('Cast', 'DequantizeLinear') and place == 0: behind[node.output[0]] = name
-            else: uses.setdefault(behind.get(name, name), (node.op_type, place, node))
+    for node in nodes:
+        for place, name in enumerate(node.inputs):
+            if node.kind in ('Cast', 'DequantizeLinear') and place == 0: behind[node.outputs[0]] = name
+            else: uses.setdefault(behind.get(name, name), (node.kind, place, node))
     return uses
 
 def _inputs_of_one(shape, use):
@@ -497,7 +503,7 @@ def _inputs_of_one(shape, use):
     op, place, node = use
     if op == 'Conv' and place == 1: return math.prod(shape[1:])
     if op == 'MatMul' and place == 1: return shape[-2]
-    if op == 'Gemm' and place == 1: return shape[any(a.name == 'transB' and a.i for a in node.attribute)]
+    if op == 'Gemm' and place == 1: return shape[node.flags.get('transB', 0)]
     return None
 
 def _redrawn(values, name, use, rng):
@@ -512,22 +518,33 @@ def _redrawn(values, name, use, rng):
 
 
 # %% ../../nbs/model/onnx.ipynb #random
+_NUMPY = {1: '<f4', 10: '<f2', 3: 'i1', 2: 'u1'}          # data type of weights -> numpy's
+
+def _read_graph(data):
+    "(nodes, [(name, numpy's type, shape, its bytes in the file), ...]) of a file that was checked"
+    graph = [*_fields(next(value for field, value in _fields(data) if field == 7))]
+    tensors = []
+    for t in (value for part, value in graph if part == 5):
+        dims, kind, raw, name = [], 0, None, ''
+        for field, value in _fields(t):
+            if field == 1: dims += _numbers(value)
+            elif field == 2: kind = value
+            elif field == 8: name = _text(value)
+            elif field == 9: raw = value
+        if kind in _NUMPY and raw is not None: tensors.append((name, _NUMPY[kind], dims, raw))
+    return [_check_node(value) for part, value in graph if part == 1], tensors
+
 def randomise_onnx(
     data: bytes,       # of `onnx_bytes`
     seed: int = 0,
 ) -> bytes:            # the same network with random weights
-    "A twin of a file that has learned nothing"
-    try:
-        import onnx
-        from onnx import numpy_helper as arrays
-    except ImportError as e:
-        raise BundleError('a network with random weights needs a package that is missing: pip install onnx') from e
+    "A twin of a file that has learned nothing; the numbers are overwritten where they stand"
     check_onnx(data)
-    proto, rng = onnx.load_from_string(data), np.random.default_rng(seed)
-    uses, kinds = _first_uses(proto.graph), onnx.TensorProto
-    for t in proto.graph.initializer:
-        weights = t.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.INT8, kinds.UINT8)
-        if t.name not in uses or not weights or math.prod(t.dims) < 2: continue
-        t.CopyFrom(arrays.from_array(_redrawn(arrays.to_array(t), t.name, uses[t.name], rng), t.name))
-    return proto.SerializeToString()
-
+    twin, rng = bytearray(data), np.random.default_rng(seed)
+    nodes, tensors = _read_graph(twin)
+    uses = _first_uses(nodes)
+    for name, kind, shape, raw in tensors:
+        if name not in uses or math.prod(shape) < 2: continue
+        values = np.frombuffer(raw, kind).reshape(shape)
+        raw[:] = _redrawn(values, name, uses[name], rng).tobytes()
+    return bytes(twin)
