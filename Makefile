@@ -3,7 +3,7 @@
 #   make check    two minutes, for every edit: sync, types, structure, words, fast tests
 #   make test     everything: sync, types, every notebook, every test (the docs are built by one of them)
 #   make docs     the docs site, _docs/html/index.html
-#   make attack   the long attacks: random tables, pictures, bundles and run folders by the thousand
+#   make attack   the long attacks: random tables, pictures, bundles, run folders and requests by the thousand
 #   make browser  report and docs opened in a real browser, at desktop and phone width
 #   make bench    benchmarks: ratios to named libraries, appended to benchmarks/results/
 #   make release  source archive, wheel and bill of materials in dist/: everything up to the upload

@@ -1,17 +1,21 @@
-"""Files that were damaged or made to harm: pictures, bundles and run folders end in an answer or in one sentence.
+"""What was damaged or made to harm: pictures, bundles, run folders and requests end in an answer or in one sentence.
 
     python benchmarks/attack.py
 
-10,000 changed pictures of every format, 1,000 changed bundles (bundle.json, safetensors), 1,000 changed ONNX files and 300 changed run
-folders, each kind in a process of its own, two of them at a time: twenty minutes on two cores. It stops at the first traceback, at the
-first sentence that is none, at a crash, and at whatever takes more than 10 s of processor time or 2 GB of memory. The result replaces
-benchmarks/results/attack.json. `make test` runs the same with a few of each (tests/test_attack.py).
+10,000 changed pictures of every format, 1,000 changed bundles (bundle.json, safetensors), 1,000 changed ONNX files, 300 changed run
+folders and 1,000 changed requests to the server, each kind in a process of its own, two of them at a time: twenty minutes on two cores. It
+stops at the first traceback, at the first sentence that is none, at a crash, and at whatever takes more than 10 s of processor time or 2 GB
+of memory. The result replaces benchmarks/results/attack.json. `make test` runs the same with a few of each (tests/test_attack.py).
 
-A further kind (requests to a server, say) is a class with `change()`, which makes the next attack and names it, and `end()`, which says in
-one or two words what it ended in; it needs one entry in ATTACKS, with how many of it are tried.
+A request must bring a full reply or the end of the connection within 10 s by the clock: a page, an answer, a refusal or that there is too
+much to do, never a mistake of the server, and nothing of the machine. Every 50 requests, and behind the last, the server is well and a good
+picture has the answer that it had. Then no request, thread, process or open file is left.
+
+A further kind is a class with `change()`, which makes the next attack and names it, and `end()`, which says in one or two words what it
+ended in; it needs one entry in ATTACKS, with how many of it are tried. It may have a `close()`, and `memory`, bytes of other processes.
 """
-import argparse, collections, contextlib, copy, faulthandler, hashlib, io, json, math, os, random, resource, shutil, struct, subprocess, sys
-import tempfile, time, warnings, zlib
+import argparse, collections, contextlib, copy, faulthandler, hashlib, io, json, logging, math, os, random, re, resource, shutil, socket
+import struct, subprocess, sys, tempfile, threading, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from record import RESULTS, ROOT, about, machine, write_result
@@ -488,15 +492,388 @@ class Folders:
         return code
 
 
+# ---- requests --------------------------------------------------------------------------------------------------------------------------
+
+TOKEN = 'a-token-for-the-attack'
+ASKED = [('GET', p) for p in ('/', '/login', '/style.css', '/script.js', '/api', '/api/model', '/openapi.json', '/health', '/metrics')]
+SENT = [('POST', p) for p in ('/api/predict', '/api/predict?heat_map=on', '/answers', '/')]
+ODD_METHODS = ('HEAD', 'PUT', 'DELETE', 'OPTIONS', 'TRACE', 'CONNECT', 'PATCH', 'get', '', 'G ET', 'G\0ET', 'X' * 20_000, 'PRI', 'GET\t')
+ODD_PATHS = ('', '*', '//', '///etc/passwd', '/../../../etc/passwd', '/%2e%2e/%2e%2e/etc/passwd', '/..%2f..%2fetc%2fpasswd',
+             '/style.css/..', '/style.css%00.html', '/%', '/%zz', '/%ff%fe', '/%0d%0aX-Odd: 1', '/\\..\\..\\x', '/health/', '/health#x',
+             '/health;x=1', '/health?', '//health', '/%68ealth', '/api//predict', 'http://elsewhere.example/health', 'health',
+             '/?' + 'a=1&' * 3000, '/' + 'x' * 60_000, '/' + '../' * 4000, '/api/predict?heat_map=%00', '/login?token=' + TOKEN, '/?\xff',
+             '/' + '%41' * 4000, '/{{7*7}}', '/health?[')
+ODD_VERSIONS = ('HTTP/1.0', 'HTTP/0.9', 'HTTP/2.0', 'HTTP/9.9', 'HTTP/1.1 x', 'http/1.1', 'HTTP/', '', 'RTSP/1.0', 'HTTP/1.1\0')
+ODD_HOSTS = ('', 'elsewhere.example', '127.0.0.1.elsewhere.example', '[', ']', '[::1', '[::1]:x', '[::1]x', 'localhost:99999999',
+             'localhost:-1', 'localhost/health', 'localhost:80/login?', 'localhost:80#', 'a@localhost', 'localhost@elsewhere.example',
+             'x' * 9000, '\xff', '<script>', '127.0.0.1, localhost', 'LOCALHOST', '0', '0x7f.1', 'localhost.',
+             '\u2100'.encode().decode('latin-1'), 'local host', '%')
+ODD_HEADERS = (('Origin', 'http://elsewhere.example'), ('Origin', 'null'), ('Origin', ''), ('Origin', '://'), ('Origin', '\xff'),
+               ('Sec-Fetch-Site', 'cross-site'), ('Cookie', 'covid-cxr-0=x'), ('Cookie', '=;=;' * 2000), ('Cookie', 'a="\\' * 1500),
+               ('Cookie', '\xff'), ('Authorization', 'Bearer'), ('Authorization', 'Bearer wrong'), ('Authorization', 'Bearer \xff'),
+               ('Authorization', 'Basic eDp5'), ('Authorization', 'x' * 9000), ('Expect', '100-continue'), ('Expect', 'x'),
+               ('Upgrade', 'websocket'), ('Connection', 'Upgrade, HTTP2-Settings'), ('Connection', 'keep-alive'), ('X', 'x' * 100_000),
+               ('Range', 'bytes=0-,0-,0-'), ('Accept-Encoding', 'gzip;q=nan'), ('Content-Encoding', 'gzip'), ('X-Forwarded-For', '\'"<'),
+               ('X-Forwarded-Host', 'elsewhere.example'), ('Forwarded', 'for=;;'), ('X-HTTP-Method-Override', 'DELETE'), ('', ''),
+               ('X y', 'z'), ('X\0', 'y'), ('X', 'y\0z'), ('X', 'y\rz'), ('X', 'y\n z'), (' X', 'y'), ('X\xff', 'y'), ('Trailer', 'Host'),
+               ('TE', 'trailers'))
+ODD_LENGTHS = ('-1', '0', '1', '+5', '5, 5', '5, 6', ' 7 ', '0x10', '1e3', 'x', '', '9' * 18, '9' * 400, '1_0', '\xb2', '\xb25', '3.0',
+               '2147483648')
+ODD_CODINGS = ('chunked', 'Chunked', 'chunked, chunked', 'gzip, chunked', 'identity', 'xchunked', ' chunked ', 'chunked;q=1', '',
+               'chunked\0')
+ODD_CHUNKS = (b'-1', b'0x5', b'5;x=' + b'y' * 300, b'', b'g', b'f' * 16, b'f' * 30, b'5\0', b'+5', b' 5', b'05', b'5 ', b'\xff', b'5\n',
+              b'5;\0')
+FORM = 'multipart/form-data; boundary=xXx'
+CHARSETS = ('idna', 'punycode', 'utf-16', 'utf-7', 'rot13', 'base64', 'undefined', 'unicode_escape', 'raw_unicode_escape', 'zlib', 'x', '',
+            '"\xff"')
+ODD_TYPES = (*(f'{FORM}; charset={c}' for c in CHARSETS), '"', ';' * 3000, '\xff', '', 'image/png', 'text/plain', 'application/json',
+             'multipart/', 'multipart/form-data', 'multipart/form-data; boundary', 'multipart/form-data; boundary=',
+             'multipart/form-data; boundary=""', 'multipart/form-data; boundary="xXx', 'multipart/form-data; boundary=' + 'x' * 9000,
+             'multipart/form-data; boundary=\xff\xfe', 'multipart/mixed; boundary=xXx', 'MULTIPART/FORM-DATA; BOUNDARY=xXx',
+             f'{FORM}; boundary=yYy', 'multipart/form-data; boundary=x X', 'multipart/form-data; boundary*=utf-8\'\'x%00',
+             'application/x-www-form-urlencoded', 'application/x-www-form-urlencoded; charset=idna')
+ODD_NAMES = ('', 'a\0b.png', 'a\nb.png', 'a\r\nX-Odd: 1\r\n\r\nb', 'a"b', 'a\\"b', 'a\\', '\'', '../../a.png', 'C:\\a.png',
+             '\u202egnp.exe', '\ud800', '<script>alert(1)</script>', '=1+1', '\x1b[31m', 'x' * 4000, 'x' * 100_000, '%0d%0a',
+             '"; name="token', '\xff', '\u0130' * 200, ';;;', 'xn--a')
+ODD_FORMS = (b'', b'=', b'&' * 5000, b'token', b'token=' + b'x' * 9000, b'token=%', b'token=%00%ff', b'token=\xff\0', b'a=1&' * 1500,
+             b'token=x&token=', b'{}', b'[' * 9000, b'{"files": [1e999]}', b'null', b'\xef\xbb\xbf{}', f'token={TOKEN}'.encode(),
+             b'%' * 9000, b';a=1;b=2', b'+' * 9000)
+NOISE = (b'\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03', b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n', b'\0' * 5000, b'\r\n' * 5000, b'\n', b' ',
+         b'GET /\r\n\r\n', b'GET / HTTP/1.1\r\n' + b'a: b\r\n' * 5000, b'GET / HTTP/1.1\n\n', b'A' * 70_000, b'SSH-2.0-x\r\n',
+         b'\x04\x01\0\x50\x7f\0\0\x01\0')
+
+
+class Message:
+    "A request in parts, each of which can be changed"
+    def __init__(self, method, path, headers, body=b'', kind='image/png'):
+        self.method, self.path, self.version, self.headers, self.body = method, path, 'HTTP/1.1', dict(headers), body
+        self.framed, self.more = body, []        # the body as it is sent, headers that come twice
+        if method == 'POST': self.headers.update({'Content-Type': kind, 'Content-Length': len(body)})
+
+    def __bytes__(self):
+        line = ' '.join((self.method, self.path, self.version))
+        lines = [line, *(f'{k}: {v}' for k, v in [*self.headers.items(), *self.more])]
+        return '\r\n'.join(lines).encode('latin-1', 'replace') + b'\r\n\r\n' + self.framed
+
+    def bring(self, body):
+        "Another body of the right length"
+        self.body = self.framed = body
+        self.headers['Content-Length'] = len(body)
+
+
+def change_line(m, rng):
+    "Method, path or version"
+    name, odd = rng.choice((('method', ODD_METHODS), ('path', ODD_PATHS), ('path', ODD_PATHS), ('version', ODD_VERSIONS)))
+    setattr(m, name, rng.choice(odd))
+
+
+def change_headers(m, rng):
+    "Headers left out, put in, doubled, far too many"
+    how = rng.randrange(6)
+    if how == 0: m.headers.pop(rng.choice(list(m.headers)))
+    elif how == 1: m.headers['Host'] = rng.choice(ODD_HOSTS)
+    elif how == 2: m.more += [(k, m.headers[k]) for k in [rng.choice(list(m.headers))]]
+    elif how == 3: m.more += [(f'X-{i}', 'y' * 50) for i in range(rng.choice((10, 99, 2000)))]
+    else: m.more += rng.sample(ODD_HEADERS, rng.choice((1, 1, 2, 5)))
+    if how == 5: m.headers.pop('Authorization', None)
+
+
+def change_length(m, rng):
+    "A length that is wrong, negative, huge, doubled or no number"
+    size = len(m.body)
+    length = rng.choice((*ODD_LENGTHS, size - 1, size + 1, size * 2, size // 2, f'{size}, {size}', f'0{size}'))
+    if rng.random() < .2: m.more.append(('Content-Length', length))
+    else: m.headers['Content-Length'] = length
+
+
+def chunked(body, rng):
+    "A body in chunks, one in two of them with something wrong"
+    pieces = [body[i:i + 5000] for i in range(0, len(body), 5000)] or [b'x']
+    chunks = [b'%x\r\n' % len(p) + p + b'\r\n' for p in pieces]
+    i, how = rng.randrange(len(chunks)), rng.randrange(8)
+    if how == 0: chunks[i] = rng.choice(ODD_CHUNKS) + b'\r\n' + chunks[i]
+    elif how == 1: chunks[i] = chunks[i][:-2]
+    elif how == 2: chunks[i] = chunks[i].replace(b'\r\n', b'\n')
+    elif how == 3: chunks[i] = b''.join(b'1\r\n%c\r\n' % c for c in pieces[i][:3000])
+    ends = b'0\r\n\r\n', b'0\r\n\r\n', b'0\r\n\r\n', b'0\r\nX: y\r\n\r\n', b'0\r\n' + b'X: y\r\n' * 9000, b'', b'0\r\n'
+    return b''.join(chunks) + rng.choice(ends)
+
+
+def change_chunks(m, rng):
+    "In chunks, whole or broken; with a length beside them, which may be wrong too"
+    m.headers['Transfer-Encoding'] = rng.choice(ODD_CODINGS) if rng.random() < .3 else 'chunked'
+    m.framed = chunked(m.body, rng)
+    if rng.random() < .7: m.headers.pop('Content-Length', None)
+
+
+def part(data, name='files', filename='a.png', *lines):
+    "One part of a form"
+    named = f'; filename="{filename}"' if filename is not None else ''
+    head = '\r\n'.join((f'Content-Disposition: form-data; name="{name}"{named}', *lines))
+    return b'--xXx\r\n' + head.encode('utf-8', 'replace') + b'\r\n\r\n' + data + b'\r\n'
+
+
+def odd_part(data, rng):
+    "A part with something odd about it"
+    odd, how = rng.choice(ODD_NAMES), rng.randrange(9)
+    if how == 0: return part(data, odd)
+    if how == 1: return part(data[:rng.choice((0, 100, 20_000))], odd, None)
+    if how == 2: return part(data, 'files', 'a.png', f"Content-Disposition: form-data; name=x; filename*=utf-8''{rng.choice(ODD_NAMES)}")
+    if how == 3: return part(data, 'files', 'a.png', rng.choice(('X: ' + 'y' * 50_000, 'X', ': y', 'X\0: y', 'X: y', 'X: y\r\n' * 3000)))
+    if how == 4: return part(part(data) + b'--xXx--\r\n', 'files', 'a.png', 'Content-Type: multipart/mixed; boundary=xXx')
+    if how == 5:
+        without = rng.choice((b'name=', b'form-data', b'Content-Disposition', b'\r\n', b'"', b'--'))
+        return part(data).replace(without, rng.choice((b'', b'x')))
+    if how == 6: return part(data, 'files', 'a.png', f'Content-Type: {rng.choice(ODD_TYPES)}', 'Content-Transfer-Encoding: base64')
+    return part(data, 'files', odd)
+
+
+def changed_form(data, rng):
+    "A multipart form that is odd, very long, cut off or changed"
+    parts, end, how = [part(data)], rng.choice((b'--xXx--\r\n', b'--xXx--', b'--xXx\r\n', b'')), rng.randrange(8)
+    if how == 0: parts = [part(b'x', f'name{i}', rng.choice((None, 'a.png'))) for i in range(rng.choice((6, 12, 500)))]
+    elif how == 1: parts = [part(data[:200]) for _ in range(rng.choice((2, 5, 6, 900)))]
+    elif how == 2: return changed_bytes(b''.join(parts) + b'--xXx--\r\n', rng)
+    elif how == 3: parts.insert(0, rng.choice((b'before\r\n', b'\r\n' * 3000, b'--xX', b'-' * 9000, b'--xXx\r\n' * 300, b'\0')))
+    elif how == 4: parts.append(part(rng.choice((b'on', b'x' * 20_000, b'\xff\xfe', b'xn--\xff')), 'heat_map', None))
+    else: parts.insert(rng.randrange(2), odd_part(data, rng))
+    return b''.join(parts) + (b'--xXx--\r\n' if how > 4 else end)
+
+
+def change_form(m, rng):
+    "A form of pictures, and what is said of its kind"
+    if m.method != 'POST': m.method, m.path = 'POST', '/api/predict'
+    m.bring(changed_form(m.body, rng))
+    m.headers['Content-Type'] = rng.choice(ODD_TYPES) if rng.random() < .5 else FORM
+
+
+def change_fields(m, rng):
+    "A form of fields, or JSON, for any page"
+    m.method, m.path = 'POST', rng.choice(('/login', '/login', *(p for _, p in (*ASKED, *SENT))))
+    m.bring(rng.choice(ODD_FORMS))
+    m.headers['Content-Type'] = rng.choice(('application/x-www-form-urlencoded', 'application/json', FORM, *ODD_TYPES))
+
+
+CHANGES = dict(line=change_line, headers=change_headers, length=change_length, chunks=change_chunks, form=change_form,
+               fields=change_fields)
+
+
+REPLIED = {'content-type', 'content-length', 'date', 'connection', 'location', 'set-cookie', 'retry-after', 'www-authenticate',
+           'content-security-policy', 'x-content-type-options', 'x-frame-options', 'referrer-policy', 'cross-origin-opener-policy',
+           'cross-origin-resource-policy', 'permissions-policy', 'cache-control', 'transfer-encoding'}
+
+
+def body_of(headers, raw):
+    "The body of a reply, None where it is cut off, and what comes behind it"
+    if 'content-length' in headers:
+        n = int(headers['content-length'])
+        return raw[:n] if len(raw) >= n else None, raw[n:]
+    if 'transfer-encoding' not in headers: return raw, b''
+    body = b''
+    while raw:
+        size, _, raw = raw.partition(b'\r\n')
+        n = int(size, 16)
+        if not n: return body, raw[2:]
+        body, raw = body + raw[:n], raw[n + 2:]
+    return None, b''
+
+
+def head_of(head):
+    "Status and headers of a reply: only such as this server sends"
+    line, *lines = head.decode('latin-1').split('\r\n')
+    assert re.fullmatch(r'HTTP/1\.1 [1-5]\d\d [ -~]*', line) and all(': ' in x for x in lines), head[:300]
+    headers = {k.lower(): v for k, v in (x.split(': ', 1) for x in lines)}
+    assert set(headers) <= REPLIED, set(headers) - REPLIED
+    return int(line.split()[1]), headers
+
+
+def replies_in(raw, to_head):
+    "(status, headers, body) of each reply that a connection brought; the body is None where it is cut off, as it may be by a reset"
+    found = []
+    while b'\r\n\r\n' in raw:
+        head, _, raw = raw.partition(b'\r\n\r\n')
+        status, headers = head_of(head)
+        if status == 100: continue
+        without = to_head and (not raw or raw.startswith(b'HTTP/1.1 '))
+        body, raw = (b'', raw) if without else body_of(headers, raw)
+        found.append((status, headers, body))
+    return found
+
+
+def children():
+    "Numbers of the processes that this one has started and not yet collected"
+    return {int(n) for f in Path('/proc/self/task').glob('*/children') for n in f.read_text().split()}
+
+
+class Errors(logging.Handler):
+    "What libraries log as an error: the traceback of a mistake that no reply shows"
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.seen = []
+
+    def emit(self, record): self.seen.append(self.format(record))
+
+
+def open_files(): return len(os.listdir('/dev/fd'))
+
+
+def wait_for(what, seconds=5):
+    "Wait until something is so"
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, (what, threading.enumerate(), children())
+        time.sleep(.02)
+
+
+class Requests:
+    "Requests to the server of a bundle, changed in every part and sent as bytes; it runs in this process, its worker in another"
+    def __init__(self, run, work, rng):
+        from covid_cxr.bundle import export_bundle
+        from covid_cxr.deploy.guard import Limits, RateLimit
+        from covid_cxr.deploy.serve import open_service, serving
+        bundle, self.good = export_bundle(run, work / 'served', format='onnx'), (Path(run) / 'new-image.png').read_bytes()
+        self.rng, self.pictures, self.n, self.memory, self.logged = rng, Pictures(run, work, rng), 0, 0, []
+        self.hidden = [str(p) for p in (ROOT, work, sys.prefix)] + ['site-packages', '/proc/', 'Traceback', TOKEN]
+        self.before, self.errors = (set(threading.enumerate()), children(), open_files()), Errors()
+        logging.getLogger().addHandler(self.errors)
+        limits = Limits(1_000_000, 1_500_000, files=5, upload_seconds=2, header_seconds=.5, per_minute=10**6)
+        self.service = open_service(bundle, token=TOKEN, names=['served.example'], timeout=MOST_SECONDS - 2, limits=limits,
+                                    log=lambda *line: self.logged.append(line))
+        self.service.tries = RateLimit(10**6)
+        self.running = contextlib.ExitStack()
+        self.host = self.running.enter_context(serving(self.service)).split('/')[2]
+        logging.getLogger('uvicorn.error').setLevel(logging.ERROR)
+        self.files = open_files()
+        self.headers = {'Host': self.host, 'Connection': 'close', 'Authorization': f'Bearer {TOKEN}'}
+        self.answer = self.asked_well()
+
+    def picture(self):
+        "A good picture, whole or changed, or a picture or DICOM file of the other attack"
+        if self.rng.random() < .3: return self.good if self.rng.random() < .5 else changed_bytes(self.good, self.rng)
+        self.pictures.change()
+        return self.pictures.file.read_bytes()
+
+    def message(self, sends):
+        "A good request with a changed picture, or one for a page"
+        method, path = self.rng.choice(SENT if sends else ASKED)
+        if not sends: return Message(method, path, self.headers)
+        data = self.picture()
+        if self.rng.random() < .5 and path.startswith('/api'): return Message(method, path, self.headers, data)
+        return Message(method, path, self.headers, part(data) + b'--xXx--\r\n', FORM)
+
+    def changed(self):
+        "A request with one or two changes, named after the first"
+        self.name = self.rng.choice(list(CHANGES))
+        m = self.message(self.name in ('length', 'chunks', 'form') or self.rng.random() < .4)
+        for name in (self.name, *self.rng.sample(list(CHANGES), self.rng.choice((0, 0, 1)))): CHANGES[name](m, self.rng)
+        return bytes(m)
+
+    def change(self):
+        "Make the next request, or several; `sent` is what each connection sends, `ends` whether it then says that nothing follows"
+        rng, how = self.rng, self.rng.random()
+        self.whole, self.ends = how < .25, False
+        if how < .22: self.name, self.sent = 'picture', [bytes(self.message(True))]
+        elif how < .25: self.name, self.sent = 'crowd', [bytes(self.message(True)) for _ in range(9)]
+        elif how < .8: self.sent = [self.changed()]
+        elif how < .88: self.sent, self.ends, self.name = self.cut(self.changed()), rng.random() < .8, 'cut off'
+        elif how < .93: self.sent, self.name = [self.pipelined()], 'pipelined'
+        elif how < .94: self.sent, self.name = [bytes(Message('GET', '/openapi.json', {**self.headers, 'Connection': ''})) * 800], 'unread'
+        else: self.sent, self.name = [rng.choice((*NOISE, rng.randbytes(3000), changed_bytes(self.changed(), rng)))], 'noise'
+
+    def cut(self, data):
+        "The start of a request"
+        return [data[:self.rng.randrange(self.rng.choice((min(len(data), 300), len(data))))]]
+
+    def pipelined(self):
+        "Several requests behind one another that keep the connection, the last of them changed"
+        kept = {**self.headers, 'Connection': 'keep-alive'}
+        first = [bytes(Message(*self.rng.choice(ASKED), kept)) for _ in range(self.rng.choice((1, 3, 40)))]
+        return b''.join(first) + self.changed()
+
+    def brought(self, connection):
+        "What comes back until the other side ends the connection"
+        raw = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 16): raw += piece
+        return bytes(raw)
+
+    def send(self, data, ends, room):
+        "A connection that has sent this, as far as the other side took it, with room for so many bytes that come back"
+        host, port = self.host.split(':')
+        connection = socket.socket()
+        connection.settimeout(MOST_SECONDS)
+        if room: connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        connection.connect((host, int(port)))
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+            if ends: connection.shutdown(socket.SHUT_WR)
+        return connection
+
+    def exchange(self, sent, ends=False, reads=True):
+        "The replies that each connection brings, in less than ten seconds"
+        start, found = time.monotonic(), []
+        with contextlib.ExitStack() as opened:
+            connections = [opened.enter_context(self.send(data, ends, None if reads else 4096)) for data in sent]
+            if not reads:
+                wait_for(lambda: open_files() > self.files + len(sent))       # the server's ends are files of this process too
+                wait_for(lambda: open_files() <= self.files + len(sent), MOST_SECONDS)
+            else: found = [replies_in(self.brought(c), b'HEAD' in data) for c, data in zip(connections, sent)]
+        assert time.monotonic() - start < MOST_SECONDS, time.monotonic() - start
+        return found
+
+    def judged(self, status, headers, body):
+        "One reply in one or two words: only what a server may say, and nothing of this machine"
+        assert status in (200, 303, 422, 503) or 400 <= status < 422 or status == 431, (status, body[:500])
+        text = body.decode()
+        told = [word for word in self.hidden if word in text or word in str(headers)]
+        assert not told, (told, text[:500])
+        answers = json.loads(text).get('answers', ()) if 'application/json' in headers.get('content-type', '') and text else ()
+        assert all(a['failure'] in (None, 'memory') for a in answers), answers
+        if answers and status == 200: return answers[0]['status']
+        return {200: 'page', 303: 'sent on', 422: 'failed', 503: 'busy'}.get(status, f'refused {status}')
+
+    def end(self):
+        "What the request ended in: the first reply, or that the connection was closed"
+        found = self.exchange(self.sent, self.ends, self.name != 'unread')
+        cut = [r for replies in found for r in replies if r[2] is None]
+        words = [self.judged(*r) for replies in found for r in replies if r[2] is not None]
+        assert not self.whole or (not cut and len(words) == len(self.sent) and not any('refused' in w for w in words)), (words, cut)
+        self.n += 1
+        if self.n % 50 == 0: assert self.asked_well() == self.answer
+        assert not self.errors.seen and all(status != 500 for _, status, *_ in self.logged), (self.errors.seen[:1], self.logged[-3:])
+        return 'busy' if 'busy' in words else words[0] if words else 'closed'
+
+    def asked_well(self):
+        "The answer for a good picture; the server is well, and its worker is the first one"
+        asked = [bytes(Message('GET', '/health', self.headers)), bytes(Message('POST', '/api/predict', self.headers, self.good))]
+        (health,), (answer,) = [self.exchange([data])[0] for data in asked]
+        assert (health[0], json.loads(health[2])) == (200, dict(status='ok', workers_up=1, workers=1, restarts=0)), health
+        assert answer[0] == 200 and json.loads(answer[2])['answers'][0]['status'] == 'answered', answer
+        return json.loads(answer[2])
+
+    def close(self):
+        "Stop the server, which is well: no request, no thread, no process and no open file is left"
+        service, pool = self.service, self.service.pool
+        assert self.asked_well() == self.answer
+        wait_for(lambda: not service.busy and pool.free.qsize() == pool.size)
+        self.memory = max(largest_memory(w.process.pid) for w in pool.workers)
+        self.running.close()
+        logging.getLogger().removeHandler(self.errors)
+        threads, processes, files = self.before
+        wait_for(lambda: set(threading.enumerate()) <= threads and children() <= processes and open_files() <= files)
+
+
 # ---- the attack ------------------------------------------------------------------------------------------------------------------------
 
-ATTACKS = {'pictures': (Pictures, 10_000), 'bundles': (Bundles, 1_000), 'networks': (Networks, 1_000), 'folders': (Folders, 300)}
+ATTACKS = {'pictures': (Pictures, 10_000), 'bundles': (Bundles, 1_000), 'networks': (Networks, 1_000), 'folders': (Folders, 300),
+           'requests': (Requests, 1_000)}
 SLOW_FIRST = sorted(ATTACKS, key=lambda kind: kind != 'folders')      # two at a time
 
 
-def largest_memory():
-    "Bytes of memory that this process has held at most; what `getrusage` says counts that of its parent, which it was copied from"
-    for line in open('/proc/self/status') if os.path.exists('/proc/self/status') else []:
+def largest_memory(process='self'):
+    "Bytes of memory that a process has held at most; what `getrusage` says counts that of its parent, which it was copied from"
+    status = Path(f'/proc/{process}/status')
+    for line in status.read_text().splitlines() if status.exists() else []:
         if line.startswith('VmHWM:'): return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
@@ -505,8 +882,9 @@ def attack(kind, n, run, seed=7):
     "n changed files of one kind in this process: what they ended in, processor seconds of the slowest, bytes of memory"
     warnings.simplefilter('ignore')
     ends, slowest, start = collections.Counter(), (0., ''), time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as after:
         attacked = ATTACKS[kind][0](run, Path(work), random.Random(seed))
+        after.callback(getattr(attacked, 'close', int))
         for i in range(n):
             attacked.change()
             faulthandler.dump_traceback_later(MOST_WAITED, exit=True)         # also while a library computes
@@ -516,7 +894,7 @@ def attack(kind, n, run, seed=7):
             slowest = max(slowest, (round(time.process_time() - before, 2), attacked.name))
             assert slowest[0] < MOST_SECONDS, slowest
     faulthandler.cancel_dump_traceback_later()
-    memory = largest_memory()
+    memory = max(largest_memory(), getattr(attacked, 'memory', 0))
     assert memory < MOST_BYTES, memory
     return dict(kind=kind, n=n, ends=dict(sorted(ends.items())), slowest_seconds=slowest[0], slowest=slowest[1], memory_bytes=memory,
                 seconds=round(time.perf_counter() - start))

@@ -1,5 +1,5 @@
 """The server of a model: what it answers, what it refuses, what breaks it (nothing), and what it leaves behind (nothing)."""
-import contextlib, http.client, io, json, re, shutil, signal, socket, subprocess, sys, threading, time
+import contextlib, http.client, io, json, logging, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from urllib.parse import urlsplit
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
@@ -134,6 +134,13 @@ def test_a_request_without_a_file_is_one_sentence(server):
     for path in ('/', '/answers'): assert b'no file came' in server.form(path, [])[2]
     status, got = server.predict(b'')
     assert (status, got) == (400, {'error': 'no file came with this request; choose one or more.'})
+
+
+def test_a_character_set_that_is_none_is_refused(server):
+    body, kind = form([('a.png', RADIOGRAPH)])
+    for charset in ('undefined', 'punycode'):
+        status, _, said = server.ask('POST', '/api/predict', body, Content_Type=f'{kind}; charset={charset}')
+        assert (status, json.loads(said)['error']) == (400, 'the form cannot be read; send it as multipart/form-data.'), charset
 
 
 # the model and the documents
@@ -271,6 +278,39 @@ def test_a_slow_upload_and_a_silent_connection_are_closed(server):
         assert s.recv(100) == b''
 
 
+def test_a_connection_that_reads_no_reply_is_closed(server):
+    "However much it asks for; the server's end of it is one of the open files of this process"
+    before = len(os.listdir('/dev/fd'))
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.connect(('127.0.0.1', int(server.host.split(':')[1])))
+        s.sendall(f'GET /openapi.json HTTP/1.1\r\nHost: {server.host}\r\n\r\n'.encode() * 800)
+        assert server.ask('GET', '/health')[0] == 200 and len(os.listdir('/dev/fd')) >= before + 2
+        end = time.monotonic() + 20
+        while len(os.listdir('/dev/fd')) > before + 1:
+            assert time.monotonic() < end
+            time.sleep(.05)
+
+
+def test_a_broken_body_is_refused_once(server, caplog):
+    "Before its reply and behind it; the request is logged, and no library reports a mistake"
+    logging.getLogger('uvicorn.error').setLevel(logging.ERROR)
+    start = f'POST /nothing HTTP/1.1\r\nHost: {server.host}\r\nTransfer-Encoding: chunked\r\n\r\n'.encode()
+    logged = len(server.lines.getvalue().splitlines())
+    with socket.create_connection(server.host.split(':'), timeout=10) as s:
+        s.sendall(start + b'no chunk\r\n')
+        assert b' 400 ' in s.recv(100)
+        while s.recv(1000): pass
+    with socket.create_connection(server.host.split(':'), timeout=10) as s:
+        s.sendall(start + b'1\r\nx\r\n')
+        reply = s.recv(100)
+        s.sendall(b'no chunk\r\n')
+        with contextlib.suppress(ConnectionError):
+            while piece := s.recv(1000): reply += piece
+        assert b' 404 ' in reply and reply.count(b'HTTP/1.1') == 1
+    assert len(server.lines.getvalue().splitlines()) == logged + 2 and not caplog.records
+
+
 def test_too_many_requests_and_too_many_at_once(bundle):
     with running(bundle, limits=Limits(per_minute=3, at_once=1)) as s:
         with s.service.place():
@@ -305,6 +345,15 @@ def test_other_names_and_other_sites_are_refused(server):
         status, got = server.predict(RADIOGRAPH, **headers)
         assert status == 403 and 'another site' in got['error']
     assert server.predict(RADIOGRAPH, Origin=server.address.rstrip('/'), Sec_Fetch_Site='same-origin')[0] == 200
+
+
+def test_the_address_that_a_client_says_chooses_no_page(server, monkeypatch):
+    "Older releases of starlette make `Request.url` of the Host header as it was sent, or fail at it"
+    from starlette.requests import Request
+    def said(request): raise ValueError('Invalid IPv6 URL')
+    monkeypatch.setattr(Request, 'url', property(said))
+    assert [server.ask('GET', path)[0] for path in ('/', '/api', '/health', '/nothing')] == [200, 200, 200, 404]
+    assert server.predict(RADIOGRAPH)[0] == 200 and server.ask('GET', '/', Host='[')[0] == 421
 
 
 def test_a_token_opens_the_page_and_the_endpoint(bundle):

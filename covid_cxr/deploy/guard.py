@@ -182,8 +182,9 @@ async def _read_form(request, limits):
         if not multipart: return await FormParser(request.headers, stream).parse()
         return await InMemory(request.headers, stream, max_files=limits.files, max_fields=10,
                               max_part_size=10_000).parse()
-    except MultiPartException as e:
-        many = 'Too many files' in e.message
+    except RequestRefused: raise
+    except (MultiPartException, ValueError) as e:       # also of a character set that is none
+        many = 'Too many files' in str(e)
         why = f'more than {format_count(limits.files, "file")} in one request; send fewer.' if many else \
               'the form cannot be read; send it as multipart/form-data.'
         raise RequestRefused(413 if many else 400, why) from None

@@ -240,7 +240,7 @@ async def _metrics(service, request):
 def _example(service, request):
     "A command that asks this server"
     token = '' if service.door.token is None else '-H "Authorization: Bearer $TOKEN" '
-    return f'curl {token}-F files=@chest.png {request.url.scheme}://{request.headers.get("host", "")}/api/predict'
+    return f'curl {token}-F files=@chest.png {request.scope["scheme"]}://{request.headers.get("host", "")}/api/predict'
 
 async def _api_page(service, request):
     "GET /api"
@@ -291,7 +291,7 @@ def _check_request(service, request):
     "Refuse what does not come from where it may; what lacks a token gets a reply that says so"
     from starlette.responses import RedirectResponse
     check_host(request.headers.get('host', ''), service.names, service.local)
-    path, reads = request.url.path, request.method in ('GET', 'HEAD')
+    path, reads = request.scope['path'], request.method in ('GET', 'HEAD')
     if not reads: check_origin(request.headers)
     if path in _OPEN or service.door.lets_in(request.headers, request.cookies): return None
     if reads and path not in _FOR_PROGRAMS: return RedirectResponse('/login', 303)
@@ -303,7 +303,7 @@ async def _respond(service, request):
     early = _check_request(service, request)
     if early is not None: return early
     method = 'GET' if request.method == 'HEAD' else request.method
-    handler = _HANDLERS.get((method, request.url.path))
+    handler = _HANDLERS.get((method, request.scope['path']))
     if handler is None: raise RequestRefused(404, 'there is no such page; go back to the first one.')
     reply = handler(service, request)
     return await reply if inspect.isawaitable(reply) else reply
@@ -326,7 +326,7 @@ class GuardedApp:
     async def _reply(self, request):
         "A response, whatever goes wrong; None when the client has gone"
         from starlette.requests import ClientDisconnect
-        path = request.url.path
+        path = request.scope['path']         # `request.url` is made of the Host that was sent
         try: return await _respond(self.service, request)
         except RequestRefused as e: return _refusal(self.service, path, e.status, str(e), e.wait)
         except ClientDisconnect: return None
@@ -342,7 +342,7 @@ class GuardedApp:
         if reply is not None:
             reply.headers.update(_HEADERS)
             await reply(scope, receive, send)
-        path = request.url.path
+        path = scope['path']
         known = path if any(path == p for _, p in _HANDLERS) else 'other'
         status = 499 if reply is None else reply.status_code
         self.service.metrics.count_request(known, status)
@@ -350,19 +350,25 @@ class GuardedApp:
 
 # %% ../../nbs/deploy/serve.ipynb #protocol
 def _patient_protocol(seconds):
-    "uvicorn's protocol, which closes a connection that asks for nothing, or goes on sending after its reply"
+    "uvicorn's protocol, which closes a connection that asks for nothing, reads no reply, or goes on sending after it"
+    from h11 import IDLE, SEND_RESPONSE
     from uvicorn.protocols.http.h11_impl import H11Protocol
     class Patient(H11Protocol):
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.idle = 0
+            self.idle = self.unread = 0
             self.watch()
         def watch(self):
-            if self.transport.is_closing(): return
-            waits = self.cycle is None or self.cycle.response_complete
-            self.idle = self.idle + 1 if waits else 0
-            if self.idle > 2: return self.transport.close()
+            if self not in self.connections: return
+            unread, waits = self.transport.get_write_buffer_size(), self.cycle is None or self.cycle.response_complete
+            stands = unread == self.unread if unread else waits
+            self.idle, self.unread = self.idle + 1 if stands else 0, unread
+            if self.idle > 2: return self.transport.abort()
             self.loop.call_later(seconds / 2, self.watch)
+        def send_400_response(self, msg):      # the one reply: behind it none, and it behind none
+            if self.cycle is not None: self.cycle.disconnected = True
+            if self.conn.our_state in (IDLE, SEND_RESPONSE): super().send_400_response(msg)
+            else: self.transport.close()
     return Patient
 
 def make_server(
