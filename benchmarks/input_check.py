@@ -113,8 +113,8 @@ def photo_set(rule):
 def made_wrong(held, checks):
     "{kind: shares} of held-out images made wrong"
     kinds = {'inverted': lambda a: 255 - a, 'turned by 180 degrees': lambda a: a[::-1, ::-1],
-             'turned by 90 degrees left': lambda a: np.rot90(a), 'turned by 90 degrees right': lambda a: np.rot90(a, 3), 'a part': lambda a: make_wrong(a, 'a part', int(a[5, 5])),
-             'left and right exchanged': lambda a: a[:, ::-1]}
+             'turned by 90 degrees left': lambda a: np.rot90(a), 'turned by 90 degrees right': lambda a: np.rot90(a, 3),
+             'a part': lambda a: make_wrong(a, 'a part', int(a[5, 5])), 'left and right exchanged': lambda a: a[:, ::-1]}
     return {f'held out, {k}': checks.measure([np.ascontiguousarray(f(a)) for a in held[0]], held[1], False) for k, f in kinds.items()}
 
 
@@ -180,7 +180,8 @@ def measure(folder, data, two_layers=False):
     some = own[0][:CHANGED], own[1][:CHANGED]
     sets |= made_wrong(some, checks) | no_radiographs(rule, checks)
     found = dict(recipe=run.recipe.name, collections=sorted(set(train['source'])), arch=bundle['arch'],
-                 started_from=bundle['weights'].get('started_from'), size=rule.size, fitted_on=features.n, characters=size, features=len(features.mean), keep=features.keep, sets=sets)
+                 started_from=bundle['weights'].get('started_from'), size=rule.size, fitted_on=features.n, characters=size,
+                 features=len(features.mean), keep=features.keep, sets=sets)
     return found | (dict(layers=layers(model, images[:LAYERED], groups[:LAYERED], own[0][:CHANGED], seed)) if two_layers else {})
 
 

@@ -79,8 +79,9 @@ def main():
         there = subprocess.run([venv.python, '-c', f'import importlib.util as u; print(*[m for m in {NOT_THERE} if u.find_spec(m)])'],
                                capture_output=True, text=True).stdout.split()
         size = dict(megabytes=round(venv.megabytes(), 1), wheel_megabytes=round(wheel.stat().st_size / 1e6, 1), heavy=there)
-    write_result(a.out, dict(about(), machine=machine(), images=known, seconds_of_pip=round(pip, 1), seconds_to_first_answers=round(first, 1),
-                             **size, commands=commands, answers=answers, server=server, asked=asked))
+    timed = dict(seconds_of_pip=round(pip, 1), seconds_to_first_answers=round(first, 1))
+    write_result(a.out, dict(about(), machine=machine(), images=known, **timed, **size, commands=commands, answers=answers, server=server,
+                             asked=asked))
 
 
 if __name__ == '__main__': main()

@@ -772,6 +772,7 @@ def _export_options(p):
                    help='what holds the network: safetensors for torch, onnx for onnxruntime, or both (default); int8: '
                    'an ONNX file in 8 bits, smaller and faster, measured on the validation images first')
 
+# %% ../nbs/cli.ipynb #export-command
 def _say_lung_network(bundle):
     "What its card says of the lung network that a bundle holds: it may not be everybody's to hand on"
     from covid_cxr.bundle import lung_files, read_description
@@ -809,7 +810,8 @@ def _push_options(p):
     p.add_argument('--rights', default='', metavar='TEXT',
                    help='why you may publish a model of images whose licences do not say so; it stands in the card')
 
-@command(_push_options, 'covid-cxr push runs/first anna/covid-2020 --private', address='what opens the model, pinned to the commit')
+@command(_push_options, 'covid-cxr push runs/first anna/covid-2020 --private',
+         address='what opens the model, pinned to the commit')
 def _push(args):
     "share a model on the Hugging Face Hub: weights, ONNX file and card, no pickle and no image"
     from covid_cxr.deploy.hub import push_model
