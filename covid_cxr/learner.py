@@ -5,7 +5,7 @@
 # %% ../nbs/learner.ipynb #imports
 from __future__ import annotations
 import contextlib, math, os, random, shutil, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
@@ -390,6 +390,11 @@ def _plain_floats(o):
 # %% ../nbs/learner.ipynb #stages-run
 _COLUMNS = ('stage', 'epoch', 'frozen', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'auc', 'images', 'seconds')
 
+def _identity(learn):
+    "What a checkpoint shares with the network that goes on; what was measured of the weights differs by rounding"
+    info = learner_info(learn)
+    return replace(info, record=WeightsRecord(info.record.source, info.record.file, info.record.sha256))
+
 class _StagesRun:
     "Where a training stands: its checkpoint folder, its history, its best epoch"
     def __init__(self, learn, folder, plan, key, log):
@@ -398,7 +403,7 @@ class _StagesRun:
         self.refusal = None       # fastai writes its own words around an error in a callback: keep the sentence
         self.average = None       # of the weights over the steps, where it is asked for
         self.cbs = L()            # of the person
-        self.state = dict(key=sha256_text(key, plan, learner_info(learn), learn.dls.bs), stage=0, epoch=0, lr=None,
+        self.state = dict(key=sha256_text(key, plan, _identity(learn), learn.dls.bs), stage=0, epoch=0, lr=None,
                           steps=0, history=[], lr_curves=[], best=None, best_epoch=0, bad=0, stopped=False)
 
     def rates(self, lr):
