@@ -821,7 +821,7 @@ class Requests:
         assert time.monotonic() - start < MOST_SECONDS, time.monotonic() - start
         return found
 
-    def judged(self, status, headers, body):
+    def told(self, status, headers, body):
         "One reply in one or two words: only what a server may say, and nothing of this machine"
         assert status in (200, 303, 422, 503) or 400 <= status < 422 or status == 431, (status, body[:500])
         text = body.decode()
@@ -836,7 +836,7 @@ class Requests:
         "What the request ended in: the first reply, or that the connection was closed"
         found = self.exchange(self.sent, self.ends, self.name != 'unread')
         cut = [r for replies in found for r in replies if r[2] is None]
-        words = [self.judged(*r) for replies in found for r in replies if r[2] is not None]
+        words = [self.told(*r) for replies in found for r in replies if r[2] is not None]
         assert not self.whole or (not cut and len(words) == len(self.sent) and not any('refused' in w for w in words)), (words, cut)
         self.n += 1
         if self.n % 50 == 0: assert self.asked_well() == self.answer

@@ -12,7 +12,7 @@ two quiet cores. The rows are:
 - folder: 500 images of FOLDER, by the model of RUN and by the ResNet-50
 - auc: what 8 bits change in the AUC of RUN on its validation split, real images
 
-Rival and own command take turns; each number is the median of --repeats processes. A ratio above 1 says how many times faster or smaller
+Fastai's and our command take turns; each number is the median of --repeats processes. A ratio above 1 says how many times faster or smaller
 the own command is. `--tiny` runs everything once with few images, to see that it works. The result replaces
 benchmarks/results/predict_speed.json.
 """
@@ -93,12 +93,12 @@ def taking_turns(commands, repeats):
     return {name: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for name, rows in found.items()}
 
 
-def as_ratios(what, found, rival):
-    "Rows of the result: each command beside its rival"
+def as_ratios(what, found, other):
+    "Rows of the result: each command beside fastai's"
     rows = []
     for name, own in found.items():
-        ratios = {f'{k}_ratio': round(found[rival][k] / own[k], 2) for k in ('seconds', 'cpu_seconds', 'memory') if k in own}
-        rows.append(dict(row=what, command=name, rival=rival, **{k: round(v, 6) for k, v in own.items()}, **ratios))
+        ratios = {f'{k}_ratio': round(found[other][k] / own[k], 2) for k in ('seconds', 'cpu_seconds', 'memory') if k in own}
+        rows.append(dict(row=what, command=name, beside=other, **{k: round(v, 6) for k, v in own.items()}, **ratios))
     return rows
 
 
@@ -128,7 +128,7 @@ def make_resnet(folder, size, jpeg):
     b = json.loads((single / 'bundle.json').read_text())
     x = np.stack([load_image(jpeg, ImageRule.from_dict(b['image']))] * 8)[:, None].astype(np.float32) / 255
     eight = Int8File(int8_bytes((single / ONNX).read_bytes(), (x - b['mean']) / b['std']), [1.], 0., {})
-    return dict(rival=own / 'export.pkl', single=single, int8=export_bundle(own, folder / 'int8', format='int8', int8=eight))
+    return dict(fastai=own / 'export.pkl', single=single, int8=export_bundle(own, folder / 'int8', format='int8', int8=eight))
 
 
 def models_of(run, folder):
@@ -138,23 +138,23 @@ def models_of(run, folder):
     from covid_cxr.runs.int8 import export_int8
     single = export_bundle(run, folder / 'run-single', format='onnx')
     check = export_int8(run, folder / 'run-int8')
-    return dict(rival=Path(run) / 'export.pkl', single=single, int8=folder / 'run-int8'), asdict(check)
+    return dict(fastai=Path(run) / 'export.pkl', single=single, int8=folder / 'run-int8'), asdict(check)
 
 
 def start_rows(models, image, repeats):
     "Start and memory"
-    rival = 'load_learner(export.pkl).predict'
-    commands = {rival: lambda: started(FASTAI, models['rival'], image), 'covid-cxr predict': lambda: started(CLI, models['single'], image),
+    other = 'load_learner(export.pkl).predict'
+    commands = {other: lambda: started(FASTAI, models['fastai'], image), 'covid-cxr predict': lambda: started(CLI, models['single'], image),
                 'load_predictor': lambda: started(BARE, models['single'], image)}
-    return as_ratios('start and memory', taking_turns(commands, repeats), rival)
+    return as_ratios('start and memory', taking_turns(commands, repeats), other)
 
 
 def speed_rows(kind, name, models, files, n, repeats, cores):
-    "One image or a folder: the rival, single precision and 8 bits"
-    rival = 'learn.predict' if kind == 'image' else 'learn.get_preds'
-    labels = {'rival': rival, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits'}
+    "One image or a folder: fastai, single precision and 8 bits"
+    other = 'learn.predict' if kind == 'image' else 'learn.get_preds'
+    labels = {'fastai': other, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits'}
     commands = {labels[k]: lambda m=m: apart(kind, m, files, n, cores) for k, m in models.items()}
-    rows = as_ratios(f'{kind}, {name}', taking_turns(commands, repeats), rival)
+    rows = as_ratios(f'{kind}, {name}', taking_turns(commands, repeats), other)
     for r in rows: r['difference'] = abs(r['probability'] - rows[0]['probability'])
     return rows
 
@@ -170,8 +170,8 @@ def measure(a, work_folder):
         rows += speed_rows('image', name, m, [jpeg], a.calls, a.repeats, a.cores)
         rows += speed_rows('folder', name, m, files, 1, max(1, a.repeats // 2), a.cores)
     if a.bundle:
-        other = dict(rival=models['rival'], single=a.bundle)
-        rows += speed_rows('image', f'{Path(a.bundle).name} beside the model of RUN', other, [jpeg], a.calls, a.repeats, a.cores)
+        boxed = dict(fastai=models['fastai'], single=a.bundle)
+        rows += speed_rows('image', f'{Path(a.bundle).name} beside the model of RUN', boxed, [jpeg], a.calls, a.repeats, a.cores)
     return rows, check
 
 

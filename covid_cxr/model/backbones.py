@@ -13,7 +13,8 @@ from ..core import WeightsError, check_choice, nearest, sha256_file
 from ..brightness import error_text
 from .settings import MEAN, STD, EncoderKind, EncoderSpec, OnDoubt
 from .weights import (PIP_WEIGHTS, WeightsRecord, check_name_hash, describe_doubt, match_tensors,
-                                        natural_noise, pip_weights_file, read_tensors, weights_evidence, weights_package)
+                                        natural_noise, pip_weights_file, read_tensors, weights_evidence,
+                                        weights_package)
 
 # %% auto #0
 __all__ = ['OWN', 'TORCHVISION', 'he_weights', 'MapEncoder', 'timm_names', 'build_encoder', 'find_encoder',

@@ -19,7 +19,7 @@ from ..words import format_number
 
 # %% auto #0
 __all__ = ['PIP_WEIGHTS', 'MatchedBy', 'LARGEST_MISMATCH', 'SMALLEST_STRUCTURE', 'WeightsSource', 'broken_tensor',
-           'read_tensors', 'pip_weights_file', 'weights_package', 'check_name_hash', 'Matched', 'match_tensors',
+           'read_tensors', 'pip_weights_file', 'check_name_hash', 'weights_package', 'Matched', 'match_tensors',
            'WeightsEvidence', 'natural_noise', 'weights_evidence', 'describe_doubt', 'WeightsRecord']
 
 # %% ../../nbs/model/weights.ipynb #read-tensors
@@ -68,23 +68,6 @@ def pip_weights_file(
     files = [Path(str(package.locate_file(f))) for f in package.files or () if f.suffix == '.pth']
     return next((f for f in files if f.is_file()), None)
 
-def _licence_of(package):
-    "What the licence file of a pip package begins with, in a word"
-    texts = [Path(str(package.locate_file(f))) for f in package.files or () if f.name.startswith('LICEN')]
-    head = next((f.read_text(encoding='utf-8', errors='replace')[:400] for f in texts if f.is_file()), '')
-    known = {'Apache-2.0': r'Apache (Software )?License,?\s+(Version )?2\.0', 'MIT': r'\bMIT License'}
-    return next((name for name, words in known.items() if re.search(words, head)), 'not stated')
-
-def weights_package(
-    file: Path,              # of weights
-) -> dict[str, str]:         # 'package' (name and version) and its 'licence'; empty: no pip package that we know brought it
-    "Who published a weights file, and under which licence"
-    for arch, name in PIP_WEIGHTS.items():
-        if pip_weights_file(arch) != file: continue
-        package = metadata.distribution(name)
-        return dict(package=f'{name} {package.version}', licence=_licence_of(package))
-    return {}
-
 def check_name_hash(
     path: Path,      # '...-57934424.pth': torch.hub's way to write the hash into the name
 ) -> None:
@@ -95,6 +78,24 @@ def check_name_hash(
     if not found.startswith(named[1]):
         raise WeightsError(f'the weights file {path} is damaged: its name says {named[1]}, its content {found[:8]}; '
                            'delete it and fetch or install it again.')
+
+# %% ../../nbs/model/weights.ipynb #weights-package
+def _licence_of(package):
+    "What the licence file of a pip package begins with, in a word"
+    texts = [Path(str(package.locate_file(f))) for f in package.files or () if f.name.startswith('LICEN')]
+    head = next((f.read_text(encoding='utf-8', errors='replace')[:400] for f in texts if f.is_file()), '')
+    known = {'Apache-2.0': r'Apache (Software )?License,?\s+(Version )?2\.0', 'MIT': r'\bMIT License'}
+    return next((name for name, words in known.items() if re.search(words, head)), 'not stated')
+
+def weights_package(
+    file: Path,              # of weights
+) -> dict[str, str]:         # 'package' (name and version) and its 'licence'; empty: no pip package brought it
+    "Who published a weights file, and under which licence"
+    for arch, name in PIP_WEIGHTS.items():
+        if pip_weights_file(arch) != file: continue
+        package = metadata.distribution(name)
+        return dict(package=f'{name} {package.version}', licence=_licence_of(package))
+    return {}
 
 # %% ../../nbs/model/weights.ipynb #match
 MatchedBy = Literal['name', 'order']
