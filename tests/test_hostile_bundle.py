@@ -82,7 +82,7 @@ def growing(proto):
     "The input repeated a million times before the network sees it"
     import numpy as np
     from onnx import helper, numpy_helper
-    proto.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 1000, 1000]), 'times'))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1_000_000, 1, 1, 1]), 'times'))
     for node in proto.graph.node: node.input[:] = ['large' if name == 'image' else name for name in node.input]
     proto.graph.node.insert(0, helper.make_node('Tile', ['image', 'times'], ['large']))
 

@@ -37,6 +37,9 @@ def test_a_table_of_evaluations_names_images_split_threshold_and_baselines(table
     seen = 0
     for name, t in tables.items():
         if not METRIC_COLUMNS & set(t) and not speaks_of_auc(t) or name == 'auc': continue       # 'auc' holds the numbers of a picture
+        if name == 'local':          # 200 draws of local images move the threshold; the rest of the place is evaluated
+            assert {'evaluated_on', 'local_images', 'labels', 'trained', 'seeds'} <= set(t) and len(t)
+            continue
         about = {'evaluated_on', 'images', 'groups', 'threshold'} | ({'baselines'} if speaks_of_auc(t) and name != 'audits' else set())
         assert about <= set(t), (name, about - set(t))
         seen += 1

@@ -17,7 +17,7 @@ from ..evaluate import Estimate, allow_undefined
 from covid_cxr.runs.crossval import (
     fold_table, mean_baseline_gains, paired_arms, pool_trainings, score_ensemble, score_results, score_trainings,
     seed_table, start_of)
-from ..runs.external import ExternalTest, evaluate_external, read_external_tests
+from ..runs.external import ExternalTest, evaluate_external, read_external_predictions, read_external_tests
 from ..runs.folder import RunFolder
 from ..stats.paired import Difference, auc_over_trainings
 from ..words import format_estimate, format_p
@@ -202,7 +202,7 @@ def score_external(
     n_boot: int = 2000,
 ) -> dict[str, Estimate]:    # by metric, as far as the classes allow
     "An external test at any threshold, from the predictions that it kept"
-    rows = pd.read_csv(run.file(test.predictions), dtype={'image_id': str, 'group': str, 'label': str})
+    rows = read_external_predictions(run, test)
     return evaluate_external(rows, test.classes, threshold, n_boot, run.recipe.seed)
 
 # %% ../../nbs/articles/arms.ipynb #aims-table

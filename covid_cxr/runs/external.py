@@ -29,8 +29,8 @@ from ..words import format_count, format_number
 
 # %% auto #0
 __all__ = ['LinkKind', 'Search', 'Baselines', 'FrozenRun', 'open_frozen', 'ExternalSource', 'read_external',
-           'find_overlap', 'Overlap', 'evaluate_external', 'ExternalTest', 'read_external_tests', 'external_test',
-           'external_table', 'plot_external']
+           'find_overlap', 'Overlap', 'evaluate_external', 'ExternalTest', 'read_external_tests',
+           'read_external_predictions', 'external_test', 'external_table', 'plot_external']
 
 # %% ../../nbs/runs/external.ipynb #frozen
 @dataclass(frozen=True)
@@ -321,6 +321,20 @@ def read_external_tests(
     with reading_file(folder.file('external.json'), 'run the external tests again'):
         tests = [ExternalTest.from_dict(t) for t in found['tests']]
         return [_with_unknown(folder, t) for t in tests]
+
+# %% ../../nbs/runs/external.ipynb #read-predictions
+def read_external_predictions(
+    run: RunFolder,
+    test: ExternalTest,    # one of `read_external_tests(run)`
+) -> pd.DataFrame:         # image_id, patient, group, label, prob_<class>, ...: one row per image
+    "What a frozen model answered in an external test"
+    file, names = run.file(test.predictions), [f'prob_{c}' for c in test.classes]
+    with reading_file(file, 'run the external test again'):
+        rows = pd.read_csv(file, dtype={c: str for c in ('image_id', 'patient', 'group', 'label')})
+        p = rows[names].astype(float)
+        if not rows['label'].isin(test.classes).all() or not ((p >= 0) & (p <= 1)).all(axis=None):
+            raise ValueError('it holds a label or a probability that is none')
+    return rows
 
 # %% ../../nbs/runs/external.ipynb #predict
 def _answers(predictor, rows, on_bad):

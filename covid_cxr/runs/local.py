@@ -15,7 +15,7 @@ from ..evaluate import Estimate, EvaluationError, evaluate, patient_wilson
 from ..images import read_picture
 from ..ood import InputCheck, declines, left_out_declines, measure_place, move_input_check
 from ..predict import Predictor, list_images
-from .external import read_external_tests
+from .external import read_external_predictions, read_external_tests
 from .folder import RunFolder, find_file
 from ..stats.recalibration import (LEAST_IMAGES, LocalCalibration, Reference, calibrate_locally,
                                            draw_local_images, reference_of, summarise_draws)
@@ -63,8 +63,7 @@ def _place(run, name, rows):
 def _places(run):
     if run.split != 'valid': yield _place(run, run.split, run.evaluated_predictions)
     for t in read_external_tests(run):
-        file = run.file(t.predictions)
-        if file.is_file(): yield _place(run, t.name, pd.read_csv(file))
+        if run.file(t.predictions).is_file(): yield _place(run, t.name, read_external_predictions(run, t))
 
 def _enough(p, classes):
     "Normal images, and either several of the positive class or none"
