@@ -49,7 +49,7 @@ test-types: .venv/installed
 	$(BIN)/mypy
 
 test-notebooks: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(TEST_ENV) timeout 1200 $(BIN)/nbdev_test --n_workers 2 --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TEST_ENV) timeout 2400 $(BIN)/nbdev_test --n_workers 2 --timing
 
 test-pytest: .venv/installed
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --durations=10 tests
