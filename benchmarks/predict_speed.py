@@ -102,11 +102,11 @@ def as_ratios(what, found, other):
     return rows
 
 
-def large_jpeg(file, side=2000):
+def large_jpeg(file, side=2000, patient=1):
     "A phantom as a JPEG of 2,000 pixels"
     from PIL import Image
     from covid_cxr.phantom import make_phantom
-    Image.fromarray(make_phantom(seed=3, patient=1, size=side).image).save(file, quality=92)
+    Image.fromarray(make_phantom(seed=3, patient=patient, size=side).image).save(file, quality=92)
     return file
 
 
@@ -119,7 +119,8 @@ def make_resnet(folder, size, jpeg):
     from covid_cxr.images import ImageRule, load_image
     from covid_cxr.learner import cxr_learner
     from covid_cxr.model.int8 import int8_bytes
-    rows = [dict(path=str(jpeg), image_id=f'{i}', patient=f'{i}', group=f'{i}', label=('no', 'yes')[i % 2],
+    files = [large_jpeg(folder / f'training-{i}.jpg', 512, i) for i in range(8)]
+    rows = [dict(path=str(files[i]), image_id=f'{i}', patient=f'{i}', group=f'{i}', label=('no', 'yes')[i % 2],
                  split='valid' if i > 5 else 'train') for i in range(8)]
     torch.manual_seed(1)
     learn = cxr_learner(cxr_dls(new_table(rows, 'phantom'), size=size, bs=2, device='cpu'), 'resnet50', 'none', path=folder)
