@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import __version__
 from ..core import CxrError, ImageError, RunError, atomic_path, sha256_file, sha256_text
 from ..words import format_number, join_words, printable
-from ..predict import AnyPrediction, FindingsPrediction, OnBadFile, OODMode, Predictor
+from ..predict import AnyPrediction, FindingsPrediction, Predictor
 from .explain import explain_image
 if TYPE_CHECKING: from pydicom.dataset import Dataset
 
@@ -365,12 +365,11 @@ class AnswersInDicom:
     def stream(
         self,
         files: Sequence[str],
-        bs: int = 8,
-        on_bad: OnBadFile = 'raise',
-        ood: OODMode = 'decline',
+        *how: Any,               # as for `Predictor.stream`
+        **named: Any,            # the same, by name
     ) -> Iterator[AnyPrediction]:
-        "As `Predictor.stream`"
-        for prediction in self.predictor.stream(files, bs, on_bad, ood):
+        "Predictions one by one, each filed"
+        for prediction in self.predictor.stream(files, *how, **named):
             try: write_dicom_answer(self.predictor, prediction, self.out)
             except ImageError as e: self.refused.append(str(e))
             else: self.written += 1
