@@ -1,12 +1,12 @@
 """Keep every finished run of a folder that `covid-cxr reproduce` fills, under the name that it has there:
 
-    python benchmarks/keep_all.py OUT [--command '...'] [NAME ...]      ->  benchmarks/results/NAME/ for every run OUT/runs/NAME
+    python benchmarks/keep_all.py OUT [--command '...'] [--machine SUMMARY] [NAME ...]      ->  benchmarks/results/NAME/ for every run OUT/runs/NAME
 
 It may be called again and again: a run whose files would be the same is passed over, one that has new ones (an audit, lung-free
 baselines, an external test) is kept anew. Left out are runs that are not finished, runs on phantoms, and the folds of a
 cross-validation that is not whole. `make_tables.py` comes afterwards, then the pages that print tables.
 """
-import argparse, filecmp, shutil, tempfile
+import argparse, filecmp, json, shutil, tempfile
 from pathlib import Path
 from record import RESULTS
 from covid_cxr.core import CxrError
@@ -36,11 +36,11 @@ def same(first, second):
     return names[0] == names[1] and not any(filecmp.cmpfiles(first, second, names[0], shallow=False)[1:])
 
 
-def keep_anew(run, place, command):
+def keep_anew(run, place, command, machine=None):
     "Replace what is kept of a run; 'unchanged' when nothing is new"
     with tempfile.TemporaryDirectory() as tmp:
         new = Path(tmp) / run.name
-        keep(run, new, command)
+        keep(run, new, command, machine)
         kept = place / 'baselines.csv.gz'
         if kept.exists() and not (new / kept.name).exists(): shutil.copy(kept, new / kept.name)      # of `keep_baselines.py`
         if place.is_dir() and same(new, place): return 'unchanged'
@@ -50,13 +50,13 @@ def keep_anew(run, place, command):
         return said
 
 
-def keep_all(out, names=(), command=COMMAND, results=RESULTS):
+def keep_all(out, names=(), command=COMMAND, results=RESULTS, machine=None):
     "What was done with every finished run of a folder: 'kept', 'kept anew', 'unchanged', or why it was left out"
     runs, done = finished_runs(Path(out) / 'runs'), {}
     complete = whole(runs)
     for r in (r for r in runs if not names or r.name in names):
         if r.name not in complete: done[r.name] = 'left out: not every fold is finished'
-        else: done[r.name] = keep_anew(r, Path(results) / r.name, command)
+        else: done[r.name] = keep_anew(r, Path(results) / r.name, command, machine)
     return done
 
 
@@ -65,8 +65,10 @@ if __name__ == '__main__':
     p.add_argument('out', help="folder of 'covid-cxr reproduce', with runs/")
     p.add_argument('names', nargs='*', help='of these runs alone')
     p.add_argument('--command', default=COMMAND, help=f'the command that made them (default: {COMMAND})')
+    p.add_argument('--machine', metavar='SUMMARY', help='summary.json of `gpu_articles.py`: the machine that trained them, when not this one')
     a = p.parse_args()
-    try: done = keep_all(a.out, a.names, a.command)
+    there = {k: v for k, v in json.loads(Path(a.machine).read_text())['machine'].items() if k in ('cpu', 'cores', 'gpu')} if a.machine else None
+    try: done = keep_all(a.out, a.names, a.command, machine=there)
     except CxrError as e: raise SystemExit(str(e)) from e
     for name, said in done.items(): print(f'{name}: {said}')
     size = sum(f.stat().st_size for f in RESULTS.rglob('*') if f.is_file())

@@ -19,8 +19,8 @@ COPIED = 'history.csv', 'lr_find.csv', 'summary.txt', 'reconciliation.txt', 'aud
 NO_FILE = 'none', 'imagenet'    # words of `model.weights` that name no file
 
 
-def keep(run, out, command=''):
-    "Copy what numbers are made from into a folder"
+def keep(run, out, command='', machine=None):
+    "Copy what numbers are made from into a folder; `machine` says where it was trained, when not here"
     r, out = RunFolder.open(run), Path(out)
     recipe = kept_recipe(r)
     write_text(out / 'recipe.toml', dump_recipe(recipe))
@@ -28,7 +28,7 @@ def keep(run, out, command=''):
     for f in COPIED:
         if r.file(f).exists(): shutil.copy(r.file(f), out / f)
     keep_evaluation(r, out)
-    keep_state(r, out, recipe, command)
+    keep_state(r, out, recipe, command, machine or dict(cpu=cpu_model(), cores=os.cpu_count()))
     keep_external_tests(r, out)
 
 
@@ -61,12 +61,12 @@ def keep_evaluation(r, out):
     write_result(out / 'evaluation.json', evaluation)
 
 
-def keep_state(r, out, recipe, command):
+def keep_state(r, out, recipe, command, machine):
     "run.json without the place of the data, with machine, seconds and command"
     h = r.history
     images, seconds = int(h['images'].sum()), float(h['seconds'].sum())
     state = {k: v for k, v in r.state.items() if k != 'data'}
-    state.update(recipe_hash=recipe_hash(recipe), command=command, cpu=cpu_model(), cores=os.cpu_count(), images_trained=images,
+    state.update(recipe_hash=recipe_hash(recipe), command=command, **machine, images_trained=images,
                  training_seconds=seconds, seconds_per_image=seconds / images)
     write_result(out / 'run.json', state)
 

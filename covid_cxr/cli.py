@@ -646,6 +646,7 @@ def _audit_options(p):
     p.add_argument('--lungs', metavar='WEIGHTS',
                    help='folder of a network that finds lungs (python benchmarks/lungs.py --final makes one), or its '
                    'name in the folder of weights: also hide the lungs of each image')
+    p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
     _boot_option(p)
 
 @command(_audit_options, 'covid-cxr audit runs/first --quick', run='run directory', report='the page',
@@ -656,7 +657,7 @@ def _audit(args):
     from covid_cxr.audit.sentences import describe_audit, describe_findings_audit
     from covid_cxr.runs.folder import open_run
     several = open_run(args.run).several
-    how = dict(cache_dir=args.cache, n_boot=args.n_boot, lungs=args.lungs)
+    how = dict(cache_dir=args.cache, n_boot=args.n_boot, lungs=args.lungs, device=args.device)
     audit = audit_findings(args.run, **how) if several else audit_run(args.run, quick=args.quick, **how)
     text = (describe_findings_audit if several else describe_audit)(audit, every=args.all)
     files = _make_report(args.run)

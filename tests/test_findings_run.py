@@ -19,7 +19,7 @@ TINY = ['nih-findings', '--set', 'data.phantom_patients=80', '--set', f'task.fin
         'evaluation.n_boot=200', '--device', 'cpu', '--seed', '3']
 
 
-def _make(out):
+def make_findings_run(out):
     p = here('train', *TINY, '--out', out)
     assert p.returncode == 0, p.stderr[-2000:]
     (out.parent / 'findings-said.txt').write_text(p.stdout)
@@ -31,7 +31,7 @@ def _make(out):
 @pytest.fixture(scope='session')
 def run(shared_folder):
     "One finished and audited run of two findings for all workers. Copy it before you write to it."
-    return build_once(shared_folder / 'findings-run', _make)
+    return build_once(shared_folder / 'findings-run', make_findings_run)
 
 
 @pytest.fixture

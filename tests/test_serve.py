@@ -1,5 +1,6 @@
 """The server of a model: what it answers, what it refuses, what breaks it (nothing), and what it leaves behind (nothing)."""
 import contextlib, http.client, io, json, logging, os, re, shutil, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
 from urllib.parse import urlsplit
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
@@ -10,6 +11,8 @@ from covid_cxr.deploy.guard import Limits, log_request
 from covid_cxr.deploy.serve import open_service, serving
 from covid_cxr.deploy.worker import write_example_bundle
 from covid_cxr.phantom import make_phantom
+from covid_cxr.runs.folder import open_run
+from test_findings_run import FINDINGS, make_findings_run
 
 TOKEN = 'a-token-for-the-tests'
 HEAVY = {'torch', 'fastai', 'pandas', 'sklearn', 'matplotlib'}
@@ -23,6 +26,10 @@ def png(array):
 
 RADIOGRAPH = png(make_phantom(seed=2, patient=99, size=128).image)
 NOISE = png(np.random.default_rng(0).integers(0, 256, (128, 128)).astype(np.uint8))
+
+
+@pytest.fixture(scope='module')
+def several(shared_folder): return build_once(shared_folder / 'findings-run', make_findings_run)
 
 
 @pytest.fixture(scope='module')
@@ -128,6 +135,22 @@ def test_the_form_works_without_a_script(server):
     assert text.count('data:image/png;base64,') == 2
     status, _, body = server.form('/answers', [('a.png', RADIOGRAPH)])
     assert body.decode().lstrip().startswith('<li class="answer answered">')
+
+
+def test_several_findings_are_answered_together(several, tmp_path):
+    from covid_cxr.predict import load_predictor
+    row = open_run(several).evaluated.iloc[0]
+    data = Path(row['path']).read_bytes()
+    want = load_predictor(several).predict(row['path'])
+    with running(several, limits=Limits(per_minute=1000), timeout=20.) as s:
+        _, got = s.predict(data)
+        model = json.loads(s.ask('GET', '/api/model')[2])
+        page = s.form('/', [('a.png', data)])[2].decode()
+    answer = got['answers'][0]
+    assert model['several_findings'] and model['classes'] == FINDINGS and 'any number of 2 findings' in page
+    if want.declined: assert answer['status'] == 'declined' and answer['predicted'] is None
+    assert answer['probabilities'] == pytest.approx(want.probabilities, abs=1e-5)
+    assert want.declined or answer['predicted'] == list(want.labels)
 
 
 def test_a_request_without_a_file_is_one_sentence(server):

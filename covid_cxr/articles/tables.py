@@ -121,7 +121,7 @@ RUN_COLUMNS = ('article', 'recipe', 'arm', 'folder', 'size', 'arch', 'weights', 
 
 def _machine_of(state: dict) -> str:
     "The processor, or the name of the accelerator"
-    if state.get('device', 'cpu') != 'cpu': return str(state['device'])
+    if state.get('device', 'cpu') != 'cpu': return str(state.get('gpu', state['device']))
     return f"{state.get('cpu', 'not stated')}, {state.get('cores', '?')} cores"
 
 def run_row(

@@ -189,6 +189,7 @@ def case_of_run(
     copies: bool = True,                  # search for near duplicates among all its images
     n_boot: int = 2000,                   # resamples of patients
     lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
+    device: str | None = None,            # 'cpu' (default) or 'cuda', of the frozen model
 ) -> Case:
     "Everything that an audit may look at, from a run's folder and its exported model"
     folder = RunFolder.open(run)
@@ -196,7 +197,7 @@ def case_of_run(
         raise RunError(f'{folder.path} is an ensemble of folds: each of its images was trained on by some of its '
                        "networks, so there is nothing to audit it on; audit its folds, and test it with 'covid-cxr "
                        "external'.")
-    predictor, cache = load_predictor(folder.path), Path(cache_dir) if cache_dir else folder.path / 'cache'
+    predictor, cache = load_predictor(folder.path, device), Path(cache_dir) if cache_dir else folder.path / 'cache'
     pictures = ImageCache(cache / 'images', predictor.rule)
     small, images = _read_images(folder, pictures)
     masks = _lung_masks(folder, predictor.rule, pictures, lungs)
@@ -259,10 +260,10 @@ def affordable_images(case: Case) -> int:   # 40 or more
     return max(40, int(QUICK / PASSES / ((time.perf_counter() - start) / k)))
 
 # %% ../../nbs/audit/run.ipynb #audit-run
-def _audit(folder, cache_dir, n_boot, copies, log, lungs, quick, start):
+def _audit(folder, cache_dir, n_boot, copies, log, lungs, device, quick, start):
     "The audit of an opened run; its files are written"
     log('reading the images and the exported model')
-    case = case_of_run(folder, cache_dir, copies, n_boot, lungs)
+    case = case_of_run(folder, cache_dir, copies, n_boot, lungs, device)
     case.quick, case.most = quick, affordable_images(case) if quick else None
     log_test_evaluation(folder.path, 'audit', case.split, dict(auc=case.auc), case.threshold, once=True)
     found = audit_case(case, log)
@@ -282,11 +283,12 @@ def audit_run(
     copies: bool = True,                  # search for near copies among all its images
     log: Callable[[str], object] = print, # takes lines of text
     lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
+    device: str | None = None,            # 'cpu' (default) or 'cuda', of the frozen model
 ) -> Audit:
     "Audit a finished run; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     start, folder = time.perf_counter(), RunFolder.open(run)
     with keep_log(folder.path, 'audit', log, (cache_dir, lungs)) as said:
-        return _audit(folder, cache_dir, n_boot, copies, said, lungs, quick, start)
+        return _audit(folder, cache_dir, n_boot, copies, said, lungs, device, quick, start)
 
 # %% ../../nbs/audit/run.ipynb #finding-case
 OF_EACH = ('check_file_properties', 'check_metadata', 'check_image_without_lungs', 'check_lungs_only',
@@ -363,10 +365,10 @@ def _findings_audit(run, whole, asked, once, began):
     return FindingsAudit(all_of_it, of_each, run.result.left_out)
 
 # %% ../../nbs/audit/run.ipynb #audit-findings-run
-def _audit_all(folder, cache, n_boot, log, lungs, began):
+def _audit_all(folder, cache, n_boot, log, lungs, device, began):
     "The audit of an opened run of several findings; its files are written"
     log('reading the images and the exported model')
-    predictor = load_predictor(folder.path)
+    predictor = load_predictor(folder.path, device)
     pictures = ImageCache(cache / 'images', predictor.rule)
     small, images = _read_images(folder, pictures)
     masks = _lung_masks(folder, predictor.rule, pictures, lungs)
@@ -388,9 +390,10 @@ def audit_findings(
     n_boot: int = 2000,                   # resamples of patients
     log: Callable[[str], object] = print, # takes lines of text
     lungs: str | Path | None = None,      # of `load_lung_net`: lungs are looked for; None: the collection's own masks
+    device: str | None = None,            # 'cpu' (default) or 'cuda', of the frozen model
 ) -> FindingsAudit:
     "Audit a finished run of several findings; RUN/audit.json, RUN/audit.txt and RUN/baselines.csv hold the result"
     began, folder = time.perf_counter(), FindingsRun.open(run)
     cache = Path(cache_dir) if cache_dir else folder.path / 'cache'
     with keep_log(folder.path, 'audit', log, (cache_dir, lungs)) as said:
-        return _audit_all(folder, cache, n_boot, said, lungs, began)
+        return _audit_all(folder, cache, n_boot, said, lungs, device, began)

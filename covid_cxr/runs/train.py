@@ -47,6 +47,7 @@ class _Job:
     state: dict[str, Any]           # run.json
     log: Callable[[str], object]
     cbs: tuple = ()                 # fastai callbacks for every stage
+    bundle: bool = True             # write bundle/ and export.pkl
 
     @property
     def trackers(self) -> list[Tracker]: return [c for c in self.cbs if hasattr(c, 'epochs_before')]
@@ -456,7 +457,8 @@ def _run(job):
     learn, fit = _train_networks(job, table)
     _keep_history(job, fit)
     predictions = _predict(job, learn, used(table))
-    _conclude(job, table, predictions, fit, _trained_line(job, fit.history), partial(_export, job, learn, table))
+    export = partial(_export, job, learn, table) if job.bundle else lambda found: None
+    _conclude(job, table, predictions, fit, _trained_line(job, fit.history), export)
 
 def _finish(job, history):
     "The manifest, then run.json: a process that is killed in between leaves a run that is not finished"
@@ -489,6 +491,7 @@ def train(
     log: Callable[[str], object] = print,       # takes lines of text
     cbs: Any = (),                              # fastai callbacks for every stage, e.g. a `runs.tracking.Tracker`
     track: TrackerName | Sequence[TrackerName] = (),   # also follow the run in 'tensorboard' or 'mlflow'
+    bundle: bool = True,                        # also write the model; False: only what it found, e.g. of one fold of many
 ) -> Path:                                      # the run directory
     "Train, evaluate and export what a recipe says; resume when the folder holds the same run unfinished"
     if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
@@ -500,8 +503,8 @@ def train(
     cbs = _callbacks(cbs, track, out)
     with _own_folder(out, recipe, data) as state, keep_log(out, 'train', log, (data, cache_dir)) as said:
         _run(_Job(recipe, out, data, device, Path(cache_dir) if cache_dir else out / 'cache', figures, state,
-                  said, cbs))
-    log(f'exported Learner: {out / "export.pkl"}\nbundle: {out / "bundle"}')
+                  said, cbs, bundle))
+    if bundle: log(f'exported Learner: {out / "export.pkl"}\nbundle: {out / "bundle"}')
     log(f'predictions: {out / "predictions.csv"}')
     if figures: log(f'plots: {out / "plots"}')
     return out
