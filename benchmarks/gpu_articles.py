@@ -215,6 +215,7 @@ def run_job(job, place):
         try:
             train(recipe_of(job, place), **where, out=run, device=device, figures=False, log=log,
                   bundle=job.export or job.audit or job.external)
+            pack_run(run)                               # what comes now may not end in time
             if job.audit: audit_run(run, cache_dir=place.cache, device=device, log=log)
             if job.external: run_external_tests(run, **where, device=device, log=log, baselines=external_baselines)
         except Exception:

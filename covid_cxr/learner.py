@@ -29,7 +29,7 @@ from .model.settings import (ARTICLE_STAGES, Activation, EncoderSpec, HeadKind, 
                                 OnDoubt, Opt, Schedule, Stage, check_cost_matrix, epoch_lr, fit_epochs)
 from .model.backbones import MapEncoder, load_encoder
 from .model.weights import WeightsRecord, broken_tensor
-from .model.network import ConcatPool, MeanOfNetworks, MeanOfViews, join_head
+from .model.network import ConcatPool, MeanOfNetworks, MeanOfViews, full_precision, join_head
 _all_ = ['ARTICLE_STAGES', 'Stage', 'fit_epochs']   # of settings, for those who train in a notebook
 
 # %% auto #0
@@ -693,7 +693,7 @@ def _encode(learn, paths, bs):
     "(n, 2c) maximum and average of every map of the encoder as it stands"
     pool, out, body = ConcatPool(), [], learn.model[0]
     dl, was = learn.dls.test_dl(paths, bs=bs), body.training
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         body.eval()
         for (x,) in dl: out.append(pool(body(torch.as_tensor(x))).flatten(1).float().cpu().numpy())
         body.train(was)
@@ -782,6 +782,12 @@ def _views(learn, n):
         yield
     finally: learn.model = model
 
+@contextlib.contextmanager
+def _in_full(learn):
+    "The Learner answers as its exported model will: in single precision, however it was trained"
+    mixed = [cb for cb in learn.cbs if isinstance(cb, fastai.callback.fp16.MixedPrecision)]
+    with learn.removed_cbs(mixed), full_precision(): yield
+
 def _with_answers(table, probs, classes):
     "Who an image is and what was answered, row by row"
     rows = table.reset_index(drop=True)
@@ -798,7 +804,7 @@ def predict_table(
     paths, vocab = table['path'].tolist(), list(learn.dls.vocab)
     if not paths: return _with_answers(table, np.zeros((0, len(vocab))), vocab)
     dl = learn.dls.test_dl(paths, bs=bs or learn.dls.bs)
-    with learn.no_bar(), learn.no_logging(), _views(learn, tta): probs, _ = learn.get_preds(dl=dl)
+    with learn.no_bar(), learn.no_logging(), _in_full(learn), _views(learn, tta): probs, _ = learn.get_preds(dl=dl)
     if list(map(str, dl.items)) != paths:
         raise RunError('the predictions came back in another order than the table; this must not happen.')
     return _with_answers(table, probs.double().numpy(), vocab)

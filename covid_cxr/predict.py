@@ -261,8 +261,9 @@ class _TorchEngine:
 
     def probabilities(self, x):      # (n, 1, h, w) uint8 -> (n, k) float64
         import torch
+        from covid_cxr.model.network import full_precision
         pixels = torch.from_numpy(x).to(self.device).float() / 255
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             logits = self.network((pixels - self.bundle['mean']) / self.bundle['std']).float()
             logits[:, -1] += self.bundle.get('bias', 0.)
             logits /= self.bundle['temperature']

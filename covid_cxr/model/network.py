@@ -13,8 +13,8 @@ from .settings import MEAN, STD, TTA_VIEWS, EncoderSpec, HeadKind, OnDoubt
 from .backbones import OWN, build_encoder, find_encoder, he_weights, load_encoder
 
 # %% auto #0
-__all__ = ['ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'find_middle', 'tap_means',
-           'middle_encoder', 'seen_as', 'MeanOfViews']
+__all__ = ['ConcatPool', 'count_features', 'join_head', 'cxr_model', 'MeanOfNetworks', 'full_precision', 'find_middle',
+           'tap_means', 'middle_encoder', 'seen_as', 'MeanOfViews']
 
 # %% ../../nbs/model/network.ipynb #head
 class ConcatPool(nn.Module):
@@ -154,6 +154,11 @@ class MeanOfNetworks(nn.Sequential):
         "(m, n, n_out) logits of every network -> (n, n_out) their answer"
         return cast(_Heads, self[1]).mean(logits)
 
+# %% ../../nbs/model/network.ipynb #full-precision
+def full_precision() -> contextlib.AbstractContextManager[None]:
+    "While a network answers: a GPU does not round what it convolves; on a processor nothing changes"
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 # %% ../../nbs/model/network.ipynb #middle
 def _sides(body, size):
     "{layer: side of its maps} of the layers that give square maps"
@@ -216,7 +221,7 @@ def middle_encoder(
     place = next((p.device for p in first.parameters()), 'cpu')
     def some(images):
         x = (torch.from_numpy(np.stack(images))[:, None].to(place).float() / 255 - MEAN) / STD
-        with torch.inference_mode(), tap_means(layer) as seen:
+        with torch.inference_mode(), full_precision(), tap_means(layer) as seen:
             stop = layer.register_forward_hook(_stop)
             try: first.eval()(x)
             except _Enough: pass
