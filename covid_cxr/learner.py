@@ -772,7 +772,7 @@ def fit_frozen(
     _put_into_head(head, mean, var, models[int(history['valid_loss'].argmin())])
     return Fit(history, pd.DataFrame([]))
 
-# %% ../nbs/learner.ipynb #predict-table
+# %% ../nbs/learner.ipynb #predict-how
 @contextlib.contextmanager
 def _views(learn, n):
     "The Learner answers with the mean over n views of every image"
@@ -788,6 +788,7 @@ def _in_full(learn):
     mixed = [cb for cb in learn.cbs if isinstance(cb, fastai.callback.fp16.MixedPrecision)]
     with learn.removed_cbs(mixed), full_precision(): yield
 
+# %% ../nbs/learner.ipynb #predict-table
 def _with_answers(table, probs, classes):
     "Who an image is and what was answered, row by row"
     rows = table.reset_index(drop=True)

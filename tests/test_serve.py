@@ -142,7 +142,8 @@ def test_several_findings_are_answered_together(several, tmp_path):
     row = open_run(several).evaluated.iloc[0]
     data = Path(row['path']).read_bytes()
     want = load_predictor(several).predict(row['path'])
-    with running(several, limits=Limits(per_minute=1000), timeout=20.) as s:
+    assert here('export', several, '--out', tmp_path / 'model').returncode == 0
+    with running(tmp_path / 'model', limits=Limits(per_minute=1000), timeout=20.) as s:
         _, got = s.predict(data)
         model = json.loads(s.ask('GET', '/api/model')[2])
         page = s.form('/', [('a.png', data)])[2].decode()

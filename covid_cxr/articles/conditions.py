@@ -21,7 +21,7 @@ from ..words import as_number, format_estimate, format_number, join_words
 __all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'as_text', 'text_column',
            'cells_table', 'markdown_table', 'Network', 'find_networks', 'span_text', 'threshold_text', 'evaluated_on',
            'network_text', 'trained_text', 'lacks_network', 'best_of_kinds', 'seeds_text', 'baselines_text',
-           'conditions']
+           'conditions', 'find_standing']
 
 # %% ../../nbs/articles/conditions.ipynb #as-text
 ABSENT = 'not measured'
@@ -104,6 +104,8 @@ class Network:
 # %% ../../nbs/articles/conditions.ipynb #find-networks
 _STARTS: dict[ArmName, Start] = {'imagenet': 'ImageNet', 'random': 'from scratch', 'in-domain': 'in-domain'}
 
+_DRAWN = ('group', 'image')     # kinds of a split whose test images the seed draws
+
 def _documented(arm: Arm) -> str | None:
     "The name of the documented arm that this is; None: it is none"
     name = arm.first.recipe.name
@@ -113,13 +115,15 @@ def _documented(arm: Arm) -> str | None:
     return None
 
 def _own(arms: list[Arm], found: list[RunFolder]) -> list[tuple[str, list[list[RunFolder]]]]:
-    "The own network with all its seeds; of a recipe that leaves a collection out, one for each collection"
+    "The own network with all its seeds; one for each seed or collection where these have other test images"
     if not found: return []
     if found[0].recipe.split.kind == 'source':
         own = {a.first.recipe.split.source: a for a in arms if follows_recipe(a.first) and a.start != 'in-domain'}
         return [(OWN, a.trainings) for a in own.values()]
     whole = next((a for a in arms if found[-1].path in {r.path for runs in a.trainings for r in runs}), None)
-    return [(OWN, whole.trainings if whole else [found])]
+    trainings = whole.trainings if whole else [found]
+    if found[0].recipe.split.kind in _DRAWN: return [(OWN, [runs]) for runs in trainings]
+    return [(OWN, trainings)]
 
 def find_networks(
     results_dir: str | Path,     # folder of result folders, e.g. benchmarks/results
@@ -230,3 +234,12 @@ def conditions(
     "evaluated_on, images, groups and threshold of an evaluation"
     return dict(evaluated_on=evaluated_on(n.trainings[0]), images=e.n_images, groups=e.n_groups,
                 threshold=threshold_text(n.runs, frozen))
+
+# %% ../../nbs/articles/conditions.ipynb #find-standing
+def find_standing(
+    results_dir: str | Path,
+) -> dict[str, list[RunFolder]]:   # recipe -> one run, or the folds of one cross-validation
+    "What stands for a recipe where there is room for one: its network from ImageNet, else its own; the first seed"
+    networks = find_networks(results_dir)
+    first = {name: next((n for n in of if n.arm == 'imagenet'), of[0]) for name, of in networks.items()}
+    return {name: n.trainings[0] for name, n in first.items()}

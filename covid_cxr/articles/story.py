@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 import numpy as np, pandas as pd
 from .arms import plot_auc_beside_baselines, score_external
-from .conditions import ONE_HALF, text_column
+from .conditions import ONE_HALF, find_standing, text_column
 from .reported import ARTICLES, Article, article_keys
 from .reproduce import Rehearsal, rehearse
 from covid_cxr.articles.tables import (
@@ -76,8 +76,8 @@ class Story:
     def tables(self) -> dict[str, pd.DataFrame]: return read_tables(self.results_dir)
 
     def runs(self, name: str) -> list[RunFolder]: # one, or the folds of a cross-validation
-        "The kept result of a recipe"
-        found = find_results(self.results_dir)
+        "What stands for a recipe"
+        found = find_standing(self.results_dir)
         if name not in found: raise RunError(f"no finished run of recipe '{name}'{nearest(name, found)}.")
         return found[name]
 
@@ -130,7 +130,7 @@ class Story:
 
     def by_images(self) -> pd.DataFrame: # images_in_all, sample, tested, positive, auc; the smallest first
         "Every kept run of the article's own network under its protocol by how many images it had"
-        (own,), rows = self.runs(self.article.protocol), []
+        (own,), rows = find_results(self.results_dir)[self.article.protocol], []
         every = find_results(self.results_dir, every=True)[self.article.protocol]
         for r in (r for r in every if (r.recipe.model, r.recipe.image) == (own.recipe.model, own.recipe.image)):
             e, sample = score_results([r], False), r.recipe.data.sources[0].sample or 'all'

@@ -16,7 +16,7 @@ from covid_cxr.articles.arms import (
     score_external)
 from .conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, ONE_HALF, Network, baselines_text, best_of_kinds, conditions,
-    evaluated_on, find_networks, network_text, span_text, threshold_text, trained_text)
+    evaluated_on, find_networks, find_standing, network_text, span_text, threshold_text, trained_text)
 from .local import local_table
 from .reported import ARTICLES, OWN, ReportedResult, article_keys
 from ..core import RunError, nearest, write_json
@@ -395,7 +395,7 @@ def differences_table(
     key: str,                # of `ARTICLES`
 ) -> pd.DataFrame:           # setting, protocol, leak_safe: text
     "Everything in which the kept runs of the two recipes of an article differ"
-    found, (article,) = find_results(results_dir), [ARTICLES[k] for k in article_keys(key)]
+    found, (article,) = find_standing(results_dir), [ARTICLES[k] for k in article_keys(key)]
     pair = [found.get(name, []) for name in (article.protocol, article.leak_safe)]
     if not all(pair): return pd.DataFrame(columns=['setting', 'protocol', 'leak_safe'])
     protocol, safe = ({**_evaluated_as(runs, frozen), **_flat_settings(asdict(runs[0].recipe))}
@@ -426,7 +426,7 @@ def run_picture(
     dpi: int = 54,
 ) -> Any:                    # an IPython image
     "Training history, confusion matrix and ROC curve of a kept run, side by side"
-    runs = find_results(results_dir).get(name)
+    runs = find_standing(results_dir).get(name)
     if not runs: raise RunError(f"no finished run of recipe '{name}' in {results_dir}.")
     e = score_results(runs[:1], frozen, n_boot)
     return _beside([plots.plot_history(runs[0].history), plots.plot_confusion(e), plots.plot_roc(e)], dpi)

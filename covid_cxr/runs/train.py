@@ -491,7 +491,7 @@ def train(
     log: Callable[[str], object] = print,       # takes lines of text
     cbs: Any = (),                              # fastai callbacks for every stage, e.g. a `runs.tracking.Tracker`
     track: TrackerName | Sequence[TrackerName] = (),   # also follow the run in 'tensorboard' or 'mlflow'
-    bundle: bool = True,                        # also write the model; False: only what it found, e.g. of one fold of many
+    bundle: bool = True,                        # also write the model; False: only what it found, for a fold of many
 ) -> Path:                                      # the run directory
     "Train, evaluate and export what a recipe says; resume when the folder holds the same run unfinished"
     if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
