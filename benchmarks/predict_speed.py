@@ -157,7 +157,7 @@ def start_rows(models, image, repeats):
 def speed_rows(kind, name, models, files, n, repeats, cores):
     "One image or a folder: fastai, single precision and 8 bits"
     other = 'learn.predict' if kind == 'image' else 'learn.get_preds'
-    labels = {'fastai': other, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits'}
+    labels = {'fastai': other, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits', 'boxed': 'bundle, as shipped'}
     commands = {labels[k]: lambda m=m: apart(kind, m, files, n, cores) for k, m in models.items()}
     rows = as_ratios(f'{kind}, {name}', taking_turns(commands, repeats), other)
     for r in rows: r['difference'] = abs(r['probability'] - rows[0]['probability'])
@@ -175,7 +175,7 @@ def measure(a, work_folder):
         rows += speed_rows('image', name, m, [jpeg], a.calls, a.repeats, a.cores)
         rows += speed_rows('folder', name, m, files, 1, max(1, a.repeats // 2), a.cores)
     if a.bundle:
-        boxed = dict(fastai=models['fastai'], single=a.bundle)
+        boxed = dict(fastai=models['fastai'], boxed=a.bundle)
         rows += speed_rows('image', f'{Path(a.bundle).name} beside the model of RUN', boxed, [jpeg], a.calls, a.repeats, a.cores)
     return rows, check
 

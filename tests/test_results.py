@@ -303,3 +303,26 @@ def test_the_augmentation_of_the_arms_is_the_one_that_was_chosen_on_held_out_clu
     assert kept['chosen'] == max(scores, key=scores.get)
     arm, chosen = ARMS['pneumonia-resnet']['imagenet'].settings, kept['candidates'][kept['chosen']]['settings']
     assert {k: arm[k] for k in chosen} == chosen
+
+
+def test_the_ratios_of_speed_follow_from_the_seconds():
+    rows = json.loads((KEPT / 'predict_speed.json').read_text())['rows']
+    beside = {(r['row'], r['command']): r for r in rows}
+    for r in rows:
+        other = beside[r['row'], r['beside']]
+        for what in ('seconds', 'cpu_seconds', 'memory'):
+            if what in r: assert abs(r[f'{what}_ratio'] / (other[what] / r[what]) - 1) < .005, (r['row'], r['command'], what)
+
+
+def test_the_runs_of_the_gpu_are_those_that_are_kept():
+    found = json.loads((KEPT / 'gpu_articles.json').read_text())
+    never_begun = {r['name'] for r in found['left_out'] if 'needs about' in r['why']}
+    assert found['failed'] == [] and not never_begun & {r['name'] for r in found['runs']}
+    for r in found['runs']:
+        if not (KEPT / r['name']).is_dir(): continue
+        run = RunFolder.open(KEPT / r['name'])
+        assert run.state['device'] == r['device'] == 'cuda' and run.state['gpu'] == found['machine']['gpu'], r['name']
+        auc = run.result.estimates['auc'].value
+        assert np.isnan(auc) if 'auc' not in r else abs(auc - r['auc']) < 1e-4, r['name']
+    kept = [r['name'] for r in found['runs'] if (KEPT / r['name']).is_dir()]
+    assert len(kept) > 80
