@@ -3,9 +3,11 @@ import json, re
 import numpy as np, pandas as pd, pytest
 from sklearn.metrics import roc_auc_score
 from conftest import DATA, ROOT, needs_data
+from covid_cxr.audit.case import read_audit
 from covid_cxr.bundle import check_manifest, read_bundle, shipped_models
 from covid_cxr.predict import load_predictor
 from covid_cxr.recipe import load_recipe, recipe_hash
+from covid_cxr.runs.external import read_external_tests
 from covid_cxr.runs.folder import RunFolder
 
 NAME, MOST_BYTES, IMAGES = 'pneumonia-small', 8_000_000, 40
@@ -46,6 +48,16 @@ def test_its_card_prints_the_kept_numbers(kept):
     card, test = (PLACE / 'model-card.md').read_text(encoding='utf-8'), kept.evaluation['test']['estimates']
     assert 'Research and teaching only' in card and 'CC BY 4.0' in card and 'Apache-2.0' in card
     for name in ('auc', 'recall', 'specificity'): assert f"{test[name]['value']:.3f}" in card, name
+
+
+def test_its_audit_was_the_full_one(kept):
+    audit = read_audit(kept)
+    assert not audit.quick and {'A5', 'A12', 'A21', 'A25'} <= {v.check for v in audit.verdicts}
+    card = (PLACE / 'model-card.md').read_text(encoding='utf-8')
+    failed = [v for v in audit.verdicts if v.verdict == 'FAIL']
+    assert failed and 'NOT AUDITED' not in card
+    for v in failed: assert f'- **FAIL** ({v.check} {v.name})' in card, v.name
+    for test in read_external_tests(kept): assert test.name.split(',')[0] in card, test.name
 
 
 def shipped_answers(): return pd.read_csv(KEPT / 'shipped.csv.gz', float_precision='round_trip')
