@@ -81,7 +81,8 @@ def local_table(
 ) -> pd.DataFrame:          # recipe, arm, trained, seeds, evaluated_on, local_images, labels, and the metrics: text
     "Every leak-safe network at every place, with the frozen threshold and with one that n images of the place moved"
     rows: list[dict[str, Any]] = []
-    for n in (n for recipe, of in find_networks(results_dir).items() if recipe not in _PROTOCOLS for n in of):
+    safe = (n for recipe, of in find_networks(results_dir).items() if recipe not in _PROTOCOLS for n in of)
+    for n in (n for n in safe if n.arm != 'random'):          # that arm is for comparing starts alone
         about = dict(recipe=n.recipe, arm=n.arm, trained=trained_text(n.trainings), seeds=seeds_text(n.trainings))
         for place, drawn in network_draws(n).items(): rows += _place_rows(place, drawn, about)
     return pd.DataFrame(rows, columns=_LOCAL)
