@@ -44,7 +44,7 @@ def slow(place, monkeypatch):
     monkeypatch.setattr(covid_cxr.articles.reproduce, 'reproduce', reproduce)
 
 
-KEPT = ROOT / 'benchmarks/results/covid-2020-resnet18-128'
+KEPT = ROOT / 'benchmarks/results/covid-2020-article-imagenet-seed42'
 RECIPE = ' '.join(map(shlex.quote, [*SMALL, *STAGES]))
 LINES = {
     'demo': f'demo --no-audit --out RUN {RECIPE}', 'train': f'train demo --out RUN {RECIPE}',

@@ -57,7 +57,7 @@ def test_a_part_of_the_fall_is_foreseen_and_no_more():
 
 
 def test_fifty_images_of_the_published_test_buy_back_specificity():
-    run = RunFolder.open(ROOT / 'benchmarks/results/pneumonia-resnet18-64-seed1')
+    run = RunFolder.open(ROOT / 'benchmarks/results/pneumonia-resnet-imagenet-seed42')
     t = local_value(run).query("place == 'test'").set_index(['labels', 'n', 'metric'])['value']
     assert t['both classes', 50, 'specificity'] > t['', 0, 'specificity'] + .1 and t['both classes', 50, 'gain'] > 0
 

@@ -5,10 +5,10 @@
 # %% ../../nbs/articles/local.ipynb #imports
 from __future__ import annotations
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 import pandas as pd
 from .conditions import Network, evaluated_on, find_networks, seeds_text, trained_text
-from .reported import ARTICLES
+from .reported import ARTICLES, OWN
 from ..evaluate import Estimate
 from ..runs.folder import RunFolder
 from ..runs.local import local_draws
@@ -56,6 +56,11 @@ def local_estimate(
     value, low, high = (float(t.iloc[0][c]) for c in ('value', 'low', 'high'))
     return Estimate(value, low, high)
 
+# %% ../../nbs/articles/local.ipynb #used
+def _would_be_used(n: Network, of: Sequence[Network]) -> bool:
+    "Random weights are for comparing starts; where one network is from ImageNet, the own one would not be chosen"
+    return n.arm != 'random' and not (n.arm == OWN and any(o.arm == 'imagenet' for o in of))
+
 # %% ../../nbs/articles/local.ipynb #table
 _LOCAL = ['recipe', 'arm', 'trained', 'seeds', 'evaluated_on', 'local_images', 'labels', 'accuracy', 'sensitivity',
           'specificity']
@@ -81,8 +86,8 @@ def local_table(
 ) -> pd.DataFrame:          # recipe, arm, trained, seeds, evaluated_on, local_images, labels, and the metrics: text
     "Every leak-safe network at every place, with the frozen threshold and with one that n images of the place moved"
     rows: list[dict[str, Any]] = []
-    safe = (n for recipe, of in find_networks(results_dir).items() if recipe not in _PROTOCOLS for n in of)
-    for n in (n for n in safe if n.arm != 'random'):          # that arm is for comparing starts alone
+    safe = [of for recipe, of in find_networks(results_dir).items() if recipe not in _PROTOCOLS]
+    for n in (n for of in safe for n in of if _would_be_used(n, of)):
         about = dict(recipe=n.recipe, arm=n.arm, trained=trained_text(n.trainings), seeds=seeds_text(n.trainings))
         for place, drawn in network_draws(n).items(): rows += _place_rows(place, drawn, about)
     return pd.DataFrame(rows, columns=_LOCAL)
