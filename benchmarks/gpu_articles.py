@@ -9,7 +9,7 @@
 
 Every training is a run folder of `covid_cxr.runs.train`: mixed precision on a GPU, images decoded once into the library's cache, gone on
 with when the script is started again on the same --work. Small batches leave a large GPU waiting, so several trainings run beside each
-other (--jobs; with NVIDIA's multi-process service about a quarter faster). --minutes is the budget: nothing is started that would not end
+other (--jobs). --minutes is the budget: nothing is started that would not end
 within it by the seconds per image that were measured (or by --step, the seconds that a step takes), what has not ended by then is given
 up, and the summary says what was left out, and why.
 
@@ -224,7 +224,7 @@ def run_job(job, place):
         except Exception:
             log(traceback.format_exc())
             raise
-    pack_run(run)
+    if job.audit or job.external: pack_run(run)
     return time.perf_counter() - began
 
 
