@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do if $$p -c 'import sys, venv, ensurepip; sys.exit(not (3,10) <= sys.version_info[:2] <= (3,12))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q
-# The files with property tests: `make attack` tries many times more examples there, and leaves the other tests to `make test`
+# The files with property tests: `make attack` tries five times as many examples there, and leaves the other tests to `make test`
 PROPERTIES = $(shell grep -l max_examples tests/test_*.py)
 FAST := tests/test_structure.py tests/test_words.py tests/test_table.py tests/test_evaluate.py tests/test_sources.py tests/test_cache.py tests/test_plots.py tests/test_docs.py
 
@@ -58,7 +58,7 @@ docs: .venv/installed
 	$(BIN)/python tools/docs.py
 
 attack: .venv/installed
-	HYPOTHESIS_PROFILE=attack $(PYTEST) -n 2 --dist worksteal $(PROPERTIES)
+	HYPOTHESIS_PROFILE=attack $(PYTEST) -n 2 --dist worksteal -m hypothesis $(PROPERTIES)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attack.py
 
 browser: .venv/installed

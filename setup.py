@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=['covid_cxr', 'covid_cxr.*']),
     package_data={'covid_cxr': ['py.typed', 'recipes/*.toml', 'report/templates/*', 'models/*/*']},
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={extra: shlex.split(cfg[f'{extra}_requirements']) for extra in ('dev', 'docs', 'explain', 'weights', 'tracking', 'dicom', 'hub')},
+    extras_require={extra: shlex.split(cfg[f'{extra}_requirements']) for extra in ('dev', 'docs', 'explain', 'weights', 'tracking', 'dicom', 'hub', 'openvino')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts'])},
     zip_safe=False,
 )

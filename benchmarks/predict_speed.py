@@ -10,14 +10,18 @@ two quiet cores. The rows are:
 - image: one JPEG of 2,000 pixels, end to end in a process that is already running, by the model of RUN, by an untrained ResNet-50 at 512
   pixels (the speed of a network does not depend on what it has learned), and by --bundle
 - folder: 500 images of FOLDER, by the model of RUN and by the ResNet-50
-- auc: what 8 bits change in the AUC of RUN on its validation split, real images
+- auc: what 8 bits change in the AUC of RUN on its validation split, real images, in onnxruntime and in OpenVINO
+
+Bundles are asked as `covid-cxr predict` asks them, by onnxruntime; the one in 8 bits also by OpenVINO (`--backend openvino`).
 
 Fastai's and our command take turns; each number is the median of --repeats processes. A ratio above 1 says how many times faster or smaller
 the own command is. `--tiny` runs everything once with few images, to see that it works. The result replaces
 benchmarks/results/predict_speed.json.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
+from dataclasses import asdict
 from pathlib import Path
+import numpy as np
 from record import RESULTS, ROOT, about, load_average, machine, write_result
 
 OUT = RESULTS / 'predict_speed.json'
@@ -69,7 +73,8 @@ def work(kind, model, files, n):
                 found = timed(lambda: ask(files), 1, lambda: ask(files[:16]))
             return dict(found, probability=float(learn.predict(files[0])[2][1]))
     from covid_cxr.predict import load_predictor
-    predictor = load_predictor(model)
+    folder, _, backend = model.partition('@')
+    predictor = load_predictor(folder, backend=backend or 'auto')
     if kind == 'image': found = timed(lambda: predictor.predict(files[0], ood='off'), n)
     else:
         ask = lambda few: list(predictor.stream(few, 8, 'decline', 'off'))
@@ -116,7 +121,7 @@ def large_jpeg(file, side=2000, patient=1):
 
 def make_resnet(folder, size, jpeg):
     "An untrained ResNet-50: its pickle, its bundle in single precision and in 8 bits"
-    import numpy as np, torch
+    import torch
     from covid_cxr.bundle import Int8File, ONNX, export_bundle, save_bundle
     from covid_cxr.core import new_table
     from covid_cxr.data import cxr_dls
@@ -133,17 +138,35 @@ def make_resnet(folder, size, jpeg):
     b = json.loads((single / 'bundle.json').read_text())
     x = np.stack([load_image(jpeg, ImageRule.from_dict(b['image']))] * 8)[:, None].astype(np.float32) / 255
     eight = Int8File(int8_bytes((single / ONNX).read_bytes(), (x - b['mean']) / b['std']), [1.], 0., {})
-    return dict(fastai=own / 'export.pkl', single=single, int8=export_bundle(own, folder / 'int8', format='int8', int8=eight))
+    return in_openvino(dict(fastai=own / 'export.pkl', single=single, int8=export_bundle(own, folder / 'int8', format='int8', int8=eight)))
+
+
+def in_openvino(models):
+    "The same, and the bundle in 8 bits to be asked by OpenVINO"
+    return models | dict(openvino=f"{models['int8']}@openvino")
+
+
+def checked_in_openvino(run, single, int8, calibrated_on):
+    "What 8 bits in OpenVINO change in the answers for the validation split of a run"
+    from covid_cxr.images import load_image
+    from covid_cxr.predict import load_predictor
+    from covid_cxr.runs.folder import RunFolder
+    from covid_cxr.runs.int8 import compare_int8
+    before, after = load_predictor(single), load_predictor(int8, backend='openvino')
+    rows = RunFolder.open(run).table.query("split == 'valid'")
+    truth = np.stack([rows['label'].to_numpy() == c for c in before.classes], 1).astype(float)
+    return compare_int8(before, after, (load_image(p, before.rule) for p in rows['path']), truth, calibrated_on)
 
 
 def models_of(run, folder):
-    "The pickle of a run, its bundle in single precision and in 8 bits, and what 8 bits change in its AUC"
-    from dataclasses import asdict
+    "The pickle of a run, its bundle in single precision and in 8 bits, and what 8 bits change in its AUC, by engine"
     from covid_cxr.bundle import export_bundle
     from covid_cxr.runs.int8 import export_int8
     single = export_bundle(run, folder / 'run-single', format='onnx')
     check = export_int8(run, folder / 'run-int8')
-    return dict(fastai=Path(run) / 'export.pkl', single=single, int8=folder / 'run-int8'), asdict(check)
+    checks = dict(onnxruntime=check, openvino=checked_in_openvino(run, single, folder / 'run-int8', check.calibrated_on))
+    models = dict(fastai=Path(run) / 'export.pkl', single=single, int8=folder / 'run-int8')
+    return in_openvino(models), {engine: asdict(c) for engine, c in checks.items()}
 
 
 def start_rows(models, image, repeats):
@@ -157,7 +180,8 @@ def start_rows(models, image, repeats):
 def speed_rows(kind, name, models, files, n, repeats, cores):
     "One image or a folder: fastai, single precision and 8 bits"
     other = 'learn.predict' if kind == 'image' else 'learn.get_preds'
-    labels = {'fastai': other, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits', 'boxed': 'bundle, as shipped'}
+    labels = {'fastai': other, 'single': 'bundle, 32 bits', 'int8': 'bundle, 8 bits', 'openvino': 'bundle, 8 bits, OpenVINO',
+              'boxed': 'bundle, as shipped', 'boxed_openvino': 'bundle, as shipped, OpenVINO'}
     commands = {labels[k]: lambda m=m: apart(kind, m, files, n, cores) for k, m in models.items()}
     rows = as_ratios(f'{kind}, {name}', taking_turns(commands, repeats), other)
     for r in rows: r['difference'] = abs(r['probability'] - rows[0]['probability'])
@@ -175,7 +199,7 @@ def measure(a, work_folder):
         rows += speed_rows('image', name, m, [jpeg], a.calls, a.repeats, a.cores)
         rows += speed_rows('folder', name, m, files, 1, max(1, a.repeats // 2), a.cores)
     if a.bundle:
-        boxed = dict(fastai=models['fastai'], boxed=a.bundle)
+        boxed = dict(fastai=models['fastai'], boxed=a.bundle, boxed_openvino=f'{a.bundle}@openvino')
         rows += speed_rows('image', f'{Path(a.bundle).name} beside the model of RUN', boxed, [jpeg], a.calls, a.repeats, a.cores)
     return rows, check
 

@@ -21,7 +21,7 @@ from .words import format_bytes, format_count, join_words, printable
 if TYPE_CHECKING:
     from fastai.learner import Learner
     from torch import nn
-    from covid_cxr.model.onnx import OnnxNetwork
+    from covid_cxr.model.onnx import OnnxNetwork, Runtime
 
 # %% auto #0
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
@@ -843,11 +843,12 @@ def load_onnx(
     bundle: dict[str, Any],   # from `read_bundle`, with an ONNX file
     threads: int = 0,         # 0: as many as there are cores
     change: Callable[[bytes], bytes] | None = None,   # of the file, once its hash is checked; None: as it is
+    runtime: Runtime = 'onnxruntime',                 # what runs it
 ) -> OnnxNetwork:
     "The ONNX network of a bundle; torch is not imported"
     from covid_cxr.model.onnx import OnnxNetwork
     data = _network_bytes(bundle, 'onnx', _LARGEST_NETWORK)
-    return OnnxNetwork(data if change is None else change(data), threads)
+    return OnnxNetwork(data if change is None else change(data), threads, runtime)
 
 # %% ../nbs/bundle.ipynb #export-bundle
 def _copied(files, tmp):

@@ -430,7 +430,8 @@ def _predict_options(p):
     p.add_argument('--bs', type=int, default=8, metavar='N', help='images per batch (default: 8)')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
     p.add_argument('--backend', choices=choices(Backend), default='auto',
-                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
+                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), openvino (fast '
+                   'in 8 bits, a package of its own), or torch')
 
 def _say_unverified(integrity, folder):
     "A note on a run or a bundle without a manifest"
@@ -536,7 +537,8 @@ def _explain_options(p):
     p.add_argument('--ood', choices=choices(OODMode), default='decline',
                    help="an image unlike the training images: 'decline' it (default), 'warn' and explain, or 'off'")
     p.add_argument('--backend', choices=choices(Backend), default='auto',
-                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), or torch')
+                   help='what runs the network: onnx where the bundle has an ONNX file (auto, default), openvino (fast '
+                   'in 8 bits, a package of its own), or torch')
 
 # %% ../nbs/cli.ipynb #explain
 @command(_explain_options, 'covid-cxr explain runs/first chest.png --out explained',

@@ -208,7 +208,7 @@ def _check_logits(logits, bundle):
                       f'classes, and it describes {networks} of {classes}; export the run again.')
 
 # %% ../nbs/predict.ipynb #engines
-Backend = Literal['auto', 'onnx', 'torch']
+Backend = Literal['auto', 'onnx', 'openvino', 'torch']
 
 def _backend(bundle, backend, module, device):
     "What will run this bundle, or a refusal"
@@ -216,10 +216,10 @@ def _backend(bundle, backend, module, device):
     has, there = 'onnx' in bundle, importlib.util.find_spec('onnxruntime') is not None
     fits = module is None and device == 'cpu'
     if backend == 'auto': return 'onnx' if has and there and fits else 'torch'
-    if backend == 'onnx' and not has:
+    if backend != 'torch' and not has:
         raise BundleError(f"{bundle['folder']} has no ONNX file; make one with 'covid-cxr export RUN --out DIR'.")
-    if backend == 'onnx' and not fits:
-        raise BundleError("backend = 'onnx' runs on the CPU and takes no module of your own.")
+    if backend != 'torch' and not fits:
+        raise BundleError(f"backend = '{backend}' runs on the CPU and takes no module of your own.")
     return backend
 
 def scale_pixels(
@@ -271,9 +271,9 @@ class _TorchEngine:
         return p.double().cpu().numpy()
 
 class _OnnxEngine:
-    "The same with onnxruntime and numpy"
-    def __init__(self, bundle):
-        self.bundle, self.network = bundle, load_onnx(bundle)
+    "The same with onnxruntime or OpenVINO, and numpy"
+    def __init__(self, bundle, runtime):
+        self.bundle, self.network = bundle, load_onnx(bundle, runtime=runtime)
         self.all_outputs, self.temperatures = self.network, bundle['onnx']['temperatures']
 
     def probabilities(self, x): return self.answers(x)[0]
@@ -321,11 +321,14 @@ class Predictor:
         self.feature_check = FeatureCheck.from_dict(check) if check is not None else None
         self.backend = _backend(self.bundle, backend, module, self.device)
         self._module = module
-        onnx = self.backend == 'onnx'
-        self.engine = _OnnxEngine(self.bundle) if onnx else _TorchEngine(self.bundle, self.model, self.device)
+        self.engine = self._open_engine()
         self.integrity = check_manifest(self.bundle['folder'])
         if self.integrity.status == 'altered':
             warnings.warn(describe_integrity(self.integrity, self.bundle['folder']), AlteredWarning, stacklevel=3)
+
+    def _open_engine(self):
+        if self.backend == 'torch': return _TorchEngine(self.bundle, self.model, self.device)
+        return _OnnxEngine(self.bundle, 'openvino' if self.backend == 'openvino' else 'onnxruntime')
 
     @property
     def several(self) -> bool: return isinstance(self.decision, _AnyFindings)     # any number of findings per image
@@ -489,7 +492,7 @@ def load_predictor(
     module: Any = None,          # a person's own encoder (an nn.Module), where the bundle was made with one
     lungs: str | os.PathLike | None = None,   # of `load_lung_net`: images without two lungs are as those unlike the
                                               # training; None: lungs are not looked for
-    backend: Backend = 'auto',   # 'onnx', 'torch', or what fits the bundle
+    backend: Backend = 'auto',   # 'onnx' (onnxruntime), 'openvino', 'torch', or what fits the bundle (never OpenVINO)
 ) -> Predictor:
     "Open a bundle for prediction; nothing in it is executed"
     return Predictor(folder, device, module, lungs, backend)
@@ -578,9 +581,9 @@ def _job(predictor, files, ood, columns):
     bundle = predictor.bundle
     names = sha256_text('\0'.join(files).encode('utf-8', 'surrogatepass').hex())
     networks = {k: bundle[k]['sha256'] for k in ('weights', 'onnx') if k in bundle}
-    return dict(format='covid_cxr answers', version=1, networks=networks, threshold=bundle['threshold'],
-                temperature=bundle['temperature'], bias=bundle.get('bias', 0.), files=names, n=len(files),
-                ood=ood, lungs=predictor.lungs is not None, columns=columns)
+    return dict(format='covid_cxr answers', version=1, networks=networks, backend=predictor.backend,
+                threshold=bundle['threshold'], temperature=bundle['temperature'], bias=bundle.get('bias', 0.),
+                files=names, n=len(files), ood=ood, lungs=predictor.lungs is not None, columns=columns)
 
 def _begun(out, part, job):
     "(rows, bytes) that an earlier call has written, without its header; a half-written row is cut off"

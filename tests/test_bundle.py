@@ -139,28 +139,42 @@ def test_export_copies_what_the_format_names(bundle, copied, tmp_path, capsys):
 
 FRESH = '''
 import json, sys
+calls = []
+sys.addaudithook(lambda event, args: calls.append(event) if event.startswith('socket.connect') or event == 'socket.getaddrinfo' else None)
 from covid_cxr.predict import load_predictor
-predictor = load_predictor(sys.argv[1])
-answers = [predictor.predict(f, ood='off').probabilities for f in sys.argv[2:]]
-print(json.dumps(dict(answers=answers, backend=predictor.backend, heavy=sorted({'torch', 'fastai', 'pandas', 'sklearn'} & {*sys.modules}))))
+predictor = load_predictor(sys.argv[2], backend=sys.argv[1])
+answers = [predictor.predict(f, ood='off').probabilities for f in sys.argv[3:]]
+heavy = sorted({'torch', 'fastai', 'pandas', 'sklearn'} & {*sys.modules})
+print(json.dumps(dict(answers=answers, backend=predictor.backend, heavy=heavy, calls=calls)))
 '''
 
 
-def test_an_onnx_bundle_answers_in_a_fresh_process_without_torch(bundle, tmp_path):
-    "The same numbers as the Learner to 1e-4, and nothing heavy imported"
+@pytest.mark.parametrize('asked, backend', [('auto', 'onnx'), ('openvino', 'openvino')])
+def test_an_onnx_bundle_answers_in_a_fresh_process_without_torch(bundle, tmp_path, asked, backend):
+    "The same numbers as the Learner to 1e-4, nothing heavy imported, and no word to the network"
     from covid_cxr.core import new_table
     from covid_cxr.learner import predict_table
     folder, learn, rows = bundle
     given = export_bundle(folder, tmp_path / 'onnx', format='onnx')
     assert sorted(os.listdir(given)) == [DESCRIPTION, MANIFEST, ONNX] and read_bundle(given)['onnx']['largest_difference'] < 1e-5
-    out = subprocess.run([sys.executable, '-c', FRESH, str(given), *(r['path'] for r in rows)], capture_output=True, text=True, check=True)
-    said = json.loads(out.stdout)
-    assert (said['backend'], said['heavy']) == ('onnx', [])
+    command = [sys.executable, '-c', FRESH, asked, str(given), *(r['path'] for r in rows)]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (said['backend'], said['heavy'], said['calls']) == (backend, [], [])
     want = predict_table(learn, new_table(rows, 'x'))[['prob_no', 'prob_yes']].to_numpy()
     answers = np.array([[*p.values()] for p in said['answers']])
     z = np.log(want) / read_bundle(folder)['temperature']
     want = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     assert np.abs(answers - want).max() < 1e-4
+
+
+def test_openvino_is_refused_in_a_sentence_where_it_cannot_run(bundle, tmp_path, monkeypatch, capsys):
+    folder, _, rows = bundle
+    given = export_bundle(folder, tmp_path / 'onnx', format='onnx')
+    with pytest.raises(BundleError, match='has no ONNX file'): load_predictor(folder, backend='openvino')
+    monkeypatch.setitem(sys.modules, 'openvino', None)       # as where the package is missing
+    assert main(['predict', str(given), rows[0]['path'], '--backend', 'openvino']) == 1
+    said = capsys.readouterr().err
+    assert "pip install 'covid_cxr[openvino]'" in said and 'Traceback' not in said and load_predictor(given).backend == 'onnx'
 
 
 def test_the_pickle_says_what_the_bundle_says(bundle, tmp_path):

@@ -3,6 +3,7 @@ import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from covid_cxr.bundle import export_bundle, save_bundle
+from covid_cxr.core import RunError
 from covid_cxr.predict import list_images, load_predictor, predict_to_file
 
 N = 40
@@ -76,3 +77,15 @@ def test_answers_do_not_depend_on_the_batch(place, tmp_path):
         rows = [line.split(',') for line in (tmp_path / 'a.csv').read_text().splitlines()[1:]]
         texts.add(tuple(np.round([float(r[2]) for r in rows], 6)))
     assert len(texts) == 1
+
+
+def test_a_job_goes_on_with_the_engine_that_began_it(place, tmp_path):
+    "The engines round at different places: no file holds the answers of two"
+    files, out, seen = list_images(place / 'images')[:6], tmp_path / 'a.csv', []
+    def stop_at_third(answer):
+        seen.append(answer)
+        if len(seen) == 3: raise KeyboardInterrupt
+    first, second = (load_predictor(place / 'bundle', backend=b) for b in ('openvino', 'onnx'))
+    with pytest.raises(KeyboardInterrupt): predict_to_file(first, files, out, 1, said=stop_at_third)
+    with pytest.raises(RunError, match='begun with another model, other files or other options'): predict_to_file(second, files, out, 1)
+    assert predict_to_file(first, files, out, 1) == (6, 0, 3)

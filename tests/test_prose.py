@@ -7,8 +7,9 @@ import json, os, re
 import pytest
 from conftest import ROOT
 from covid_cxr.articles.reported import ARTICLES
-from covid_cxr.articles.conditions import ABSENT, NOT_FITTED, NOT_NEEDED, NO_THRESHOLD, ONE_HALF, find_networks, markdown_table, seeds_text
-from covid_cxr.articles.tables import AUDITED, main_results, read_tables
+from covid_cxr.articles.conditions import (
+    ABSENT, AUDITED, NOT_FITTED, NOT_NEEDED, NO_THRESHOLD, ONE_HALF, find_networks, markdown_table, seeds_text)
+from covid_cxr.articles.tables import main_results, read_tables
 from covid_cxr.audit.case import read_audit
 from covid_cxr.recipe import load_recipe
 from covid_cxr.runs.folder import RunFolder
@@ -17,7 +18,8 @@ KEPT, NBS = ROOT / 'benchmarks' / 'results', ROOT / 'nbs'
 STORIES = {'pneumonia_cnn': 'pneumonia-cnn', 'pneumonia_explained': 'pneumonia-explained', 'covid_2020': 'covid-2020',
            'covid_2020_fair': 'covid-2020', 'coronahack_vgg': 'coronahack-vgg',
            'effusion_resnet': 'effusion-resnet', 'pretrain': '', 'shortcuts': ''}
-PAGES = ['index', 'results', 'howto', 'glossary', *(f'tutorials/{p.stem}' for p in sorted((NBS / 'tutorials').glob('*.ipynb'))),
+PAGES = ['index', 'results', 'results_audits', 'howto', 'glossary',
+         *(f'tutorials/{p.stem}' for p in sorted((NBS / 'tutorials').glob('*.ipynb'))),
          *(f'articles/{s}' for s in STORIES)]
 METRIC_COLUMNS = {'accuracy', 'recall', 'sensitivity', 'specificity', 'precision', 'f1', 'false_positive_rate'}
 
@@ -133,8 +135,8 @@ def test_the_readme_counts_the_questions_of_the_audit():
     assert f'an audit of {n} questions' in (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
-def test_the_page_of_results_prints_every_failed_check(tables):
-    text = '\n'.join(output_text(c) for c in cells('results'))
+def test_the_page_of_audits_prints_every_failed_check(tables):
+    text = '\n'.join(output_text(c) for c in cells('results_audits'))
     for name in tables['audits']['run']:
         failed = [v for v in read_audit(audited(name)).verdicts if v.verdict == 'FAIL']
         assert failed and f'{len(failed)} FAIL:' in text, name
@@ -182,7 +184,7 @@ def run_again(page):
     return {c.id: output_text(c) for c in nb.cells}
 
 
-@pytest.mark.parametrize('page', ['index', 'results', *(f'articles/{s}' for s in STORIES)])
+@pytest.mark.parametrize('page', ['index', 'results', 'results_audits', *(f'articles/{s}' for s in STORIES)])
 def test_a_page_prints_what_its_cells_give(page):
     again, compared = run_again(page), 0
     for c in cells(page):

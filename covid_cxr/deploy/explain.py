@@ -148,7 +148,7 @@ def explain_image(
 def _random_outputs(predictor, seed):
     "All outputs of the same network with random weights"
     bundle = predictor.bundle
-    complete = predictor.backend == 'onnx' and 'gradients' in predictor.engine.network.names
+    complete = predictor.backend != 'torch' and 'gradients' in predictor.engine.network.names
     if complete or 'weights' not in bundle: return load_onnx(bundle, change=lambda data: randomise_onnx(data, seed))
     from covid_cxr.audit.explain import randomise_weights
     from covid_cxr.model.onnx import TorchNetwork

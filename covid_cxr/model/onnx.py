@@ -15,7 +15,7 @@ from ..words import format_bytes
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'MOST_MEMORY', 'softmax', 'mean_logits', 'turned_view',
+__all__ = ['Precision', 'OUTPUTS', 'OPERATIONS', 'MOST_MEMORY', 'Runtime', 'softmax', 'mean_logits', 'turned_view',
            'halve_tensors', 'onnx_bytes', 'check_onnx', 'NetworkOutputs', 'OnnxNetwork', 'TorchNetwork',
            'largest_difference', 'randomise_onnx']
 
@@ -311,7 +311,7 @@ def _check_node(data):
     return _Node(names[4][-1], names[1], names[2], flags)
 
 # %% ../../nbs/model/onnx.ipynb #order
-_HALF = 10               # data type of numbers in half precision
+_HALF, _WHOLE = 10, (2, 3, 6)     # data types: half precision; whole numbers that stand for others
 
 def _check_order(nodes, tensors, inputs):
     "Refuse a node before the nodes that it needs, so that there are no circles"
@@ -320,24 +320,27 @@ def _check_order(nodes, tensors, inputs):
         if not known.issuperset(node.inputs): raise ValueError('its nodes are not in their order')
         known.update(node.outputs)
 
-def _may_fold(nodes, tensors):
-    "Are copies and casts of stored tensors, each once, all that could be computed while the file is opened?"
-    fixed, used = {'', *tensors}, set()
+def _early_step(node, kind):
+    "'copy', 'scale' or 'more': a step whose inputs are known, by the data type of the stored tensor that it takes"
+    if node.kind == 'Identity' and kind is not None or node.kind == 'Cast' and kind == _HALF: return 'copy'
+    return 'scale' if node.kind == 'DequantizeLinear' and kind in _WHOLE else 'more'
+
+def _early_steps(nodes, tensors):
+    "What could be computed while the file is opened; a stored tensor that is taken twice counts as more"
+    fixed, left, found = {'', *tensors}, dict(tensors), set()
     for node in nodes:
-        if node.kind == 'Shape': return False
-        if node.kind == 'Constant': fixed.update(node.outputs)
-        elif fixed.issuperset(node.inputs):
-            name = node.inputs[0] if node.inputs else ''
-            plain = node.kind == 'Identity' or node.kind == 'Cast' and tensors.get(name) == _HALF
-            if not plain or name not in tensors or name in used: return False
-            used.add(name)
-    return True
+        if node.kind == 'Shape': found.add('more')
+        if not fixed.issuperset(node.inputs): continue
+        taken = left.pop(node.inputs[0], None) if node.inputs else None
+        if node.kind != 'Constant': found.add(_early_step(node, taken))
+        fixed.update(node.outputs)
+    return found
 
 # %% ../../nbs/model/onnx.ipynb #check-onnx
 def _first_name(data): return next((_text(v) for field, v in _fields(data) if field == 1), '')
 
 def _checked(data):
-    "Check a file; may it be simplified while it is opened?"
+    "Check a file; what could be computed of it while it is opened"
     nodes, tensors, inputs = [], {}, []
     for field, value in _fields(data):
         if field in (20, 25): raise ValueError('it has functions of its own')
@@ -349,7 +352,7 @@ def _checked(data):
             elif part == 15: raise ValueError('it has sparse tensors')
     if not 0 < len(nodes) <= _MOST_NODES: raise ValueError(f'it has {len(nodes):,} nodes')
     _check_order(nodes, tensors, inputs)
-    return _may_fold(nodes, tensors)
+    return _early_steps(nodes, tensors)
 
 # %% ../../nbs/model/onnx.ipynb #check-onnx-file
 def _checked_or_refused(data):
@@ -365,6 +368,7 @@ def check_onnx(
 
 # %% ../../nbs/model/onnx.ipynb #session
 MOST_MEMORY = 1_200_000_000     # bytes of the intermediate results of all networks in a process
+_NO_FILE = 'this is no ONNX file that opens'
 
 @lru_cache(maxsize=None)
 def _bound_memory():
@@ -381,25 +385,61 @@ def _open_session(
     try: import onnxruntime as ort
     except ImportError as e:
         raise BundleError('answers without torch need a package that is missing: pip install onnxruntime') from e
-    options, without = ort.SessionOptions(), [] if _checked_or_refused(data) else ['ConstantFolding']
+    options, without = ort.SessionOptions(), [] if _checked_or_refused(data) <= {'copy'} else ['ConstantFolding']
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry('session.use_env_allocators', '1')
     try:
         _bound_memory()
         return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'], disabled_optimizers=without)
     except Exception as e:          # onnxruntime has no common class of errors
-        raise BundleError(f'this is no ONNX file that opens ({error_text(e)}); export the run again.') from e
+        raise BundleError(f'{_NO_FILE} ({error_text(e)}); export the run again.') from e
 
 @contextmanager
 def _running() -> Iterator[None]:
     "What goes wrong while a network answers is one sentence"
     try: yield
-    except Exception as e:          # onnxruntime has no common class of errors
+    except Exception as e:          # neither runtime has a common class of errors
         if 'vailable memory' in str(e):
             raise BundleError(f'the network needs more than {format_bytes(MOST_MEMORY)} for these images; '
                               'give it fewer at a time, or run it in torch.') from e
         raise BundleError(f'the network of this ONNX file cannot answer ({error_text(e)[:200]}); '
                           'export the run again.') from e
+
+# %% ../../nbs/model/onnx.ipynb #runtimes
+Runtime = Literal['onnxruntime', 'openvino']
+
+class _OnnxRuntime:
+    "A file in onnxruntime"
+    def __init__(self, data, threads):
+        self._session = _open_session(data, threads)
+        self.names = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, x): return self._session.run(None, {'image': x})
+
+def _compile(data, threads):
+    "A checked file, compiled by OpenVINO for the processor"
+    try: import openvino
+    except ImportError as e:
+        raise BundleError("this backend needs a package that is missing: pip install 'covid_cxr[openvino]' "
+                          "(or plain: pip install openvino).") from e
+    if 'more' in _checked_or_refused(data):
+        raise BundleError('this ONNX file holds operations that OpenVINO computes while it opens a file; take '
+                          "backend = 'onnx'.")
+    core, how = openvino.Core(), {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
+    if threads: how['INFERENCE_NUM_THREADS'] = threads
+    try: return core.compile_model(core.read_model(data), 'CPU', how)
+    except RuntimeError as e: raise BundleError(f'{_NO_FILE} ({error_text(e)[:200]}); export the run again.') from e
+
+class _OpenVINO:
+    "A file in OpenVINO"
+    def __init__(self, data, threads):
+        network = _compile(data, threads)
+        self.names = tuple(next((n for n in OUTPUTS if n in o.names), o.any_name) for o in network.outputs)
+        self._request = network.create_infer_request()
+
+    def run(self, x):
+        found = self._request.infer({'image': x})
+        return [found[name] for name in self.names]
 
 # %% ../../nbs/model/onnx.ipynb #run
 def _check_outputs(out, n):
@@ -424,9 +464,10 @@ class OnnxNetwork:
         self,
         data: bytes,            # of `onnx_bytes`
         threads: int = 0,       # 0: as many as there are cores
+        runtime: Runtime = 'onnxruntime',
     ):
-        self.session = _open_session(data, threads)
-        self.names = tuple(o.name for o in self.session.get_outputs())
+        self._engine = (_OpenVINO if runtime == 'openvino' else _OnnxRuntime)(data, threads)
+        self.names = self._engine.names
         if self.names not in (OUTPUTS, OUTPUTS[:3]):
             raise BundleError(f'this ONNX file gives {list(self.names)}, not {list(OUTPUTS)}; export the run again.')
 
@@ -435,7 +476,7 @@ class OnnxNetwork:
         x: np.ndarray,          # (n, 1, h, w) float32, scaled as in training
     ) -> NetworkOutputs:
         "All outputs for some images"
-        with _running(): out = self.session.run(None, {'image': np.ascontiguousarray(x, np.float32)})
+        with _running(): out = self._engine.run(np.ascontiguousarray(x, np.float32))
         _check_outputs(out, len(x))
         return NetworkOutputs(*out)
 
