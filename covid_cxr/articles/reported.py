@@ -151,7 +151,9 @@ ARMS: dict[str, dict[ArmName, ArmPlan]] = {      # recipe -> its arms
     'pneumonia-resnet': _arms(THOUSANDS, _THREE, 'imagenet', 'random'),
     **{name: _arms(THOUSANDS, (42,), 'imagenet') for name in (
         'pneumonia-cnn', 'pneumonia-cnn-honest', 'pneumonia-explained', 'pneumonia-explained-honest',
-        'pneumonia-suppressed', 'coronahack-vgg', 'coronahack-vgg-honest')},
+        'pneumonia-suppressed')},
+    **{name: _arms({**THOUSANDS, 'image.size': 128}, (42,), 'imagenet') for name in (
+        'coronahack-vgg', 'coronahack-vgg-honest')},      # as the other recipes of children, and not at their own 300
     **{name: _arms(HUNDREDS, (42,), 'imagenet') for name in (
         'effusion-resnet', 'covid-2020-adults', 'covid-2020-left-out')},
     **{name: _arms(_NETWORK, (42,), 'imagenet') for name in ('covid-2020-article', 'covid-2020')}}

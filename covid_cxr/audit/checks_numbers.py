@@ -21,11 +21,12 @@ from ..table import age_bands
 from ..words import format_number, format_percent
 
 # %% auto #0
-__all__ = ['SHUFFLES', 'TRAININGS', 'SUBGROUP_COLUMNS', 'MIN_HOST', 'shuffled_labels', 'nearest_images', 'Shuffles',
-           'shuffle_labels', 'permutation_verdict', 'check_permutation', 'check_permutation_training',
-           'check_precision', 'check_gain', 'regret_interval', 'regret_verdict', 'check_threshold', 'slope_p',
-           'slope_verdict', 'error_verdict', 'check_calibration', 'check_predictive_values', 'subgroup_columns',
-           'check_subgroups', 'check_history', 'compare_probabilities', 'compare_metrics', 'check_stored_numbers']
+__all__ = ['SHUFFLES', 'TRAININGS', 'MOST_TRAINED', 'SUBGROUP_COLUMNS', 'MIN_HOST', 'shuffled_labels', 'nearest_images',
+           'Shuffles', 'shuffle_labels', 'permutation_verdict', 'some_groups', 'check_permutation',
+           'check_permutation_training', 'check_precision', 'check_gain', 'regret_interval', 'regret_verdict',
+           'check_threshold', 'slope_p', 'slope_verdict', 'error_verdict', 'check_calibration',
+           'check_predictive_values', 'subgroup_columns', 'check_subgroups', 'check_history', 'compare_probabilities',
+           'compare_metrics', 'check_stored_numbers']
 
 # %% ../../nbs/audit/checks_numbers.ipynb #shuffle
 def shuffled_labels(
@@ -106,6 +107,19 @@ def _shuffled_answers(case, score, times, learner):
 
 # %% ../../nbs/audit/checks_numbers.ipynb #permutation
 SHUFFLES, TRAININGS = 1000, 20     # of labels: with nearest images, with a training for each
+MOST_TRAINED = 1000                # images of a training
+
+def some_groups(
+    case: Case,
+    most: int = MOST_TRAINED,
+) -> np.ndarray:                   # (n,) bool, of all rows
+    "Training images of whole groups, at most so many: first those of groups that are also evaluated, then by chance"
+    g = pd.Series(case.table['group'].to_numpy(object)).where(case.train)
+    both = np.isin(g.to_numpy(object), case.groups)
+    order = np.random.default_rng(case.seed).permutation(len(g))
+    first = g.iloc[order[np.argsort(~both[order], kind='stable')]].dropna()
+    counts = first.value_counts().reindex(first.unique()).cumsum()
+    return g.isin(counts.index[counts <= max(most, counts.iloc[0])]).to_numpy()
 
 @register('A10', 'labels shuffled, nearest images', needs=['table'], rules=['shuffled_labels', 'true_labels'])
 def check_permutation(case: Case) -> list[Verdict]:
@@ -120,8 +134,8 @@ def check_permutation(case: Case) -> list[Verdict]:
           cost='minutes', quick=False)
 def check_permutation_training(case: Case) -> list[Verdict]:
     "A10: labels shuffled by patient; a small network is trained on every shuffle"
-    learn, ask = case.small[case.train], case.small[case.evaluated]
-    def score(y): return fit_small_cnn(learn, y[case.train], seed=case.seed).score(ask)
+    some, ask = some_groups(case) if case.train.any() else case.train, case.small[case.evaluated]
+    def score(y): return fit_small_cnn(case.small[some], y[some], seed=case.seed).score(ask)
     return _shuffled_answers(case, score, TRAININGS, 'small network')
 
 # %% ../../nbs/audit/checks_numbers.ipynb #precision
