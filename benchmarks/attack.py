@@ -351,6 +351,10 @@ def grown(proto, rng):
     from onnx import helper, numpy_helper
     if not proto.graph.node[-1].input: return
     name = proto.graph.node[-1].input[0]
+    if rng.random() < .3:        # all of it known before an image comes, behind a copy of one stored number
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), 'stored'))
+        proto.graph.node.insert(len(proto.graph.node) - 1, helper.make_node('Identity', ['stored'], ['copied']))
+        name = 'copied'
     for k in range(rng.choice((1, 1, 2, 4, 200))):
         kind, shape = rng.choice(GROWING[:3]), rng.choice(([1, 50, 50, 50], [1, 1, 1000, 1000], [2**31, 2], [300, 300], [2, 2, 2, 2]))
         proto.graph.initializer.append(numpy_helper.from_array(np.array(shape), f'grown{k}'))
