@@ -3,8 +3,8 @@
     python benchmarks/audit_articles.py --out OUT [--lungs NET] [NAME ...]      ->  benchmarks/results/audited/NAME-imagenet-audited/
 
 An audit needs the network, and the networks of the tables are not kept. So these are trained again, on a processor, with the settings of
-the arm `imagenet` and its first seed; their numbers are their own. `covid-2020` is smaller and shorter here than in the tables, where it
-took an evening: 224 px and a quarter of the epochs. A recipe with folds is audited on fold 0. NET is the folder of a network that finds
+the arm `imagenet` and its first seed; their numbers are their own. `covid-2020` is smaller and shorter here than in the tables, where a
+GPU trained it: 224 px and a quarter of the epochs. A recipe with folds is audited on fold 0. NET is the folder of a network that finds
 lungs (`benchmarks/lungs.py --final` makes one). Killed, the same command goes on where it stopped. Ten to forty minutes of one core each.
 """
 import argparse

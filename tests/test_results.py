@@ -2,7 +2,7 @@
 import gzip, html, json, re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT
-from covid_cxr.articles.conditions import ABSENT, find_networks, markdown_table
+from covid_cxr.articles.conditions import ABSENT, find_audited, find_networks, markdown_table
 from covid_cxr.articles.reported import ABLATION, ARTICLES, OWN
 from covid_cxr.articles.tables import TABLES, article_results, make_tables, read_measurement, read_tables, select_rows
 from covid_cxr.audit.baselines import best_baseline
@@ -10,6 +10,7 @@ from covid_cxr.audit.case import read_audit
 from covid_cxr.audit.sentences import describe_headline, describe_verdict
 from covid_cxr.core import choices
 from covid_cxr.evaluate import choose_threshold, evaluate
+from covid_cxr.recipe import recipe_hash
 from covid_cxr.runs.external import read_external_tests
 from covid_cxr.runs.folder import BaselineKind, RunFolder
 from covid_cxr.words import format_number, format_percent
@@ -328,3 +329,11 @@ def test_the_runs_of_the_gpu_are_those_that_are_kept():
         assert np.isnan(auc) if 'auc' not in r else abs(auc - r['auc']) < 1e-4, r['name']
     kept = [r['name'] for r in found['runs'] if (KEPT / r['name']).is_dir()]
     assert len(kept) > 80
+
+
+def test_the_audited_networks_are_what_their_script_trains():
+    from audit_articles import recipe_of
+    kept = {r.recipe.name: r for runs in find_audited(KEPT).values() for r in runs}
+    assert {'pneumonia-cnn-honest', 'pneumonia-explained-honest', 'covid-2020'} == set(kept)
+    for name, r in kept.items():
+        assert recipe_hash(recipe_of(name)) == r.state['recipe_hash'] and r.name == f'{name}-imagenet-audited', name
