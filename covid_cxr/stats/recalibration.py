@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Iterator, Literal, NamedTuple, Sequence
 import numpy as np, pandas as pd
 from numpy.typing import ArrayLike
+from scipy.optimize import minimize
 from scipy.special import expit, logit
 from ..core import choices
 from ..evaluate import BINARY, EvaluationError, Scores, check_two_classes
 from ..words import format_count
 
 # %% auto #0
-__all__ = ['LocalLabels', 'LEAST_IMAGES', 'SIZES', 'Reference', 'reference_of', 'LocalCalibration', 'divide_in_two',
-           'calibrate_locally', 'draw_local_images', 'summarise_draws', 'value_of_local_images']
+__all__ = ['LocalLabels', 'LEAST_IMAGES', 'SIZES', 'HEAD_STRENGTH', 'Reference', 'reference_of', 'LocalCalibration',
+           'divide_in_two', 'calibrate_locally', 'draw_patients', 'draw_local_images', 'summarise_draws',
+           'value_of_local_images', 'LinearHead', 'adapt_head']
 
 # %% ../../nbs/stats/recalibration.ipynb #slope
 def _logits(p): return logit(np.clip(p, 1e-6, 1 - 1e-6))
@@ -151,8 +153,13 @@ def _usable(s, drawn):
     return np.min(counts) >= LEAST_IMAGES
 
 # %% ../../nbs/stats/recalibration.ipynb #drawn-parts
-def _drawn_parts(s, n, draws, seed) -> Iterator[np.ndarray]:
-    "Draws of n images; one that lacks a class is drawn again"
+def draw_patients(
+    s: Scores,        # of `check_two_classes`, with patient groups
+    n: int,           # images
+    draws: int,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:   # (m,) bool for each draw: images of whole patients, n of them or a few more
+    "Draws of n images of a place; one that lacks a class, or leaves none, is drawn again"
     rng, tries = np.random.default_rng(seed), 0
     while draws and tries < 20_000:
         drawn, tries = _draw(s, n, rng), tries + 1
@@ -187,7 +194,7 @@ def draw_local_images(
         raise EvaluationError(f'fewer than {2 * LEAST_IMAGES} images of one class: '
                               'what local images buy cannot be seen.')
     rows = [('', 0, *_shares(s.y, z >= _logits(reference.threshold)), np.nan)]
-    rows += [(labels, n, *found) for n in sizes if 2 * n <= len(z) for d in _drawn_parts(s, n, draws, seed)
+    rows += [(labels, n, *found) for n in sizes if 2 * n <= len(z) for d in draw_patients(s, n, draws, seed)
              for labels, *found in _one_draw(s, z, d, reference)]
     return pd.DataFrame(rows, columns=['labels', 'n', *_SHARES, 'gain'])
 
@@ -216,3 +223,38 @@ def value_of_local_images(
 ) -> pd.DataFrame:                          # as `summarise_draws` gives it
     "Accuracy, sensitivity and specificity with a threshold of the place, from n of its images"
     return summarise_draws(draw_local_images(y_true, y_prob, reference, groups, **options), level)
+
+# %% ../../nbs/stats/recalibration.ipynb #head
+HEAD_STRENGTH = 100.     # chosen by benchmarks/local_head.py
+
+class LinearHead(NamedTuple):
+    "The last layer of a network of two classes: logit = features @ weights + bias"
+    weights: np.ndarray    # (d,)
+    bias: float
+
+    def logits(
+        self, features: np.ndarray,   # (n, d)
+    ) -> np.ndarray:                  # (n,): above 0 is the positive class
+        "What the layer says"
+        return features @ self.weights + self.bias
+
+def adapt_head(
+    features: np.ndarray,      # (n, d) of the local images
+    y_true: ArrayLike,         # (n,) their labels
+    head: LinearHead,          # as it was trained
+    strength: float = HEAD_STRENGTH,   # of the ridge that holds the weights where they were; the bias is free
+    classes: Sequence = BINARY,        # (negative, positive)
+) -> LinearHead:
+    "Move the last layer of a network towards labelled images of the place of use"
+    y = check_two_classes(y_true, np.zeros(len(features)), classes=classes).y
+    if min(np.bincount(y, minlength=2)) < LEAST_IMAGES:
+        raise EvaluationError(f'{format_count(len(y), "local image")}; a head is moved by {LEAST_IMAGES} of each class '
+                              'or more (50 in all is a beginning).')
+    w = np.where(y == 1, .5 / y.mean(), .5 / (1 - y.mean()))
+    def loss(b):
+        z, moved = features @ b[:-1] + b[-1], b[:-1] - head.weights
+        g = w * (expit(z) - y)
+        value = (w * (np.logaddexp(0, z) - y * z)).sum() + strength / 2 * moved @ moved
+        return value, np.r_[features.T @ g + strength * moved, g.sum()]
+    b = minimize(loss, np.r_[head.weights, head.bias], jac=True, method='L-BFGS-B').x
+    return LinearHead(b[:-1], float(b[-1]))
