@@ -5,9 +5,10 @@
     python benchmarks/local_head.py --runs RUNS --published     ->  the published test as well, and local_head.csv.gz
 
 Two encoders, both EfficientNet-Lite0 from ImageNet. `frozen`: not trained further, 224 px; the head is a logistic regression on the 944
-numbers of an image, fitted on the Kaggle training images (`frozen_encoder.py` says how). `fine-tuned`: trained networks, moved in their
-last linear layer: RUNS/pneumonia-resnet-imagenet-seed42 (covid-cxr reproduce --arms imagenet) for the published test, and for the clusters
-RUNS/wide-fold0 to 2 (`choose_augmentation.py`).
+numbers of an image, fitted on the Kaggle training images (`frozen_encoder.py` says how). `fine-tuned`: trained networks; the head reads
+their logit and the 112 numbers of their middle that the input check reads, as `covid-cxr calibrate --head` does. For the published test
+RUNS/pneumonia-resnet-imagenet-seed42 (covid-cxr reproduce --arms imagenet), for the clusters RUNS/wide-fold0 to 2
+(`choose_augmentation.py`).
 
 First the strength that holds the head is chosen. The training images are sorted into three clusters of look-alike patients per class; the
 head is fitted on two of them and moved towards 50 images of the third, drawn by patient; the strength with the highest mean balanced
@@ -17,7 +18,7 @@ finished is not done again. The features take three minutes of a quiet core, eve
 import argparse, json
 from pathlib import Path
 from record import RESULTS, about, machine, write_compressed, write_result
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 from frozen_encoder import SEEDS, arm_recipe, make_learner
@@ -55,15 +56,14 @@ def frozen(recipe, runs, data):
 
 
 def fine_tuned(folder, runs, bs=64):
-    "The same of a trained network: what its last layer reads"
+    "The same of a trained network: its logit and what it sees half-way, standardised as its training images were; a head of the logit"
     run, predictor = RunFolder.open(folder), load_predictor(folder, backend='torch')
-    table, store = used(run.table), ImageCache(runs / 'cache' / 'images', predictor.rule)
+    table, store, check = used(run.table), ImageCache(runs / 'cache' / 'images', predictor.rule), predictor.feature_check
     table = table[table['split'].isin(['valid', 'test'])].reset_index(drop=True)
-    last, read = [m for m in predictor.model.modules() if isinstance(m, torch.nn.Linear)][-1], []
-    hook = last.register_forward_hook(lambda module, given, out: read.append(given[0].detach().double().numpy()))
-    for i in range(0, len(table), bs): predictor.probabilities(np.stack([store.get(p) for p in table['path'][i:i + bs]]))
-    hook.remove()
-    return table, np.concatenate(read), of_linear(last)
+    pixels = [store.get(p) for p in table['path']]
+    p = np.concatenate([predictor.probabilities(pixels[i:i + bs])[:, 1] for i in range(0, len(pixels), bs)])
+    x = (predictor.features(pixels, bs)[:, :len(check.mean)].astype(float) - check.mean) / check.spread
+    return table, np.column_stack([logit(np.clip(p, 1e-6, 1 - 1e-6)), x]), LinearHead(np.r_[1., np.zeros(x.shape[1])], 0.)
 
 
 # ---- one place
@@ -161,7 +161,7 @@ def main():
     for encoder in (e for e in a.encoders if e not in found['clusters']):
         rows = of_clusters(encoder, a.runs, data)
         found['clusters'][encoder], found['strength'][encoder] = rows, choose(rows)
-        write_result(OUT, dict(about(), machine=machine(), task=TASK, chosen_at=CHOSEN_AT, **found))
+        write_result(OUT, {**found, **about(), 'machine': machine(), 'task': TASK, 'chosen_at': CHOSEN_AT})
     print('strength:', found['strength'])
     if not a.published: return
     file = OUT.with_suffix('.csv.gz')

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence
+import numpy as np
 from .core import (BundleError, CxrError, RunError, check_choice, choices, file_identity, nearest, sha256_file,
                             versions, write_json)
 from .brightness import error_text
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 __all__ = ['MANIFEST', 'IntegrityStatus', 'FORMAT', 'FORMAT_VERSION', 'READABLE_VERSIONS', 'LARGEST_JSON',
            'MOST_CLASSES', 'LARGEST_IMAGE', 'MOST_MEMBERS', 'WEIGHTS', 'ONNX', 'DESCRIPTION', 'PICKLE', 'SCHEMA',
            'NOT_FOR', 'BundleFormat', 'INT8_FORMATS', 'Integrity', 'AlteredWarning', 'write_manifest', 'writing_files',
-           'check_manifest', 'describe_integrity', 'BundleField', 'check_description', 'export_pickle', 'save_bundle',
-           'shipped_models', 'find_bundle', 'lung_files', 'read_description', 'read_bundle', 'load_model',
-           'check_joinable', 'join_bundles', 'adapt_bundle', 'Int8File', 'load_onnx', 'export_bundle']
+           'check_manifest', 'describe_integrity', 'BundleField', 'SiteHead', 'site_head', 'check_description',
+           'export_pickle', 'save_bundle', 'shipped_models', 'find_bundle', 'lung_files', 'read_description',
+           'read_bundle', 'load_model', 'check_joinable', 'join_bundles', 'adapt_bundle', 'Int8File', 'load_onnx',
+           'export_bundle']
 
 # %% ../nbs/bundle.ipynb #integrity
 MANIFEST = 'manifest.json'
@@ -291,6 +293,59 @@ SCHEMA = (
     BundleField('versions', 'a dictionary', _is_dict, needed=False),
 )
 
+# %% ../nbs/bundle.ipynb #site-head
+_LARGEST_WEIGHT = 1e6
+
+class SiteHead(NamedTuple):
+    "A linear head of one place, of two classes: on the logit of a network and on what it sees half-way"
+    logit: float           # weight of the network's logit
+    weights: np.ndarray    # (f,) of the features
+    bias: float
+    temperature: float     # by which the new logit is divided
+
+    def probabilities(
+        self,
+        probs: np.ndarray,      # (n, 2) of the network
+        features: np.ndarray,   # (n, f) `NetworkOutputs.features`; of an ensemble the first network's count
+    ) -> np.ndarray:            # (n, 2)
+        "Probabilities of the place, if half of its images were positive"
+        p = np.clip(probs[:, -1], 1e-6, 1 - 1e-6)
+        z = self.logit * np.log(p / (1 - p)) + features[:, :len(self.weights)].astype(float) @ self.weights + self.bias
+        p = 1 / (1 + np.exp(-np.clip(z / self.temperature, -500, 500)))
+        return np.column_stack([1 - p, p])
+
+    def to_dict(self) -> dict[str, Any]:
+        "Plain Python that JSON can hold"
+        return dict(self._asdict(), weights=[float(w) for w in self.weights])
+
+    @classmethod
+    def from_dict(cls, values: Any) -> SiteHead:
+        "The same head; what is missing or damaged is refused"
+        fits = _between(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+        if not isinstance(values, Mapping) or {*values} != {*cls._fields} or not isinstance(values['weights'], list):
+            raise BundleError(f'the head of the place is no dictionary of {join_words(cls._fields)}; make it again.')
+        numbers = [values['logit'], values['bias'], *values['weights']]
+        if not (all(map(fits, numbers)) and _between(1e-3, 1e3)(values['temperature'])):
+            raise BundleError('the head of the place holds no possible numbers; make it again.')
+        weights = np.array(values['weights'], float)
+        return cls(float(values['logit']), weights, float(values['bias']), float(values['temperature']))
+
+def site_head(
+    bundle: dict[str, Any],   # of `read_bundle`
+) -> SiteHead | None:         # None: it was made for no place, or with a threshold alone
+    "The head of the place that a bundle was made for"
+    values = bundle.get('site', {}).get('head')
+    return None if values is None else SiteHead.from_dict(values)
+
+def _check_site_head(b):
+    "The head of a place fits the classes and the features of its bundle"
+    head = site_head(b)
+    if head is None: return
+    read = (b.get('feature_check') or {}).get('features')
+    if len(b['classes']) != 2 or len(head.weights) != read:
+        raise BundleError(f'the head of the place reads {len(head.weights)} features of a network of two classes, and '
+                          f"this one has {len(b['classes'])} classes and {read or 'no'} features; make it again.")
+
 # %% ../nbs/bundle.ipynb #check-description
 def _check_fields(b, where):
     "Every needed field is there, no other, and each is what it must be"
@@ -314,6 +369,7 @@ def _check_parts(b, where):
         if 'encoder' in b: EncoderSpec(**b['encoder'])
         if b.get('ood_check') is not None: OODCheck.from_dict(b['ood_check'])
         if b.get('feature_check') is not None: FeatureCheck.from_dict(b['feature_check'])
+        _check_site_head(b)
     except (CxrError, TypeError, AttributeError) as e:
         raise BundleError(f'{where}: {printable(e)[:400]}') from e
 

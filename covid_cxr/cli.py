@@ -725,6 +725,8 @@ def _calibrate_options(p):
     p.add_argument('--site', default='local', metavar='NAME', help='name of the place (default: local)')
     p.add_argument('--patient-pattern', default='', metavar='REGEX',
                    help='its first brackets stand around the patient in the path below FOLDER')
+    p.add_argument('--head', action='store_true', help='move what the network makes of an image too, not the threshold '
+                   'alone; needs the labels of fifty images or more')
     p.add_argument('--device', metavar='D', help='cpu (default) or cuda')
 
 @command(_calibrate_options, "covid-cxr calibrate runs/first our-images --patient-pattern '(p[0-9]+)_' --out our-model",
@@ -732,7 +734,7 @@ def _calibrate_options(p):
 def _calibrate(args):
     "move threshold and probabilities of a model with images of one place, into a new bundle"
     from covid_cxr.runs.local import calibrate_for_site
-    found = calibrate_for_site(args.run, args.images, args.out, args.site, args.patient_pattern, args.device)
+    found = calibrate_for_site(args.run, args.images, args.out, args.site, args.patient_pattern, args.device, args.head)
     lines = [printable(line) for line in str(found).splitlines()]
     return Answer(dict(bundle=args.out, site=found.to_dict()), _lines(*lines, f'bundle: {printable(args.out)}'))
 

@@ -19,7 +19,8 @@ from .ood import WIDER, FeatureCheck, InputCheck, OODCheck, check_colour
 from .model.settings import TTA_VIEWS
 from .model.onnx import NetworkOutputs, mean_logits, softmax, turned_view
 from .words import join_words, progress, safe_cell, safe_path
-from .bundle import AlteredWarning, check_manifest, describe_integrity, load_model, load_onnx, read_bundle
+from .bundle import (AlteredWarning, check_manifest, describe_integrity, load_model, load_onnx, read_bundle,
+                              site_head)
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -319,6 +320,7 @@ class Predictor:
         self.ood_check = OODCheck.from_dict(check) if check is not None else None
         check = self.bundle['feature_check']
         self.feature_check = FeatureCheck.from_dict(check) if check is not None else None
+        self.site_head = site_head(self.bundle)      # of the place that the bundle was made for
         self.backend = _backend(self.bundle, backend, module, self.device)
         self._module = module
         self.engine = self._open_engine()
@@ -406,12 +408,14 @@ class Predictor:
     ) -> np.ndarray:                   # (n, k) float64
         "Probabilities of images that are already read"
         if not len(pixels): return np.zeros((0, len(self.classes)))
+        if self.site_head is not None: return self._run(pixels)[0]
         return self.engine.probabilities(np.stack(pixels)[:, None])
 
     def _run(self, pixels):
         "(probabilities, features) of some images; without a check of features, None for each instead"
         if not len(pixels): return [], []
         probs, features = self.engine.answers(np.stack(pixels)[:, None])
+        if self.site_head is not None: probs = self.site_head.probabilities(probs, features)
         return probs, [None] * len(probs) if self.feature_check is None else features
 
     def outputs(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 import numpy as np, pandas as pd
-from ..bundle import BundleError, adapt_bundle, read_bundle
+from scipy.special import expit, logit
+from ..bundle import BundleError, SiteHead, adapt_bundle, read_bundle
 from ..core import ImageError, RunError, SourceError, fold_word, utc_now
 from ..evaluate import Estimate, EvaluationError, evaluate, patient_wilson
 from ..images import read_picture
@@ -17,8 +18,9 @@ from ..ood import InputCheck, declines, left_out_declines, measure_place, move_i
 from ..predict import Predictor, list_images
 from .external import read_external_predictions, read_external_tests
 from .folder import RunFolder, find_file
-from ..stats.recalibration import (LEAST_IMAGES, LocalCalibration, Reference, calibrate_locally,
-                                           draw_local_images, reference_of, summarise_draws)
+from ..stats.recalibration import (LEAST_IMAGES, LinearHead, LocalCalibration, LocalHead, Reference,
+                                           calibrate_locally, draw_local_images, fit_local_head, reference_of,
+                                           summarise_draws)
 from ..words import format_count, join_words, printable
 
 # %% auto #0
@@ -186,16 +188,20 @@ def _move_check(predictor, rows):
 class SiteCalibration:
     "A model calibrated for one place"
     site: str
-    calibration: LocalCalibration
+    calibration: LocalCalibration | LocalHead
     declined: int                        # images that the model does not answer
     patients_known: bool
     before: Mapping[str, Estimate]       # accuracy, recall, specificity at the frozen threshold; empty: no labels
     after: Mapping[str, Estimate]        # with thresholds of other patients; empty: no labels, or too few images
     check: CheckMoved | None = None      # the input check of the place; None: it stays as it was
+    head: SiteHead | None = None         # of the place; None: a threshold alone
 
     def to_dict(self) -> dict[str, Any]:
         "Plain Python that JSON can hold"
-        c = dataclasses.asdict(self.calibration)
+        c: dict[str, Any] = (dataclasses.asdict(self.calibration) if isinstance(self.calibration, LocalCalibration)
+                             else dict(labels='both classes', n_images=self.calibration.n_images,
+                                       n_groups=self.calibration.n_groups))
+        if self.head is not None: c |= dict(head=self.head.to_dict())
         told = {k: {m: e.to_dict() for m, e in getattr(self, k).items()} for k in ('before', 'after')}
         about = dict(name=self.site, date=utc_now(), declined=self.declined, patients_known=self.patients_known)
         if self.check is not None: about |= dict(input_check=self.check.to_dict())
@@ -213,6 +219,45 @@ class SiteCalibration:
             lines.append(f'  {name:<12} before {e}{after}')
         return '\n'.join(lines)
 
+# %% ../../nbs/runs/local.ipynb #of-place
+class _OfPlace(NamedTuple):
+    "What a bundle gets at a place"
+    found: LocalCalibration | LocalHead
+    threshold: float
+    temperature: float
+    fitted: np.ndarray | None      # (n,) probabilities, each calibrated on other patients; None: too few images
+    head: SiteHead | None = None
+
+def _labelled_shares(rows, p, threshold, classes):
+    "Empty where the labels of both classes are not known"
+    y = rows['label'].to_numpy(object)
+    if y[0] is None or len(set(y)) < 2: return {}
+    return _shares(y, p, rows['group'].to_numpy(object), threshold, classes)
+
+def _threshold_of_place(predictor, reads, rows, p, reference):
+    y, groups, classes = rows['label'].to_numpy(object), rows['group'].to_numpy(object), predictor.classes
+    found = calibrate_locally(None if y[0] is None else y, p, reference, groups, classes)
+    fitted = _cross_fitted(y, p, reference, groups, classes) if found.labels == 'both classes' else None
+    return _OfPlace(found, found.threshold, found.temperature, fitted)
+
+# %% ../../nbs/runs/local.ipynb #head-of-place
+def _logit(p): return logit(np.clip(p, 1e-6, 1 - 1e-6))
+
+def _head_of_place(predictor, reads, rows, p, reference):
+    "A head on the logit of the network and on what it sees half-way, standardised as the training images were"
+    y, groups, classes = rows['label'].to_numpy(object), rows['group'].to_numpy(object), predictor.classes
+    if reads is None or y[0] is None:
+        lacks = 'the labels of its images' if reads is not None else 'a bundle that checks its input by the network'
+        raise RunError(f'the head of a place needs {lacks}; leave it out, and the threshold alone is moved.')
+    seen = predictor.features([read_picture(path, predictor.rule).pixels for path in rows['path']])
+    z = (seen[:, :len(reads.mean)].astype(float) - reads.mean) / reads.spread
+    trained = LinearHead(np.r_[1., np.zeros(z.shape[1])], -float(_logit(reference.threshold)))
+    found = fit_local_head(np.column_stack([_logit(p), z]), y, trained, groups, classes=classes)
+    weights = found.head.weights[1:] / reads.spread
+    bias = found.head.bias - float(weights @ reads.mean)
+    head = SiteHead(float(found.head.weights[0]), weights, bias, found.temperature)
+    return _OfPlace(found, .5, 1., expit(found.logits / found.temperature), head)
+
 # %% ../../nbs/runs/local.ipynb #calibrate-site
 def _answers(predictor, rows):
     "(rows that are answered, probabilities of the positive class)"
@@ -227,22 +272,20 @@ def calibrate_for_site(
     site: str = 'local',           # its name
     patient_pattern: str = '',     # its first group is the patient, in the path below `images`
     device: str | None = None,
+    head: bool = False,            # move what the network makes of an image too, and not the threshold alone
 ) -> SiteCalibration:
     "Write a bundle whose threshold and probabilities are those of a place"
     reference, predictor = find_reference(folder), Predictor(folder, device)
-    every = read_local_images(images, predictor.classes, patient_pattern)
+    every, reads = read_local_images(images, predictor.classes, patient_pattern), predictor.feature_check
     moved = _move_check(predictor, every)
     if moved is not None: predictor.ood_check, predictor.feature_check = moved.check.pixels, moved.check.features
     rows, p = _answers(predictor, every)
     if not len(p): raise RunError(f'none of the images below {images} is answered by this model.')
-    y, groups, classes = rows['label'].to_numpy(object), rows['group'].to_numpy(object), predictor.classes
-    found = calibrate_locally(None if y[0] is None else y, p, reference, groups, classes)
-    before, after = {}, {}
-    if found.labels == 'both classes':
-        before = _shares(y, p, groups, reference.threshold, classes)
-        fitted = _cross_fitted(y, p, reference, groups, classes)
-        after = {} if fitted is None else _shares(y, fitted, groups, .5, classes)
+    of_place = _head_of_place if head else _threshold_of_place
+    how = of_place(predictor, reads, rows, p, reference)
+    before = _labelled_shares(rows, p, reference.threshold, predictor.classes)
+    after = {} if how.fitted is None else _labelled_shares(rows, how.fitted, .5, predictor.classes)
     shares, checks = (None, {}) if moved is None else (moved.shares, moved.checks())
-    out = SiteCalibration(site, found, len(every) - len(p), bool(patient_pattern), before, after, shares)
-    adapt_bundle(folder, to, found.threshold, found.temperature, out.to_dict(), checks)
+    out = SiteCalibration(site, how.found, len(every) - len(p), bool(patient_pattern), before, after, shares, how.head)
+    adapt_bundle(folder, to, how.threshold, how.temperature, out.to_dict(), checks)
     return out

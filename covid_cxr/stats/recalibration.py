@@ -17,7 +17,7 @@ from ..words import format_count
 # %% auto #0
 __all__ = ['LocalLabels', 'LEAST_IMAGES', 'SIZES', 'HEAD_STRENGTH', 'Reference', 'reference_of', 'LocalCalibration',
            'divide_in_two', 'calibrate_locally', 'draw_patients', 'draw_local_images', 'summarise_draws',
-           'value_of_local_images', 'LinearHead', 'adapt_head']
+           'value_of_local_images', 'LinearHead', 'adapt_head', 'LocalHead', 'fit_local_head']
 
 # %% ../../nbs/stats/recalibration.ipynb #slope
 def _logits(p): return logit(np.clip(p, 1e-6, 1 - 1e-6))
@@ -225,7 +225,7 @@ def value_of_local_images(
     return summarise_draws(draw_local_images(y_true, y_prob, reference, groups, **options), level)
 
 # %% ../../nbs/stats/recalibration.ipynb #head
-HEAD_STRENGTH = 100.     # chosen by benchmarks/local_head.py
+HEAD_STRENGTH = 10.      # chosen by benchmarks/local_head.py
 
 class LinearHead(NamedTuple):
     "The last layer of a network of two classes: logit = features @ weights + bias"
@@ -258,3 +258,37 @@ def adapt_head(
         return value, np.r_[features.T @ g + strength * moved, g.sum()]
     b = minimize(loss, np.r_[head.weights, head.bias], jac=True, method='L-BFGS-B').x
     return LinearHead(b[:-1], float(b[-1]))
+
+# %% ../../nbs/stats/recalibration.ipynb #local-head
+@dataclass(frozen=True, eq=False)
+class LocalHead:
+    "A head that was moved towards one place"
+    head: LinearHead
+    temperature: float       # of its logits; above 1: they were too confident
+    logits: np.ndarray       # (n,) of the local images, each by a head that the other patients moved
+    n_images: int
+    n_groups: int | None     # of patients; None: not known
+
+    def __str__(self) -> str:
+        of = '' if self.n_groups is None else f' of {format_count(self.n_groups, "patient group")}'
+        return (f'head moved with {format_count(self.n_images, "labelled image")}{of}, '
+                f'temperature {self.temperature:.2f}')
+
+def fit_local_head(
+    features: np.ndarray,             # (n, d) of the local images
+    y_true: ArrayLike,                # (n,) their labels
+    head: LinearHead,                 # as it was trained
+    groups: ArrayLike | None = None,  # (n,) patient groups
+    strength: float = HEAD_STRENGTH,  # of the ridge
+    classes: Sequence = BINARY,       # (negative, positive)
+    parts: int = 5,                   # of the patients, each predicted by a head that the others moved
+) -> LocalHead:
+    "Move a head with all local images, and its temperature with logits of patients that it did not know"
+    labels = np.asarray(y_true)
+    s = check_two_classes(labels, np.zeros(len(features)), groups, classes)
+    z, part = np.zeros(len(s.y)), np.random.default_rng(0).permutation(s.n_groups)[s.group] % parts
+    for k in set(part.tolist()):
+        rest = part != k
+        z[~rest] = adapt_head(features[rest], labels[rest], head, strength, classes).logits(features[~rest])
+    return LocalHead(adapt_head(features, labels, head, strength, classes), 1 / _slope(z, s.y), z, len(s.y),
+                     s.n_groups if s.grouped else None)
