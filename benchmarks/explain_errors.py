@@ -3,7 +3,9 @@ false positives when the diaphragm and the breastbone are black.
 
     python benchmarks/explain_errors.py --runs RUNS --cache CACHE
 
-RUNS holds the finished runs pneumonia-explained, pneumonia-explained-honest and pneumonia-suppressed (covid-cxr train NAME --size 64).
+RUNS holds three finished runs, all EfficientNet-Lite0 from ImageNet weights at 128 px: pneumonia-explained-imagenet-seed42 and
+pneumonia-suppressed-imagenet-seed42 (covid-cxr reproduce --arms imagenet), and pneumonia-explained-honest-imagenet-audited
+(benchmarks/audit_articles.py). They keep the last of equally many epochs, so nothing but the images differs between the last two.
 Four questions, each one entry of the result:
 
 maps      every healthy image that pneumonia-explained predicts ill at one half, and as many ill and as many healthy images that it predicts
@@ -11,8 +13,8 @@ maps      every healthy image that pneumonia-explained predicts ill at one half,
           the same for copies of the network with random weights; how much LIME says the prediction owes to a region ("pull"); and whether
           LIME says the same twice
 test      the frozen networks, with the regions covered in the test images only; next to shams of the same area and shape elsewhere
-trained   pneumonia-suppressed, which never saw the regions, against pneumonia-explained-honest, image by image, each at its frozen
-          threshold; and both after the same number of epochs
+trained   the suppressed network, which never saw the regions, against the leak-safe one of whole images, image by image, each at its
+          frozen threshold, at one half, and at one sensitivity
 lungs     how much of the drawn lungs of adults the boxes hide
 
 --only makes some of the entries again and leaves the others in benchmarks/results/explain_errors.json as they are.
@@ -37,7 +39,8 @@ from covid_cxr.stats.bootstrap import patient_mean
 from covid_cxr.stats.paired import compare_accuracy, compare_auc, paired_difference
 
 OUT, RING, CELLS, CLASSES = RESULTS / 'explain_errors.json', .08, 16, ('normal', 'pneumonia')
-RUNS = dict(article='pneumonia-explained', honest='pneumonia-explained-honest', suppressed='pneumonia-suppressed')
+RUNS = dict(article='pneumonia-explained-imagenet-seed42', honest='pneumonia-explained-honest-imagenet-audited',
+            suppressed='pneumonia-suppressed-imagenet-seed42')
 PLACES = tuple(n for n in SUPPRESSED if n != 'none')
 
 
@@ -326,23 +329,6 @@ def matched(y, first, second, groups, sensitivity, n_boot=2000, seed=0):
     u, v = both()
     return dict(sensitivity=sensitivity, resamples=n_boot, first=u, second=v, difference=u - v, low=low, high=high)
 
-def last_epoch(run, cache):
-    "Answers on the test images after the last epoch, whichever epoch the run kept; with the ids of the images"
-    predictor = load_predictor(run)
-    t, x = images_of(run, predictor, cache)
-    check_kept(run, t, scorer(predictor)(x))
-    last = torch.load(run / 'checkpoints/last.pt', map_location='cpu', weights_only=True)
-    predictor.model.load_state_dict(last['model'])
-    return pd.Series(scorer(predictor)(x), t['image_id'])
-
-def same_epochs(a, names, ids, y, p, groups):
-    "Both networks after the same number of epochs; and what the choice of the epoch alone is worth, in the one that saw whole images"
-    last = [last_epoch(a.runs / k, a.cache).loc[ids].to_numpy() for k in names]
-    states = [RunFolder.open(a.runs / k).state for k in names]
-    def auc(u, v): return plain(compare_auc(y, u, v, groups, classes=CLASSES))
-    return dict(epochs=states[0]['epochs'], kept_epochs=[s['best_epoch'] for s in states], suppressed_against_whole=auc(*last),
-                whole_last_against_kept=auc(last[1], p[1]), at_sensitivity=matched(y, *last, groups, .95))
-
 def measure_trained(a):
     "Two trainings on the same images: with the regions black, and on whole images"
     names = [RUNS['suppressed'], RUNS['honest']]
@@ -356,7 +342,7 @@ def measure_trained(a):
         predicted = [np.where(v >= t, 'pneumonia', 'normal').astype(object) for v, t in zip(p, cuts)]
         return {k: two_predictions(y, *predicted, groups, m) for k, m in kinds.items()}
     return dict(first=names[0], second=names[1], images=c.n_images, patients=c.n_groups, thresholds=thresholds,
-                same_epochs=same_epochs(a, names, ids, y, p, groups), at_sensitivity=matched(y, *p, groups, .95),
+                epochs=[RunFolder.open(a.runs / n).state['epochs'] for n in names], at_sensitivity=matched(y, *p, groups, .95),
                 pairs=c.to_dict()['pairs'], frozen=at(thresholds), half=at((.5, .5)), healthy=int(healthy.sum()),
                 false_positives=[int(((v >= t) & healthy).sum()) for v, t in zip(p, thresholds)])
 

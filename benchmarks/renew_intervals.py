@@ -5,8 +5,7 @@
 
 Needed when the way in which intervals are computed has changed. What cannot be computed without the images stays as it was measured: the
 intervals of baselines, checks and gains in audit.json, the source baseline, and in explain_errors.json all but the difference at one
-sensitivity (that of `same_epochs` needs what pneumonia-explained-honest predicted after its last epoch, and a run keeps the predictions of
-its best one). `make_tables.py` comes afterwards.
+sensitivity. `make_tables.py` comes afterwards.
 """
 import argparse, json, re
 from pathlib import Path
@@ -86,7 +85,8 @@ def renew_audit(run, auc):
 
 def renew_matched(kept, results):
     "False positive rates of the two trainings at one sensitivity: the entry of explain_errors.json, from the predictions of both runs"
-    pair = [read_evaluated(results / f"{kept['trained'][k]}-64") for k in ('first', 'second')]
+    folders = {d.name: d for d in kept_folders(results)}
+    pair = [read_evaluated(folders[kept['trained'][k]]) for k in ('first', 'second')]
     ids, old = sorted(pair[0].test.index), kept['trained']['at_sensitivity']
     y, groups = (pair[0].test.loc[ids, k].to_numpy(object) for k in ('label', 'group'))
     new = matched(y, *(j.scores(ids) for j in pair), groups, old['sensitivity'])

@@ -6,6 +6,7 @@ from covid_cxr.articles.tables import read_measurement
 from covid_cxr.runs.folder import find_file
 from covid_cxr.words import format_percent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
+from record import kept_folders
 
 RESULTS, PLACES = ROOT / 'benchmarks' / 'results', ('diaphragm', 'sternum', 'diaphragm+sternum')
 GROUPS = ('false_positives', 'true_positives', 'true_negatives')
@@ -14,6 +15,12 @@ SIZE = 64
 
 @pytest.fixture(scope='module')
 def kept(): return read_measurement(RESULTS, 'explain_errors')
+
+
+def said_of_the_test(run):
+    "Kept predictions of a network on its test images"
+    (folder,) = (d for d in kept_folders() if d.name == run)
+    return pd.read_csv(find_file(folder, 'predictions.csv')).query("split == 'test'")
 
 
 @pytest.fixture(scope='module')
@@ -28,8 +35,8 @@ def page():
 
 # ---- the kept numbers
 def test_the_false_positives_are_those_of_the_kept_predictions(kept):
-    p = pd.read_csv(find_file(RESULTS / 'pneumonia-explained-64', 'predictions.csv')).query("split == 'test'")
-    positive, ill, m = p['prob_pneumonia'] >= .5, p['label'] == 'pneumonia', kept['maps']
+    m, p = kept['maps'], said_of_the_test(kept['maps']['run'])
+    positive, ill = p['prob_pneumonia'] >= .5, p['label'] == 'pneumonia'
     wrong = positive & ~ill
     assert m['images'] == len(p) == 624
     assert m['counts'] == dict(false_positives=int(wrong.sum()), healthy=int((~ill).sum()), true_positives=int((positive & ill).sum()),
@@ -50,7 +57,9 @@ def test_the_shares_hang_together(kept):
                 assert r['share'] / r['area'] == pytest.approx(r['ratio']['value'])
                 if 'twin' not in r: continue
                 assert r['ratio']['value'] - r['twin']['value'] == pytest.approx(r['over_twin']['value'], abs=.05)
-                assert r['twin']['value'] == pytest.approx(np.mean(r['twins']), abs=.05)
+                if any(m[group][kind].get('empty_twins', ())):      # of some images a network of random weights draws no map
+                    assert min(r['twins']) < r['twin']['value'] < max(r['twins'])
+                else: assert r['twin']['value'] == pytest.approx(np.mean(r['twins']), abs=.01)
             both, one, two = (m[group][kind][k]['share'] for k in ('diaphragm+sternum', 'diaphragm', 'sternum'))
             assert both == pytest.approx(one + two)                               # the boxes do not overlap
         pull = {k: v['value'] for k, v in m[group]['pull'].items()}
@@ -73,8 +82,7 @@ def _check_moved(w, healthy, ill):
 
 def test_suppression_in_the_test_hangs_together(kept):
     for network in kept['test'].values():
-        frozen = find_file(RESULTS / f"{network['run']}-64", 'predictions.csv')
-        p = pd.read_csv(frozen).query("split == 'test'") if frozen.exists() else None
+        p = said_of_the_test(network['run'])
         for regions in network['fills'].values():
             assert tuple(sorted(regions)) == tuple(sorted(PLACES))
             for r in regions.values():
@@ -83,7 +91,6 @@ def test_suppression_in_the_test_hangs_together(kept):
                     _check_differences(w['against_whole'])
                     healthy, ill = (w['moved'][k] for k in ('healthy', 'ill'))
                     _check_moved(w, healthy, ill)
-                    if p is None: continue
                     wrong = (p['prob_pneumonia'] >= network['threshold']) & (p['label'] == 'normal')
                     assert healthy['predicted_ill_before'] == wrong.sum() and len(p) == network['images']
                 for s in r['shams']: _check_differences(s['region_against_it'])
@@ -91,7 +98,8 @@ def test_suppression_in_the_test_hangs_together(kept):
 
 def test_the_trained_suppression_hangs_together(kept):
     t = kept['trained']
-    assert (t['first'], t['second']) == ('pneumonia-suppressed', 'pneumonia-explained-honest')
+    assert (t['first'], t['second']) == ('pneumonia-suppressed-imagenet-seed42', 'pneumonia-explained-honest-imagenet-audited')
+    assert len(set(t['epochs'])) == 1                                              # nothing but the images differs
     for r in t['pairs']: assert r['difference'] == pytest.approx(r['first_value'] - r['second_value'])
     for kind in ('frozen', 'half'):
         for k, d in t[kind].items():
@@ -101,9 +109,7 @@ def test_the_trained_suppression_hangs_together(kept):
     assert t['false_positives'][1] - t['false_positives'][0] == healthy['only_first_right'] - healthy['only_second_right']
     assert kept['test']['honest']['threshold'] == pytest.approx(t['thresholds'][1])
     for name, threshold, n in zip((t['first'], t['second']), t['thresholds'], t['false_positives']):
-        f = find_file(RESULTS / f'{name}-64', 'predictions.csv')
-        if not f.exists(): continue
-        healthy = pd.read_csv(f).query("split == 'test' and label == 'normal'")
+        healthy = said_of_the_test(name).query("label == 'normal'")
         assert (healthy['prob_pneumonia'] >= threshold).sum() == n, name
 
 

@@ -274,11 +274,12 @@ def test_the_page_of_results_prints_folds_and_runs(tables):
 STORIES = (   # notebook, table of tables.json, the rows that it prints
     ('pneumonia_cnn', 'articles', dict(article='pneumonia-cnn')), ('pneumonia_explained', 'articles', dict(article='pneumonia-explained')),
     ('covid_2020', 'articles', dict(article='covid-2020')), ('coronahack_vgg', 'articles', dict(article='coronahack-vgg')),
-    ('effusion_resnet', 'articles', dict(article='effusion-resnet')), ('pneumonia_cnn', 'leaks', dict(run='pneumonia-cnn-64')),
+    ('effusion_resnet', 'articles', dict(article='effusion-resnet')), ('pneumonia_cnn', 'leaks', dict(run='pneumonia-cnn-imagenet-seed42')),
     ('covid_2020', 'asides', {}), ('covid_2020_fair', 'left_out', {}), ('covid_2020_fair', 'crossval', dict(recipe='covid-2020-adults')),
     ('covid_2020_fair', 'crossval', dict(recipe='covid-2020-within')), ('covid_2020_fair', 'gains', dict(recipe='covid-2020-adults')),
     ('coronahack_vgg', 'crossval', dict(recipe='coronahack-vgg-honest')), ('pretrain', 'arms', dict(recipe='effusion-resnet-honest')),
-    ('effusion_resnet', 'crossval', dict(recipe='effusion-resnet-honest')), ('effusion_resnet', 'leaks', dict(run='effusion-resnet-64')),
+    ('effusion_resnet', 'crossval', dict(recipe='effusion-resnet-honest')),
+    ('effusion_resnet', 'leaks', dict(run='effusion-resnet-imagenet-seed42')),
     ('effusion_resnet', 'gains', dict(recipe='effusion-resnet-honest')))
 
 
@@ -332,8 +333,35 @@ def test_the_runs_of_the_gpu_are_those_that_are_kept():
 
 
 def test_the_audited_networks_are_what_their_script_trains():
-    from audit_articles import recipe_of
+    from audit_articles import NAMES, recipe_of
     kept = {r.recipe.name: r for runs in find_audited(KEPT).values() for r in runs}
-    assert {'pneumonia-cnn-honest', 'pneumonia-explained-honest', 'covid-2020'} == set(kept)
+    assert set(NAMES) == set(kept)
     for name, r in kept.items():
         assert recipe_hash(recipe_of(name)) == r.state['recipe_hash'] and r.name == f'{name}-imagenet-audited', name
+
+
+# ---- a head that is moved towards a place
+def test_the_head_is_held_as_firmly_as_the_clusters_chose():
+    from local_head import ENCODERS, STRENGTHS, choose
+    kept = load('local_head.json')
+    assert set(kept['clusters']) == set(kept['strength']) == set(ENCODERS)
+    for encoder, rows in kept['clusters'].items():
+        t = pd.DataFrame(rows).pivot(index='fold', columns='way', values='balanced_accuracy')
+        means = t.mean()
+        assert len(t) == 3 and kept['strength'][encoder] == choose(rows) in STRENGTHS
+        assert means[f"head {kept['strength'][encoder]:g}"] == means.filter(like='head ').max()
+
+
+def test_what_moved_heads_reached_is_the_mean_of_the_kept_draws():
+    from local_head import DRAWS, ENCODERS, summarise
+    kept, draws = load('local_head.json')['published'], pd.read_csv(KEPT / 'local_head.csv.gz')
+    assert kept == summarise(draws) and set(draws['encoder']) == set(ENCODERS)
+    for r in kept: assert r['draws'] == DRAWS * r['seeds'] and r['seeds'] == len(ENCODERS[r['encoder']])
+    for _, of in draws.groupby(['encoder', 'seed', 'n', 'draw']): assert sorted(of['way']) == ['frozen', 'head', 'threshold']
+    same = draws.pivot(index=['encoder', 'seed', 'n', 'draw'], columns='way', values='auc')
+    assert (same['frozen'] == same['threshold']).all()                       # a threshold moves no order
+
+
+def test_the_page_of_results_prints_the_moved_heads():
+    from covid_cxr.articles.local import heads_table
+    assert_rows(heads_table(KEPT), printed(ROOT / 'nbs/results.ipynb'))

@@ -128,10 +128,10 @@ class Story:
         return text_column(paired_settings(self.results_dir, recipe, settings, metrics), 'difference', signed=True)
 
     def by_images(self) -> pd.DataFrame: # images_in_all, sample, tested, positive, auc; the smallest first
-        "Every kept run of the article's own network under its protocol by how many images it had"
-        (own,), rows = find_results(self.results_dir)[self.article.protocol], []
+        "Every kept run of one network under the article's protocol by how many images it had"
+        (whole,), rows = self.runs(self.article.protocol), []
         every = find_results(self.results_dir, every=True)[self.article.protocol]
-        for r in (r for r in every if (r.recipe.model, r.recipe.image) == (own.recipe.model, own.recipe.image)):
+        for r in (r for r in every if (r.recipe.model, r.recipe.image) == (whole.recipe.model, whole.recipe.image)):
             e, sample = score_results([r], False), r.recipe.data.sources[0].sample or 'all'
             rows.append((len(r.predictions), sample, e.n_images, e.images_per_class[r.classes[1]], str(e['auc'])))
         columns = ['images_in_all', 'sample', 'tested', 'positive', 'auc']
