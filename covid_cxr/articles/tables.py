@@ -21,7 +21,7 @@ from .local import local_table
 from .reported import ARTICLES, OWN, ReportedResult, article_keys
 from ..core import RunError, nearest, write_json
 from ..evaluate import METRICS, Estimate, allow_undefined, evaluate, wilson
-from ..runs.crossval import find_results, score_results, score_trainings
+from ..runs.crossval import find_results, score_results, score_trainings, start_of
 from ..runs.external import ExternalTest, read_external_tests
 from ..runs.folder import RunFolder
 from ..words import format_count, format_estimate, format_number, join_words
@@ -181,15 +181,16 @@ def _aside_row(r: RunFolder, n_boot: int) -> dict[str, Any]:
     train, valid = h['train_loss'], h['valid_loss']
     losses = dict(first_loss=train.iloc[0], highest_loss=train.max(), last_loss=train.iloc[-1],
                   valid_loss=valid.iloc[-1], highest_valid_loss=valid.max())
-    return dict(network=network_text(r.recipe.model.arch), size=r.recipe.image.size, epochs=len(h),
-                **conditions(_alone(r), e, False),
+    c = r.recipe
+    return dict(network=network_text(c.model.arch), size=c.image.size, epochs=len(h), start=start_of(r),
+                imbalance=c.training.imbalance, **conditions(_alone(r), e, False),
                 **{k: round(v, 3) for k, v in losses.items()},
                 accuracy=str(e['accuracy']), auc=str(e['auc']), baselines=baselines_text(_alone(r)))
 
 def asides_table(
     results_dir: str | Path,
     n_boot: int = 2000,
-) -> pd.DataFrame:          # network, size, epochs, conditions, losses, accuracy and auc as text
+) -> pd.DataFrame:          # network, size, epochs, start, imbalance, conditions, losses, accuracy and auc as text
     "Losses and validation numbers of the article's asides: what each network and size did under one schedule"
     rows = [_aside_row(r, n_boot) for r in find_results(results_dir, every=True).get('covid-2020-asides', [])]
     if not rows: return pd.DataFrame(columns=['network', 'size'])
