@@ -228,14 +228,14 @@ def value_of_local_images(
 HEAD_STRENGTH = 10.      # chosen by benchmarks/local_head.py
 
 class LinearHead(NamedTuple):
-    "The last layer of a network of two classes: logit = features @ weights + bias"
+    "A linear head of two classes: logit = features @ weights + bias"
     weights: np.ndarray    # (d,)
     bias: float
 
     def logits(
         self, features: np.ndarray,   # (n, d)
     ) -> np.ndarray:                  # (n,): above 0 is the positive class
-        "What the layer says"
+        "What the head says"
         return features @ self.weights + self.bias
 
 def adapt_head(
@@ -245,7 +245,7 @@ def adapt_head(
     strength: float = HEAD_STRENGTH,   # of the ridge that holds the weights where they were; the bias is free
     classes: Sequence = BINARY,        # (negative, positive)
 ) -> LinearHead:
-    "Move the last layer of a network towards labelled images of the place of use"
+    "Move a linear head towards labelled images of the place of use"
     y = check_two_classes(y_true, np.zeros(len(features)), classes=classes).y
     if min(np.bincount(y, minlength=2)) < LEAST_IMAGES:
         raise EvaluationError(f'{format_count(len(y), "local image")}; a head is moved by {LEAST_IMAGES} of each class '
