@@ -343,7 +343,9 @@ def test_the_audited_networks_are_what_their_script_trains():
 # ---- a head that is moved towards a place
 def test_the_head_is_held_as_firmly_as_the_clusters_chose():
     from local_head import ENCODERS, STRENGTHS, choose
+    from covid_cxr.stats.recalibration import HEAD_STRENGTH
     kept = load('local_head.json')
+    assert HEAD_STRENGTH == kept['strength']['fine-tuned']      # what `covid-cxr calibrate --head` moves
     assert set(kept['clusters']) == set(kept['strength']) == set(ENCODERS)
     for encoder, rows in kept['clusters'].items():
         t = pd.DataFrame(rows).pivot(index='fold', columns='way', values='balanced_accuracy')
